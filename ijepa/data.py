@@ -1,0 +1,233 @@
+"""Images to compare on: uint8 pixels in the data set's own order, with labels and indices.
+
+Sources are CIFAR-10 (Krizhevsky 2009), the 1,797 digit scans inside scikit-learn, and any folder
+with one sub-folder per class. Nothing is normalised or resized here: that belongs to each encoder.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ijepa.errors import UserError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labelled images in a fixed order.
+
+    `images[i]` is a uint8 tensor of shape (3, height, width); folders decode it on demand, so sizes
+    may differ. `indices` are the positions in the whole data set, kept through sampling.
+    """
+
+    name: str
+    split: str
+    classes: tuple[str, ...]
+    images: Sequence[Tensor] | Tensor
+    labels: Int[np.ndarray, " n"]
+    indices: Int[np.ndarray, " n"]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: Int[np.ndarray, " m"]) -> "Split":
+        """The same data set, only these rows."""
+        images = (
+            self.images[torch.from_numpy(rows)]
+            if isinstance(self.images, Tensor)
+            else FolderImages(tuple(self.images.paths[row] for row in rows))
+        )
+        return Split(
+            self.name, self.split, self.classes, images, self.labels[rows], self.indices[rows]
+        )
+
+
+@dataclass(frozen=True)
+class FolderImages(Sequence[Tensor]):
+    """Image files, decoded to RGB when asked for."""
+
+    paths: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, row: int) -> UInt8[Tensor, "3 h w"]:
+        return read_image(self.paths[row])
+
+
+def read_image(path: Path) -> UInt8[Tensor, "3 h w"]:
+    """Decode one file to RGB, upright by its EXIF orientation; transparency becomes white.
+
+    Raises:
+        UserError: If the file is no readable image.
+    """
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I;16"):
+                # Pillow clips 16-bit grey values at 255; keep the upper byte instead.
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                image = Image.alpha_composite(
+                    Image.new("RGBA", image.size, "white"), image.convert("RGBA")
+                )
+            pixels = np.array(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise UserError(
+            f"cannot read image {str(path)!r}: {reason}", hint="replace or remove that file"
+        ) from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def load_cifar10(data_dir: Path, split: str, offline: bool) -> Split:
+    """CIFAR-10, 32 x 32 RGB: 50,000 training or 10,000 test images.
+
+    Raises:
+        UserError: If it is missing and must not or cannot be downloaded, or a file is corrupt.
+    """
+    from torchvision.datasets import CIFAR10
+
+    present = (data_dir / CIFAR10.base_folder).is_dir()
+    hint = f"put the folder cifar-10-batches-py into {data_dir}, or pass --data-dir with its parent"
+    if offline and not present:
+        raise UserError(
+            f"CIFAR-10 is not in {data_dir} and --offline forbids the download", hint=hint
+        )
+    try:
+        dataset = CIFAR10(str(data_dir), train=split == "train", download=not present)
+    except RuntimeError as error:  # torchvision's word for a wrong checksum or a missing file
+        raise UserError(
+            f"CIFAR-10 in {data_dir} is incomplete or corrupt: {error}",
+            hint="delete the folder cifar-10-batches-py there and run again to download it",
+        ) from error
+    except OSError as error:
+        raise UserError(f"CIFAR-10 could not be downloaded: {error}", hint=hint) from error
+    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
+    labels = np.asarray(dataset.targets, dtype=np.int64)
+    return Split("cifar10", split, tuple(dataset.classes), images, labels, np.arange(len(labels)))
+
+
+def load_digits(data_dir: Path, split: str, offline: bool) -> Split:  # noqa: ARG001
+    """The 1,797 handwritten digits inside scikit-learn; it has no splits, so both names mean all.
+
+    The scans are 8 x 8 with 17 grey levels: values times 255 / 16, enlarged to 32 x 32 by bicubic
+    interpolation, the same grey in all three channels.
+    """
+    from sklearn.datasets import load_digits as sklearn_digits
+
+    bunch = sklearn_digits()
+    grey = np.rint(bunch.images * 255 / 16).astype(np.uint8)
+    large = [
+        np.asarray(Image.fromarray(scan).resize((32, 32), Image.Resampling.BICUBIC))
+        for scan in grey
+    ]
+    images = torch.from_numpy(np.stack(large))[:, None].expand(-1, 3, -1, -1).contiguous()
+    labels = bunch.target.astype(np.int64)
+    classes = tuple(str(name) for name in bunch.target_names)
+    return Split("digits", "all", classes, images, labels, np.arange(len(labels)))
+
+
+def load_folder(folder: Path, data_dir: Path, split: str, offline: bool) -> Split:  # noqa: ARG001
+    """A folder with one sub-folder of PNG, JPEG or WebP files per class, both in sorted order.
+
+    If the folder has a sub-folder named like the split, that one is read.
+
+    Raises:
+        UserError: If there are fewer than two classes or a class has no image.
+    """
+    root = folder / split if (folder / split).is_dir() else folder
+    hint = "expected FOLDER/CLASS/IMAGE with at least two classes, images as png, jpg, jpeg or webp"
+    classes = sorted(
+        path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
+    files = [
+        sorted(path for path in one.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        for one in classes
+    ]
+    if len(classes) < 2:
+        raise UserError(
+            f"{str(root)!r} has {len(classes)} class folders, need at least 2", hint=hint
+        )
+    for one, found in zip(classes, files, strict=True):
+        if not found:
+            raise UserError(f"class folder {str(one)!r} has no images", hint=hint)
+    labels = np.repeat(np.arange(len(classes)), [len(found) for found in files])
+    images = FolderImages(tuple(path for found in files for path in found))
+    return Split(
+        str(folder),
+        split if root != folder else "all",
+        tuple(one.name for one in classes),
+        images,
+        labels,
+        np.arange(len(labels)),
+    )
+
+
+DATASETS: dict[str, Callable[[Path, str, bool], Split]] = {
+    "cifar10": load_cifar10,
+    "digits": load_digits,
+}
+
+
+def load_split(dataset: str, data_dir: Path, split: str, offline: bool) -> Split:
+    """Load a data set by name, or a folder of images by path.
+
+    Raises:
+        UserError: If the name is unknown and no such folder exists, or loading fails.
+    """
+    if dataset in DATASETS:
+        return DATASETS[dataset](data_dir, split, offline)
+    folder = Path(dataset)
+    if not folder.is_dir():
+        names = ", ".join(DATASETS)
+        raise UserError(
+            f"unknown data set {dataset!r}",
+            hint=f"choose from {names}, or give a folder with one sub-folder per class",
+        )
+    return partial(load_folder, folder)(data_dir, split, offline)
+
+
+def balanced_sample(split: Split, max_samples: int, seed: int) -> Split:
+    """At most `max_samples` images, as many of each class as possible, drawn by `seed`.
+
+    Classes get equal shares; where a class has fewer images the others fill up, and a remainder
+    goes to classes drawn by the seed. Rows keep the data set's order; 0 keeps every image.
+    """
+    if max_samples == 0 or max_samples >= len(split):
+        return split
+    rng = np.random.default_rng(seed)
+    counts = np.bincount(split.labels, minlength=len(split.classes))
+    take = np.zeros_like(counts)
+    priority = rng.permutation(len(counts))
+    while (left := max_samples - take.sum()) > 0:
+        open_classes = [c for c in priority if take[c] < counts[c]]
+        share = left // len(open_classes)
+        if share == 0:
+            take[open_classes[:left]] += 1
+        else:
+            take[open_classes] = np.minimum(take[open_classes] + share, counts[open_classes])
+    rows = [
+        rng.choice(np.flatnonzero(split.labels == c), size=take[c], replace=False)
+        for c in range(len(counts))
+    ]
+    return split.take(np.sort(np.concatenate(rows)))
+
+
+def fingerprint(split: Split) -> str:
+    """SHA-256 over the indices, shapes and pixels of every image, in order."""
+    digest = hashlib.sha256(split.indices.astype("<i8").tobytes())
+    for row in range(len(split)):
+        image = split.images[row]
+        digest.update(np.asarray(image.shape, dtype="<i8").tobytes())
+        digest.update(image.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,45 @@
+"""Which processor to compute on, and in which number format."""
+
+import torch
+
+from ijepa.errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """Resolve `auto` to cuda, else mps, else cpu; check any other name.
+
+    Raises:
+        UserError: If there is no such device here.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(kind for kind, present in available.items() if present)
+    kind, _, number = name.partition(":")
+    present = available.get(kind, False) and (not number or number.isdecimal())
+    if kind == "cuda" and present and number:
+        present = int(number) < torch.cuda.device_count()
+    if not present:
+        known = ", ".join(kind for kind, here in available.items() if here)
+        raise UserError(f"device {name!r} is not available", hint=f"choose auto or one of: {known}")
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Resolve `auto` to bfloat16 where the hardware multiplies it, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if has_bfloat16(device) else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 run in hardware; emulation would be slower."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        able = torch.cpu.get_capabilities()
+        return any(bool(able.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False

@@ -1,0 +1,328 @@
+"""Pure functions from the embeddings of one model to the numbers that describe them.
+
+Every function takes arrays and returns a number or one number per image; shares and precisions are
+fractions in [0, 1]. Statistics run in float64 on float32 embeddings, because sums of thousands of
+float32 products lose about three digits.
+
+Dimension key: n images, d width of an embedding, k neighbours of an image, C classes,
+b subsets of the images, t images of one tile.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from ijepa.errors import UserError
+
+# Entries of an n-column block computed at once: at most about 200 MB with its sort keys.
+TILE_ENTRIES = 2**23
+
+
+def validate_embeddings(X: Float[np.ndarray, "n d"], name: str) -> None:
+    """Refuse embeddings that no metric is defined on.
+
+    Raises:
+        UserError: A row holds NaN or infinity, or is zero and so has no direction.
+    """
+    faults = {"NaN or infinity": ~np.isfinite(X).all(axis=1), "only zeros": ~X.any(axis=1)}
+    for fault, rows in faults.items():
+        if rows.any():
+            problem = f"the {name} model gives {fault} for image {rows.argmax()}"
+            hint = f"check the weights and preprocessing of the {name} model, or use float32"
+            raise UserError(f"{problem} ({rows.sum()} of {len(X)} images)", hint=hint)
+
+
+def center_columns(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    """Float64 copy of the embeddings with zero column means."""
+    # The first row goes first, so that constant columns become exactly zero.
+    shifted = X.astype(np.float64) - X[:1].astype(np.float64)
+    return shifted - shifted.mean(axis=0)
+
+
+def unit_rows(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    """Float64 copy of the embeddings with rows of length 1."""
+    wide = X.astype(np.float64)
+    return wide / np.linalg.norm(wide, axis=1, keepdims=True)
+
+
+def _squared_singular_values(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " rank"]:
+    """Squared singular values, descending, from the smaller of the two Gram matrices."""
+    n, d = X.shape
+    squares = np.linalg.eigvalsh(X.T @ X if d <= n else X @ X.T)[::-1]
+    # Below the rounding error of the products a value is a zero; an entropy would count it.
+    squares[squares < squares[0] * max(n, d) * np.finfo(np.float64).eps] = 0.0
+    return np.maximum(squares, 0.0)
+
+
+def covariance_spectrum(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " rank"]:
+    """Eigenvalues of the covariance of the embeddings: min(n, d) of them, descending, >= 0.
+
+    Columns are centred and not standardised. The divisor is n - 1.
+
+    Raises:
+        ValueError: Fewer than two images.
+    """
+    if len(X) < 2:
+        raise ValueError(f"a covariance needs at least 2 images, got {len(X)}")
+    return _squared_singular_values(center_columns(X)) / (len(X) - 1)
+
+
+def explained_variance(eigenvalues: Float[np.ndarray, " rank"], k: int) -> float:
+    """Share of the total variance along the first k principal components, in [0, 1].
+
+    A shape and not a quality: few strong directions raise it, useful or not. It is 1 for k beyond
+    the number of components, and NaN where nothing varies.
+    """
+    total = eigenvalues.sum()
+    return float(eigenvalues[:k].sum() / total) if total > 0 else float("nan")
+
+
+def num_components(eigenvalues: Float[np.ndarray, " rank"], share: float) -> int:
+    """Smallest number of principal components that explain at least this share of the variance.
+
+    Where nothing varies it is 0.
+    """
+    cumulative = np.cumsum(eigenvalues)
+    # Rounding of the sum must not ask for a component more; 1e-12 is far below what is shown.
+    reached = cumulative >= (share - 1e-12) * cumulative[-1]
+    return int(np.argmax(reached)) + 1 if cumulative[-1] > 0 else 0
+
+
+def participation_ratio(eigenvalues: Float[np.ndarray, " rank"], n: int) -> float:
+    """Participation ratio (sum l)^2 / sum l^2 of a covariance from n images, at least 1.
+
+    A finite sample spreads its eigenvalues, which lowers the plain ratio; 1/n is therefore taken
+    from its inverse. At most n - 1 eigenvalues differ from zero, so that the result is positive.
+    It is NaN where nothing varies.
+    """
+    total = eigenvalues.sum()
+    if total == 0:
+        return float("nan")
+    return float(1.0 / (np.square(eigenvalues / total).sum() - 1.0 / n))
+
+
+def effective_rank(X: Float[np.ndarray, "n d"], centered: bool = True) -> float:
+    """Effective number of dimensions, exp of the entropy of p = singular values / their sum.
+
+    In [1, min(n, d)]; NaN where nothing varies. RankMe, Garrido et al. 2023,
+    https://arxiv.org/abs/2210.02885, without the paper's epsilon, which adds 9 % at 1280 columns.
+    The paper does not centre; a common offset then hides all other directions.
+    """
+    matrix = center_columns(X) if centered else X.astype(np.float64)
+    singular_values = np.sqrt(_squared_singular_values(matrix))
+    positive = singular_values[singular_values > 0]
+    if positive.size == 0:
+        return float("nan")
+    p = positive / positive.sum()
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def nearest_neighbors(
+    X: Float[np.ndarray, "n d"], k: int
+) -> tuple[Int[np.ndarray, "n k"], Float[np.ndarray, "n k"]]:
+    """Indices and cosine similarities (float32) of the k most similar other images, best first.
+
+    An image is never its own neighbour. Ties go to the smaller index. Equal embeddings are tied
+    exactly, and permuting the images permutes the result up to such ties.
+
+    Raises:
+        ValueError: k exceeds the number of other images.
+    """
+    n = len(X)
+    if not 1 <= k <= n - 1:
+        raise ValueError(f"k must be from 1 to the {n - 1} other images, got {k}")
+    # The last bit of a matrix product depends on the position in the matrix. Products of distinct
+    # rows in sorted order make it a function of the embeddings alone. Adding 0 removes -0.
+    rows = unit_rows(X).astype(np.float32, order="C") + np.float32(0)
+    row_bytes = rows.view(f"V{4 * rows.shape[1]}").ravel()
+    _, first, group = np.unique(row_bytes, return_index=True, return_inverse=True)
+    distinct, order = rows[first], np.argsort(group, kind="stable")
+    neighbors, similarities = np.empty((n, k), np.int64), np.empty((n, k), np.float32)
+    step = max(1, TILE_ENTRIES // n)
+    for start in range(0, n, step):
+        images = order[start : start + step]
+        low, high = group[images[0]], group[images[-1]] + 1
+        tile = (distinct[low:high] @ distinct.T)[group[images] - low][:, group]  # (t, n)
+        tile[np.arange(len(images)), images] = -np.inf
+        neighbors[images], similarities[images] = _largest(tile, k)
+    return neighbors, similarities
+
+
+def _largest(
+    tile: Float[np.ndarray, "t n"], k: int
+) -> tuple[Int[np.ndarray, "t k"], Float[np.ndarray, "t k"]]:
+    """Positions and values of the k largest float32 entries per row, by (-value, position)."""
+    # A partition by value alone drops ties at its border in any order. One integer key holds both:
+    # the float's bits in numeric order above, the position counted backwards below.
+    keys = _ordered_bits((tile + np.float32(0)).view(np.int32)).astype(np.int64) << 32
+    last = tile.shape[1] - 1
+    keys |= last - np.arange(last + 1)
+    keys = np.sort(np.partition(keys, last + 1 - k, axis=1)[:, -k:], axis=1)[:, ::-1]
+    return last - (keys & 0xFFFFFFFF), _ordered_bits((keys >> 32).astype(np.int32)).view(np.float32)
+
+
+def _ordered_bits(bits: Int[np.ndarray, "t n"]) -> Int[np.ndarray, "t n"]:
+    """Map float32 bit patterns to integers of the same order; the map is its own inverse."""
+    return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
+
+
+def precision_at_k(
+    neighbors: Int[np.ndarray, "n m"], labels: Int[np.ndarray, " n"], k: int
+) -> Float[np.ndarray, " n"]:
+    """Share of each image's first k neighbours that have its label, in [0, 1]; higher is better.
+
+    The mean over images is the metric. It depends on n: a smaller gallery lowers it.
+
+    Raises:
+        ValueError: k exceeds the number of neighbours given.
+    """
+    if k > neighbors.shape[1]:
+        raise ValueError(f"k must be at most the {neighbors.shape[1]} neighbours, got {k}")
+    return (labels[neighbors[:, :k]] == labels[:, None]).mean(axis=1)
+
+
+def chance_precision(labels: Int[np.ndarray, " n"]) -> float:
+    """Expected precision of random neighbours, (n_c - 1) / (n - 1) averaged over images."""
+    counts = np.unique(labels, return_counts=True)[1]
+    return float((counts * (counts - 1.0)).sum() / (len(labels) * (len(labels) - 1.0)))
+
+
+def knn_correct(
+    neighbors: Int[np.ndarray, "n m"],
+    similarities: Float[np.ndarray, "n m"],
+    labels: Int[np.ndarray, " n"],
+    k: int = 20,
+    temperature: float = 0.07,
+) -> Bool[np.ndarray, " n"]:
+    """Whether the k neighbours of each image, left out itself, vote for its label.
+
+    The mean is the kNN accuracy. A neighbour's vote weighs exp(similarity / temperature): the rule
+    of DINO's evaluation (Caron et al. 2021, https://arxiv.org/abs/2104.14294). Other rules go by
+    the same name, with weights softmax(s / T) or 1 / distance. Ties go to the lowest label.
+    """
+    classes, codes = np.unique(labels, return_inverse=True)
+    votes = np.zeros((len(neighbors), len(classes)))
+    # exp(s - 1) changes no order and cannot overflow at small temperatures.
+    weights = np.exp((similarities[:, :k].astype(np.float64) - 1.0) / temperature)
+    for rank in range(k):
+        votes[np.arange(len(votes)), codes[neighbors[:, rank]]] += weights[:, rank]
+    return classes[votes.argmax(axis=1)] == labels
+
+
+@dataclass(frozen=True)
+class Hubness:
+    """How unevenly images serve as neighbours: statistics of the number of lists each is in."""
+
+    skew: float  # 0 for even counts, NaN if all are equal
+    maximum: int
+    anti_hub_share: float  # images in no list, in [0, 1]
+
+
+def hubness(neighbors: Int[np.ndarray, "n m"], k: int = 10) -> Hubness:
+    """Skew, maximum and anti-hubs of the k-occurrence counts.
+
+    Radovanović et al. 2010, "Hubs in Space", Journal of Machine Learning Research 11.
+    """
+    counts = np.bincount(neighbors[:, :k].ravel(), minlength=len(neighbors))
+    deviations = counts - counts.mean()
+    variance = np.square(deviations).mean()
+    skew = (deviations**3).mean() / variance**1.5 if variance > 0 else float("nan")
+    return Hubness(float(skew), int(counts.max()), float((counts == 0).mean()))
+
+
+def silhouette_samples(
+    X: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], metric: str = "euclidean"
+) -> Float[np.ndarray, " n"]:
+    """Silhouette of each image in its own class, in [-1, 1]; higher is better.
+
+    As `silhouette_of_subsets` for the one subset of all images.
+    """
+    return silhouette_of_subsets(X, labels, np.ones((1, len(X)), bool), metric)[0]
+
+
+def silhouette_of_subsets(
+    X: Float[np.ndarray, "n d"],
+    labels: Int[np.ndarray, " n"],
+    keep: Bool[np.ndarray, "b n"],
+    metric: str = "euclidean",
+) -> Float[np.ndarray, "b n"]:
+    """Silhouette of each kept image among the kept images alone; NaN for the others.
+
+    (b - a) / max(a, b), with a the mean distance to the rest of the own class and b the smallest
+    mean distance to another class; 0 in a class of one image and where both distances are 0.
+    Rousseeuw 1987, https://doi.org/10.1016/0377-0427(87)90125-7. The metric is "euclidean", or
+    "cosine" for 1 - cosine similarity.
+
+    Raises:
+        ValueError: The metric is unknown or a subset holds fewer than two classes.
+    """
+    class_sums = {"euclidean": _euclidean_class_sums, "cosine": _cosine_class_sums}
+    if metric not in class_sums:
+        raise ValueError(f"unknown metric {metric!r}; choose from: {', '.join(class_sums)}")
+    codes = np.unique(labels, return_inverse=True)[1]
+    onehot = codes[:, None] == np.arange(codes.max() + 1)
+    counts = (onehot.T.astype(np.float64) @ keep.T)[:, None]  # (C, 1, b)
+    if ((counts > 0).sum(axis=0) < 2).any():
+        raise ValueError("a silhouette needs at least 2 classes in every subset, got 1")
+    scores = np.empty(keep.shape[::-1])
+    step = max(1, TILE_ENTRIES // (2 * max(len(X), counts.size)))
+    tiles = [slice(start, start + step) for start in range(0, len(X), step)]
+    for tile, sums in zip(tiles, class_sums[metric](X, codes, keep, tiles), strict=True):
+        scores[tile] = _silhouette(sums, counts, codes[tile])
+    return np.where(keep, scores.T, np.nan)
+
+
+def _silhouette(
+    sums: Float[np.ndarray, "C t b"],
+    counts: Float[np.ndarray, "C 1 b"],
+    codes: Int[np.ndarray, " t"],
+) -> Float[np.ndarray, "t b"]:
+    """Silhouettes from the sums of an image's distances to the kept images of each class."""
+    own = (codes, np.arange(len(codes)))
+    own_counts = counts[codes, 0]
+    inside = sums[own] / np.maximum(own_counts - 1, 1)
+    means = np.divide(sums, counts, out=np.full_like(sums, np.inf), where=counts > 0)
+    means[own] = np.inf
+    outside = means.min(axis=0)
+    larger = np.maximum(inside, outside)
+    defined = (own_counts > 1) & (larger > 0)
+    return np.divide(outside - inside, larger, out=np.zeros_like(larger), where=defined)
+
+
+def _euclidean_class_sums(
+    X: Float[np.ndarray, "n d"],
+    codes: Int[np.ndarray, " n"],
+    keep: Bool[np.ndarray, "b n"],
+    tiles: list[slice],
+) -> Iterator[Float[np.ndarray, "C t b"]]:
+    """Yield, tile by tile, the sums of Euclidean distances to the kept images of each class."""
+    members = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
+    weights = [keep[:, images].T.astype(np.float64) for images in members]
+    # Centring leaves distances as they are and keeps a common offset out of the subtraction below.
+    points = center_columns(X)
+    squares = np.square(points).sum(axis=1)
+    for tile in tiles:
+        distances = squares[tile, None] + squares - 2.0 * (points[tile] @ points.T)
+        np.sqrt(np.maximum(distances, 0.0, out=distances), out=distances)
+        rows = np.arange(len(distances))
+        distances[rows, rows + tile.start] = 0.0
+        yield np.stack([distances[:, i] @ w for i, w in zip(members, weights, strict=True)])
+
+
+def _cosine_class_sums(
+    X: Float[np.ndarray, "n d"],
+    codes: Int[np.ndarray, " n"],
+    keep: Bool[np.ndarray, "b n"],
+    tiles: list[slice],
+) -> Iterator[Float[np.ndarray, "C t b"]]:
+    """Yield the same for cosine distances: a class's sum of 1 - z.z_j is count - z.(sum of z_j)."""
+    Z = unit_rows(X)
+    members = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
+    totals = np.stack([keep[:, i].astype(np.float64) @ Z[i] for i in members])  # (C, b, d)
+    counts = np.stack([keep[:, i].sum(axis=1) for i in members])[:, None]  # (C, 1, b)
+    for tile in tiles:
+        sums = counts - Z[tile] @ totals.transpose(0, 2, 1)
+        # Equal directions leave only rounding error, whose quotient would be any number.
+        yield np.where(sums < 1e-12 * counts, 0.0, sums)

@@ -1,0 +1,260 @@
+"""Train a small I-JEPA from scratch; stop it at any moment, the same command goes on."""
+
+import argparse
+import csv
+import io
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+HELD_OUT = 2000
+"""Training images kept aside to watch the run by; test images play no part."""
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; heavy imports come later so that usage errors are instant."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--output-dir", type=Path, default=Path("runs/mine"), help="a run found there is resumed")
+    add("--epochs", type=int, default=300, help="passes over the training images")
+    add("--dataset", default="cifar10", help="cifar10, or a folder with one sub-folder per class")
+    add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or will be put")
+    add("--batch-size", type=int, default=64, help="images per update")
+    add("--lr", type=float, default=7e-4, help="peak learning rate")
+    add("--embed-dim", type=int, default=192, help="encoder width, a multiple of 64")
+    add("--depth", type=int, default=6, help="encoder blocks")
+    add("--patch-size", type=int, default=4, help="side of a patch in pixels")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="matrix products")
+    add("--seed", type=int, default=0, help="of weights, order, crops and masks")
+    return parser.parse_args(arguments)
+
+
+def load_images(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Training and held-out splits; images of a folder are resized to 32 x 32 once."""
+    import numpy as np
+    import torch
+    from torchvision.transforms.v2 import functional as transforms
+
+    from ijepa.data import balanced_sample, load_split
+    from ijepa.errors import UserError
+
+    split = load_split(args.dataset, args.data_dir, "train", offline=False)
+    held_out = balanced_sample(split, min(HELD_OUT, len(split) // 10), seed=0)
+    rest = split.take(np.setdiff1d(np.arange(len(split)), held_out.indices))
+    if len(rest) < args.batch_size or len(held_out) < 10:
+        raise UserError(
+            f"{len(split)} images are too few for batches of {args.batch_size}",
+            hint="give more images or a smaller --batch-size",
+        )
+
+    def pixels(part: Any) -> Any:
+        if isinstance(part.images, torch.Tensor):
+            return part.images
+        return torch.stack(
+            [transforms.resize(part.images[row], [32, 32]) for row in range(len(part))]
+        )
+
+    return (pixels(rest), pixels(held_out)), held_out.labels
+
+
+def build_config(args: argparse.Namespace) -> Any:
+    """The settings of the run from the flags."""
+    from ijepa.errors import UserError
+    from ijepa.model import ViTConfig
+    from ijepa.training import TrainConfig
+
+    try:
+        vit = ViTConfig(
+            patch_size=args.patch_size,
+            embed_dim=args.embed_dim,
+            depth=args.depth,
+            num_heads=max(args.embed_dim // 64, 1),
+        )
+    except ValueError as error:
+        raise UserError(str(error), hint="change --embed-dim, --depth or --patch-size") from error
+    return TrainConfig(
+        epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed, vit=vit
+    )
+
+
+def git_commit() -> str | None:
+    """The project's commit, marked when files differ from it; None outside a checkout."""
+    result = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return result.stdout.strip() or None
+
+
+class Run:
+    """The folder of one run: resumable state, log, and the checkpoint that others load."""
+
+    def __init__(self, folder: Path, config: Any) -> None:
+        from dataclasses import asdict
+
+        self.folder = folder
+        self.config = config
+        self.settings = asdict(config)
+        self.rows: list[dict[str, float]] = []
+        self.seconds = 0.0
+
+    def resume(self, state: Any) -> None:
+        """Take over a run found in the folder."""
+        from ijepa.checkpoint import read_torch_file
+        from ijepa.errors import UserError
+
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return
+        saved = read_torch_file(path)
+        if saved["settings"] != self.settings:
+            changed = [
+                key for key, value in self.settings.items() if saved["settings"][key] != value
+            ]
+            raise UserError(
+                f"the run in {self.folder} has other settings: {', '.join(changed)}",
+                hint="give the same flags to resume it, or another --output-dir",
+            )
+        state.load_state_dict(saved["state"])
+        self.rows, self.seconds = saved["rows"], saved["seconds"]
+        print(f"resuming {self.folder} after {state.step} updates", file=sys.stderr)
+
+    def save(self, state: Any) -> None:
+        """Write everything that resuming needs."""
+        import torch
+
+        from ijepa.files import write_atomically
+
+        content = {
+            "state": state.state_dict(),
+            "settings": self.settings,
+            "rows": self.rows,
+            "seconds": self.seconds,
+        }
+        write_atomically(self.folder / "state.pt", lambda file: torch.save(content, file))
+
+    def publish(self, state: Any, provenance: dict[str, Any]) -> None:
+        """Write the log and the checkpoint of the epochs finished so far."""
+        from ijepa.checkpoint import save_checkpoint
+        from ijepa.files import write_text
+
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.folder / "training_log.csv", text.getvalue())
+        training = {
+            "epochs": len(self.rows),
+            "planned_epochs": self.config.epochs,
+            "seconds": self.seconds,
+            "settings": self.settings,
+            **provenance,
+        }
+        encoders = {"target": state.target_encoder, "context": state.context_encoder}
+        save_checkpoint(
+            self.folder / "checkpoint_latest.pt", self.config.vit, encoders, (0.5, 0.5), training
+        )
+
+
+def train_run(args: argparse.Namespace) -> int:
+    """Load, resume, train, save; the exit code."""
+    import torch
+    from tqdm import tqdm
+
+    from ijepa.devices import choose_device, choose_dtype
+    from ijepa.errors import UserError
+    from ijepa.training import evaluate, init_state, train
+
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+    config = build_config(args)
+    (images, held_out), labels = load_images(args)
+    images, held_out = images.to(device), held_out.to(device)
+    state = init_state(config, device)
+    run = Run(args.output_dir, config)
+    run.resume(state)
+    provenance = {
+        "dataset": args.dataset,
+        "num_images": len(images),
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "git_commit": git_commit(),
+        "command": " ".join(["python", "scripts/train_ijepa.py", *sys.argv[1:]]),
+    }
+
+    stop: list[int] = []
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, lambda number, _: stop.append(number))
+    total = config.epochs * (len(images) // config.batch_size)
+    bar = tqdm(
+        total=total * config.batch_size,
+        initial=state.step * config.batch_size,
+        unit="img",
+        unit_scale=True,
+        mininterval=5,
+        disable=None,
+    )
+    began = time.monotonic()
+    try:
+        for log in train(state, config, images, dtype):
+            bar.update(config.batch_size)
+            bar.set_description(
+                f"epoch {log.epoch}/{config.epochs} loss {log.mean_loss:.4f}", False
+            )
+            if log.end_of_epoch:
+                run.seconds += time.monotonic() - began
+                row = {
+                    "epoch": log.epoch,
+                    "loss": log.mean_loss,
+                    "lr": log.lr,
+                    "momentum": log.momentum,
+                    "weight_decay": log.weight_decay,
+                    **evaluate(state.target_encoder, held_out, labels, dtype),
+                    "seconds": time.monotonic() - began,
+                }
+                run.rows.append({key: float(f"{value:.6g}") for key, value in row.items()})
+                began = time.monotonic()
+                run.save(state)
+                run.publish(state, provenance)
+                print(" ".join(f"{k}={v:.6g}" for k, v in row.items()), file=sys.stderr, flush=True)
+            if stop:
+                run.seconds += time.monotonic() - began
+                run.save(state)
+                print(f"stopped and saved after {state.step} updates", file=sys.stderr)
+                return 130
+    except FloatingPointError as error:
+        raise UserError(
+            f"{error}; the last saved state is kept", hint="try a lower --lr or --dtype float32"
+        ) from error
+    finally:
+        bar.close()
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train; 0 done, 1 a mistake the user can mend, 130 stopped by a signal and saved."""
+    args = parse_arguments(arguments)
+    from ijepa.errors import UserError
+
+    try:
+        return train_run(args)
+    except UserError as error:
+        print(f"error: {error.problem}\nhint: {error.hint}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
