@@ -1,16 +1,18 @@
-"""Checkpoints: our format, the authors' released one, and export to Hugging Face's IJepaModel.
+"""Checkpoints: our own format and the one of the authors' released encoders.
 
 Ours is a ``torch.save`` of plain numbers, strings and tensors: architecture, preprocessing and
 provenance travel with the weights, so no flag has to repeat them. Everything is read with
-``weights_only=True``: a file can never run code.
+``weights_only=True``: a file can never run code. Every field is checked before it is used.
 """
 
-import json
 import pickle
 import re
+import reprlib
+import struct
+import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,22 @@ import torch
 from torch import Tensor
 
 from ijepa.errors import UserError
-from ijepa.files import write_atomically, write_text
-from ijepa.model import LAYER_NORM_EPS, VisionTransformer, ViTConfig
+from ijepa.files import write_atomically
+from ijepa.model import VisionTransformer, ViTConfig
 
 FORMAT = "ijepa-compare/1"
 WEIGHTS = ("target", "context")
 # Statistics of ImageNet's pixels, which the authors' released encoders were trained with.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Head width 64 but for the huge and giant sizes (Assran et al. 2023, appendix A.1; Zhai et al.
-# 2022, table 2): the files do not tell it.
-NUM_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
+# Width to attention heads in the authors' code, up to ViT-G: the files do not tell the heads.
+NUM_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
+# Above these a size is a damaged number, not a Vision Transformer; nothing of it is built.
+LARGEST_SIZE, LARGEST_DEPTH = 2**16, 2**10
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What torch.load raises on damaged files, found by flipping, cutting and inventing bytes.
+DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError)
+ALSO_DAMAGED = (pickle.UnpicklingError, AssertionError, OverflowError, MemoryError, struct.error)
+EXPECTED = "expected a file of scripts/train_ijepa.py or an I-JEPA checkpoint of its authors"
 
 StateDict = dict[str, Tensor]
 
@@ -82,6 +90,8 @@ def save_checkpoint(
 def read_torch_file(path: Path) -> Any:
     """Read tensors and plain data; code in the file is refused, never run.
 
+    Tensors stay on the disk until they are used, so a large file's optimizer state costs nothing.
+
     Raises:
         UserError: If the file is missing, truncated, of another kind, or holds code.
     """
@@ -90,16 +100,21 @@ def read_torch_file(path: Path) -> Any:
             f"no checkpoint at {path}", hint="check the path, or train one: scripts/train_ijepa.py"
         )
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        with warnings.catch_warnings():
+            # Of unusual pickles, which either load or end below.
+            warnings.simplefilter("ignore")
+            return torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except (*DAMAGED, *ALSO_DAMAGED) as error:
+        if forbidden := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"{path} holds code or objects ({forbidden[1]}) and was not loaded",
+                hint="use a checkpoint of tensors and plain data alone; code is never run",
+            ) from error
         raise UserError(
-            f"{path} holds something else than tensors and plain data and was not loaded",
-            hint="use a checkpoint of weights alone from a source you trust; code is never run",
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path} is not a readable PyTorch file: {str(error).splitlines()[0]}",
-            hint="it may be truncated: copy or download it again",
+            f"{path} is not a readable PyTorch file ({type(error).__name__})",
+            hint="it may be truncated or of another kind: copy or download it again",
         ) from error
 
 
@@ -116,177 +131,182 @@ def load_checkpoint(path: Path, weights: str = "target") -> Checkpoint:
     content = read_torch_file(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint", hint=EXPECTED)
-    if content.get("format") == FORMAT:
-        checkpoint = from_own(content, weights, path)
-    elif "encoder" in content or "target_encoder" in content:
-        checkpoint = from_reference(content, weights, path)
-    else:
-        raise UserError(
-            f"{path} has none of the keys 'format', 'encoder', 'target_encoder'", hint=EXPECTED
-        )
-    check_weights(checkpoint, path)
+    try:
+        if content.get("format") == FORMAT:
+            checkpoint = from_own(content, weights)
+        elif "encoder" in content or "target_encoder" in content:
+            checkpoint = from_reference(content, weights)
+        else:
+            raise ValueError("it has none of the keys 'format', 'encoder', 'target_encoder'")
+        check_weights(checkpoint)
+    except KeyError as error:
+        raise UserError(f"{path} lacks the entry {error}", hint=EXPECTED) from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"cannot use {path}: {error}", hint=EXPECTED) from error
     return checkpoint
 
 
-EXPECTED = "expected a file of scripts/train_ijepa.py or an I-JEPA checkpoint of its authors"
-
-
-def from_own(content: dict[str, Any], weights: str, path: Path) -> Checkpoint:
-    """Interpret our own format."""
-    try:
-        encoders, preprocessing = content["weights"], content["preprocessing"]
-        config = ViTConfig(**content["architecture"])
-        training = dict(content["training"])
-        mean, std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
-        available = sorted(encoders)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path} is incomplete: {error}", hint="write it again with scripts/train_ijepa.py"
-        ) from error
-    if weights not in encoders:
-        raise missing_weights(weights, available, path)
+def from_own(content: dict[str, Any], weights: str) -> Checkpoint:
+    """Interpret our own format; KeyError, TypeError or ValueError say what is wrong."""
+    encoders = check_mapping("weights", content["weights"])
+    preprocessing = check_mapping("preprocessing", content["preprocessing"])
+    training = check_mapping("training", content["training"])
+    check_epochs("planned_epochs", training.get("planned_epochs"))
     return Checkpoint(
-        config, dict(encoders[weights]), weights, mean, std, training.get("epochs"), training
-    )
-
-
-def from_reference(content: dict[str, Any], weights: str, path: Path) -> Checkpoint:
-    """Interpret a ``.pth.tar`` of facebookresearch/ijepa: sizes are read off the tensors."""
-    keys = {"target": "target_encoder", "context": "encoder"}
-    if keys[weights] not in content:
-        raise missing_weights(weights, [w for w in WEIGHTS if keys[w] in content], path)
-    raw = content[keys[weights]]
-    if not isinstance(raw, Mapping) or not all(isinstance(v, Tensor) for v in raw.values()):
-        raise UserError(f"{keys[weights]!r} in {path} is not a set of tensors", hint=EXPECTED)
-    # DistributedDataParallel puts `module.` before every name.
-    state_dict = {name.removeprefix("module."): value for name, value in raw.items()}
-    training = {"epochs": content.get("epoch"), "source": "facebookresearch/ijepa"}
-    return Checkpoint(
-        infer_config(state_dict, path),
-        state_dict,
+        read_config(check_mapping("architecture", content["architecture"])),
+        check_mapping(f"the {weights} encoder", pick_weights(encoders, weights, WEIGHTS)),
         weights,
-        IMAGENET_MEAN,
-        IMAGENET_STD,
-        content.get("epoch"),
+        read_channels("mean", preprocessing["mean"]),
+        read_channels("std", preprocessing["std"]),
+        check_epochs("epochs", training["epochs"]),
         training,
     )
 
 
-def infer_config(state_dict: StateDict, path: Path) -> ViTConfig:
-    """Read the architecture off the shapes of the tensors; heads follow from the known widths."""
-    depth = len({m[1] for name in state_dict if (m := re.match(r"blocks\.(\d+)\.", name))})
-    try:
-        embed_dim, _, patch_size, _ = state_dict["patch_embed.proj.weight"].shape
-        num_patches = state_dict["pos_embed"].shape[1]
-        hidden_dim = state_dict["blocks.0.mlp.fc1.weight"].shape[0]
-    except (KeyError, ValueError, IndexError) as error:
-        raise UserError(f"{path} has no usable tensor {error}", hint=EXPECTED) from error
-    if embed_dim not in NUM_HEADS:
+def from_reference(content: dict[str, Any], weights: str) -> Checkpoint:
+    """Interpret a ``.pth.tar`` of facebookresearch/ijepa: sizes are read off the tensors."""
+    raw = pick_weights(content, weights, ("target_encoder", "encoder"))
+    # DistributedDataParallel puts `module.` before every name.
+    state_dict = {
+        str(name).removeprefix("module."): value
+        for name, value in check_mapping(f"the {weights} encoder", raw).items()
+    }
+    epochs = check_epochs("epoch", content.get("epoch"))
+    return Checkpoint(
+        infer_config(state_dict),
+        state_dict,
+        weights,
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        epochs,
+        {"epochs": epochs, "source": "facebookresearch/ijepa"},
+    )
+
+
+def pick_weights(encoders: Mapping[str, Any], weights: str, keys: tuple[str, str]) -> Any:
+    """The encoder called `weights`; `keys` are this file's words for target and context."""
+    words = dict(zip(WEIGHTS, keys, strict=True))
+    if words[weights] not in encoders:
+        available = [which for which in WEIGHTS if words[which] in encoders]
         raise UserError(
-            f"{path} does not tell its number of attention heads and width {embed_dim} is unknown",
-            hint=f"known widths: {', '.join(map(str, NUM_HEADS))}; or save it in our own format",
+            f"the checkpoint has no {weights} encoder",
+            hint=f"choose --local-weights {available[0]}" if available else EXPECTED,
         )
-    image_size = round(num_patches**0.5) * patch_size
-    return ViTConfig(
-        image_size, patch_size, embed_dim, depth, NUM_HEADS[embed_dim], hidden_dim / embed_dim
+    return encoders[words[weights]]
+
+
+def check_mapping(name: str, value: Any) -> dict[str, Any]:
+    """The value, if it is a dictionary with names as keys."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f"{name} must be a dictionary, got {reprlib.repr(value)}")
+    return value
+
+
+def check_size(name: str, value: Any) -> int:
+    """The value, if it is a whole number that a Vision Transformer may have."""
+    largest = LARGEST_DEPTH if name in ("depth", "num_hidden_layers") else LARGEST_SIZE
+    if type(value) is not int or not 1 <= value <= largest:
+        raise ValueError(
+            f"{name} must be a whole number from 1 to {largest}, got {reprlib.repr(value)}"
+        )
+    return value
+
+
+def check_epochs(name: str, value: Any) -> int | None:
+    """The value, if it is a number of epochs or None."""
+    if value is not None and (type(value) is not int or value < 0):
+        raise ValueError(f"{name} must be a whole number from 0, got {reprlib.repr(value)}")
+    return value
+
+
+def read_config(sizes: dict[str, Any]) -> ViTConfig:
+    """The architecture with these sizes, all of which must be given."""
+    names = [field.name for field in fields(ViTConfig)]
+    if set(sizes) != set(names):
+        raise ValueError(f"architecture must have {', '.join(names)}; got {', '.join(sizes)}")
+    for name in names:
+        if name != "mlp_ratio":
+            check_size(name, sizes[name])
+    ratio = sizes["mlp_ratio"]
+    if type(ratio) not in (int, float) or not 1 / sizes["embed_dim"] <= ratio <= LARGEST_SIZE:
+        raise ValueError(f"mlp_ratio must be a positive number, got {reprlib.repr(ratio)}")
+    return ViTConfig(**{**sizes, "mlp_ratio": float(ratio)})
+
+
+def read_channels(name: str, values: Any) -> tuple[float, ...]:
+    """Three numbers, one per colour channel; a `std` must be positive."""
+    lowest = 1e-6 if name == "std" else -1e6
+    if (
+        not isinstance(values, list | tuple)
+        or len(values) != 3
+        or not all(type(value) in (int, float) and lowest <= value <= 1e6 for value in values)
+    ):
+        raise ValueError(f"{name} must be three finite numbers, got {reprlib.repr(values)}")
+    return tuple(float(value) for value in values)
+
+
+def count_blocks(state_dict: Mapping[str, Any]) -> int:
+    """How many Transformer blocks the names speak of."""
+    return len({found[1] for name in state_dict if (found := re.match(r"blocks\.(\d+)\.", name))})
+
+
+def infer_config(state_dict: StateDict) -> ViTConfig:
+    """Read the architecture off the shapes of the tensors; heads follow from the known widths."""
+    width, _, patch_size, _ = shape_of(state_dict, "patch_embed.proj.weight", 4)
+    _, num_patches, _ = shape_of(state_dict, "pos_embed", 3)
+    hidden_dim, _ = shape_of(state_dict, "blocks.0.mlp.fc1.weight", 2)
+    if width not in NUM_HEADS:
+        raise ValueError(
+            f"it does not tell its number of attention heads, and for width {width} it is not "
+            f"known (only for {', '.join(map(str, NUM_HEADS))}); save it in our own format"
+        )
+    return read_config(
+        {
+            "image_size": round(num_patches**0.5) * patch_size,
+            "patch_size": patch_size,
+            "embed_dim": width,
+            "depth": count_blocks(state_dict),
+            "num_heads": NUM_HEADS[width],
+            "mlp_ratio": hidden_dim / width,
+        }
     )
 
 
-def missing_weights(weights: str, available: list[str], path: Path) -> UserError:
-    """The error for an encoder that a file does not hold."""
-    return UserError(
-        f"{path} has no {weights} encoder",
-        hint=f"it has: {', '.join(available) or 'none'}; pass --local-weights",
-    )
+def shape_of(state_dict: StateDict, name: str, num_dimensions: int) -> tuple[int, ...]:
+    """The shape of a tensor, which must have that many dimensions."""
+    value = state_dict[name]
+    if not isinstance(value, Tensor) or value.ndim != num_dimensions:
+        raise ValueError(f"{name} must be a tensor with {num_dimensions} dimensions")
+    return tuple(value.shape)
 
 
-def check_weights(checkpoint: Checkpoint, path: Path) -> None:
+def check_weights(checkpoint: Checkpoint) -> None:
     """Compare names and shapes with the architecture before anything large is built.
 
     Raises:
-        UserError: Naming the first tensor that is missing, unknown, misshapen or not finite.
+        ValueError: Naming the first tensor that is missing, unknown, misshapen or not finite.
     """
+    found, depth = checkpoint.state_dict, checkpoint.config.depth
+    if (blocks := count_blocks(found)) != depth:
+        raise ValueError(f"its architecture says depth {depth}, its weights have {blocks} blocks")
     with torch.device("meta"):
         expected = VisionTransformer(checkpoint.config).state_dict()
-    found = checkpoint.state_dict
-    again = "the file does not fit its own architecture; write or download it again"
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
-            raise UserError(f"{path} lacks the tensor {name!r}", hint=again)
+            raise ValueError(f"it lacks the tensor {name!r}")
         if name not in expected:
-            raise UserError(f"{path} has an unknown tensor {name!r}", hint=again)
-        if found[name].shape != expected[name].shape:
-            raise UserError(
-                f"tensor {name!r} in {path} has shape {tuple(found[name].shape)}, "
-                f"expected {tuple(expected[name].shape)}",
-                hint=again,
-            )
-        if not found[name].isfinite().all():
-            raise UserError(f"tensor {name!r} in {path} has NaN or infinite values", hint=again)
+            raise ValueError(f"it has an unknown tensor {name!r}")
+        check_tensor(name, found[name], expected[name].shape)
 
 
-def to_huggingface(state_dict: StateDict) -> StateDict:
-    """Rename the encoder's tensors to those of transformers' IJepaModel; q, k and v are split."""
-    renamed: StateDict = {}
-    for name, value in state_dict.items():
-        if ".attn.qkv." in name:
-            for letter, part in zip("qkv", value.chunk(3), strict=True):
-                target = name.replace("attn.qkv", f"attention.{letter}_proj")
-                renamed[target.replace("blocks.", "layers.")] = part.contiguous()
-            continue
-        for ours, theirs in HUGGINGFACE_NAMES:
-            name = re.sub(ours, theirs, name)
-        renamed[name] = value
-    return renamed
-
-
-HUGGINGFACE_NAMES = (
-    (r"^patch_embed\.proj", "embeddings.patch_embeddings.projection"),
-    (r"^pos_embed", "embeddings.position_embeddings"),
-    (r"^blocks\.", "layers."),
-    (r"\.norm1\.", ".layernorm_before."),
-    (r"\.norm2\.", ".layernorm_after."),
-    (r"\.attn\.proj\.", ".attention.o_proj."),
-    (r"^norm\.", "layernorm."),
-)
-
-
-def export_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write a directory that ``IJepaModel.from_pretrained`` and ``AutoImageProcessor`` load.
-
-    Weights keep the precision they are stored in; the configuration asks for float32 arithmetic.
-    """
-    import safetensors.torch
-    from transformers import IJepaConfig, ViTImageProcessor
-
-    config = checkpoint.config
-    hf_config = IJepaConfig(
-        hidden_size=config.embed_dim,
-        num_hidden_layers=config.depth,
-        num_attention_heads=config.num_heads,
-        intermediate_size=int(config.embed_dim * config.mlp_ratio),
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-        layer_norm_eps=LAYER_NORM_EPS,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        dtype="float32",
-        architectures=["IJepaModel"],
-    )
-    size = {"height": config.image_size, "width": config.image_size}
-    processor = ViTImageProcessor(
-        size=size, image_mean=list(checkpoint.mean), image_std=list(checkpoint.std)
-    )
-    tensors = to_huggingface(checkpoint.state_dict)
-    tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
-    write_atomically(
-        folder / "model.safetensors",
-        lambda file: file.write(safetensors.torch.save(tensors, metadata={"format": "pt"})),
-    )
-    write_text(folder / "config.json", hf_config.to_json_string())
-    described = {
-        key: value
-        for key, value in json.loads(processor.to_json_string()).items()
-        if value is not None
-    }
-    write_text(folder / "preprocessor_config.json", json.dumps(described, indent=2) + "\n")
+def check_tensor(name: str, value: Any, shape: torch.Size) -> None:
+    """One tensor: dense, of floating-point numbers, of this shape, finite and really stored."""
+    dense = isinstance(value, Tensor) and value.layout == torch.strided
+    if not dense or value.dtype not in FLOAT_DTYPES or value.device.type != "cpu":
+        raise ValueError(f"{name!r} is not a dense floating-point tensor")
+    if value.shape != shape:
+        raise ValueError(f"tensor {name!r} has shape {tuple(value.shape)}, expected {tuple(shape)}")
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise ValueError(f"tensor {name!r} has fewer numbers stored than its shape needs")
+    if not value.isfinite().all():
+        raise ValueError(f"tensor {name!r} has NaN or infinite values")

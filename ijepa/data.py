@@ -151,7 +151,11 @@ def load_folder(folder: Path, data_dir: Path, split: str, offline: bool) -> Spli
         path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
     )
     files = [
-        sorted(path for path in one.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        sorted(
+            path
+            for path in one.iterdir()
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+        )
         for one in classes
     ]
     if len(classes) < 2:

@@ -18,10 +18,11 @@ def choose_device(name: str) -> torch.device:
     }
     if name == "auto":
         name = next(kind for kind, present in available.items() if present)
-    kind, _, number = name.partition(":")
-    present = available.get(kind, False) and (not number or number.isdecimal())
-    if kind == "cuda" and present and number:
-        present = int(number) < torch.cuda.device_count()
+    kind, colon, number = name.partition(":")
+    present = available.get(kind, False)
+    if colon:
+        count = torch.cuda.device_count() if kind == "cuda" else 1
+        present = present and number in map(str, range(count))
     if not present:
         known = ", ".join(kind for kind, here in available.items() if here)
         raise UserError(f"device {name!r} is not available", hint=f"choose auto or one of: {known}")

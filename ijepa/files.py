@@ -32,14 +32,35 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
         temporary = None
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        # torch.save hides the error of a full disk behind a RuntimeError of its own.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}",
+            f"cannot write {path}: {cause.strerror or cause}",
             hint="check that the folder exists, is writable and has space left",
         ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder and see that files can be put there, before any long work begins.
+
+    Raises:
+        UserError: If it is a file, or cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror or error}",
+            hint="give a folder that can be written",
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

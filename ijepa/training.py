@@ -183,8 +183,9 @@ def spread_loss(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
     https://arxiv.org/abs/2105.04906) with target deviation 1 and covariance weight 0.04.
     """
     centered = embeddings - embeddings.mean(dim=0)
-    deviation = (centered.square().sum(dim=0) / (len(embeddings) - 1) + 1e-4).sqrt()
-    covariance = centered.T @ centered / (len(embeddings) - 1)
+    freedom = max(len(embeddings) - 1, 1)  # a single image has no spread, but a loss all the same
+    deviation = (centered.square().sum(dim=0) / freedom + 1e-4).sqrt()
+    covariance = centered.T @ centered / freedom
     off_diagonal = covariance.square().sum() - covariance.diagonal().square().sum()
     return F.relu(1 - deviation).mean() + 0.04 * off_diagonal / embeddings.shape[1]
 

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import io
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,18 +25,34 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--output-dir", type=Path, default=Path("runs/mine"), help="a run found there is resumed")
-    add("--epochs", type=int, default=300, help="passes over the training images")
+    add("--epochs", type=positive, default=300, help="passes over the training images")
     add("--dataset", default="cifar10", help="cifar10, or a folder with one sub-folder per class")
     add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or will be put")
-    add("--batch-size", type=int, default=64, help="images per update")
+    add("--batch-size", type=positive, default=64, help="images per update")
     add("--lr", type=float, default=7e-4, help="peak learning rate")
     add("--embed-dim", type=int, default=192, help="encoder width, a multiple of 64")
     add("--depth", type=int, default=6, help="encoder blocks")
     add("--patch-size", type=int, default=4, help="side of a patch in pixels")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="matrix products")
-    add("--seed", type=int, default=0, help="of weights, order, crops and masks")
+    add("--seed", type=natural, default=0, help="of weights, order, crops and masks")
     return parser.parse_args(arguments)
+
+
+def natural(text: str) -> int:
+    """Parse a whole number from 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
+
+
+def positive(text: str) -> int:
+    """Parse a whole number from 1."""
+    value = natural(text)
+    if not value:
+        raise argparse.ArgumentTypeError("must be at least 1, got 0")
+    return value
 
 
 def load_images(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -68,7 +85,10 @@ def load_images(args: argparse.Namespace) -> tuple[Any, Any]:
 
 def build_config(args: argparse.Namespace) -> Any:
     """The settings of the run from the flags."""
+    import torch
+
     from ijepa.errors import UserError
+    from ijepa.masking import sample_masks
     from ijepa.model import ViTConfig
     from ijepa.training import TrainConfig
 
@@ -79,22 +99,28 @@ def build_config(args: argparse.Namespace) -> Any:
             depth=args.depth,
             num_heads=max(args.embed_dim // 64, 1),
         )
+        config = TrainConfig(
+            epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed, vit=vit
+        )
+        # Large patches make a grid without room for the blocks: say so before loading images.
+        sample_masks(config.mask, vit.grid_size, 1, config.seed, torch.device("cpu"))
     except ValueError as error:
         raise UserError(str(error), hint="change --embed-dim, --depth or --patch-size") from error
-    return TrainConfig(
-        epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed, vit=vit
-    )
+    return config
 
 
 def git_commit() -> str | None:
-    """The project's commit, marked when files differ from it; None outside a checkout."""
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """The project's commit, marked when files differ from it; None without git or a checkout."""
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return None
     return result.stdout.strip() or None
 
 
@@ -175,11 +201,13 @@ def train_run(args: argparse.Namespace) -> int:
 
     from ijepa.devices import choose_device, choose_dtype
     from ijepa.errors import UserError
+    from ijepa.files import check_folder
     from ijepa.training import evaluate, init_state, train
 
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     config = build_config(args)
+    check_folder(args.output_dir)
     (images, held_out), labels = load_images(args)
     images, held_out = images.to(device), held_out.to(device)
     state = init_state(config, device)
@@ -192,7 +220,7 @@ def train_run(args: argparse.Namespace) -> int:
         "dtype": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "git_commit": git_commit(),
-        "command": " ".join(["python", "scripts/train_ijepa.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "scripts/train_ijepa.py", *sys.argv[1:]]),
     }
 
     stop: list[int] = []
@@ -227,8 +255,9 @@ def train_run(args: argparse.Namespace) -> int:
                 }
                 run.rows.append({key: float(f"{value:.6g}") for key, value in row.items()})
                 began = time.monotonic()
-                run.save(state)
+                # In this order: a kill in between repeats the epoch, never leaves out a checkpoint.
                 run.publish(state, provenance)
+                run.save(state)
                 print(" ".join(f"{k}={v:.6g}" for k, v in row.items()), file=sys.stderr, flush=True)
             if stop:
                 run.seconds += time.monotonic() - began
@@ -254,6 +283,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error.problem}\nhint: {error.hint}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before training began; later a signal stops and saves
+        print("stopped before the first update", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

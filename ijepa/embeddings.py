@@ -1,0 +1,111 @@
+"""Extraction: the border between tensors and arrays, with a cache that survives interruption."""
+
+import hashlib
+import json
+import time
+import zipfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from ijepa.data import Split
+from ijepa.encoders import FrozenEncoder
+from ijepa.files import write_atomically
+
+CHUNK = 128
+"""Images per cache file: at most this many are computed again after an interruption."""
+
+Progress = Callable[..., AbstractContextManager[Any]]
+"""Makes a progress bar like `tqdm(total=..., initial=..., desc=...)`."""
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """One model's embeddings of a split, row by row."""
+
+    values: Float[np.ndarray, "n d"]
+    images_per_second: float | None
+    """Of what was computed in this run; None when nothing was."""
+    from_cache: bool
+    """True when every row came from the cache."""
+
+
+def cache_folder(root: Path, encoder: FrozenEncoder, split_hash: str) -> Path:
+    """Where the chunks of this encoder on these images lie: weights, preprocessing and images."""
+    key = hashlib.sha256(json.dumps([encoder.key, split_hash]).encode()).hexdigest()
+    return root / f"{encoder.name}-{key[:16]}"
+
+
+def extract(
+    encoder: FrozenEncoder,
+    split: Split,
+    batch_size: int,
+    cache: Path | None,
+    progress: Progress,
+) -> Embeddings:
+    """Embed every image of the split in order.
+
+    Args:
+        encoder: What to embed with.
+        split: The images.
+        batch_size: Images per forward pass; does not change the result.
+        cache: Folder for finished chunks, which are read instead of computed; None for no cache.
+        progress: See `Progress`.
+    """
+    chunks: list[np.ndarray] = []
+    computed, seconds = 0, 0.0
+    with progress(total=len(split), desc=encoder.name) as bar:
+        for start in range(0, len(split), CHUNK):
+            rows = range(start, min(start + CHUNK, len(split)))
+            file = cache / f"{start:09d}.npz" if cache else None
+            values = read_chunk(file, len(rows), encoder.embed_dim) if file else None
+            if values is None:
+                began = time.perf_counter()
+                values = embed_rows(encoder, split, rows, batch_size)
+                seconds += time.perf_counter() - began
+                computed += len(rows)
+                if file:
+                    write_chunk(file, values)
+            chunks.append(values)
+            bar.update(len(rows))
+    return Embeddings(
+        np.concatenate(chunks), computed / seconds if computed else None, not computed
+    )
+
+
+def embed_rows(
+    encoder: FrozenEncoder, split: Split, rows: range, batch_size: int
+) -> Float[np.ndarray, "b d"]:
+    """Embed some rows of the split in batches."""
+    parts = [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
+    return np.concatenate(
+        [encoder.embed([split.images[row] for row in part]).numpy() for part in parts]
+    )
+
+
+def write_chunk(file: Path, values: Float[np.ndarray, "b d"]) -> None:
+    """Store one chunk; the zip format checks its bytes on reading."""
+    write_atomically(file, lambda opened: np.savez(opened, embeddings=values))
+
+
+def read_chunk(file: Path, num_rows: int, embed_dim: int) -> Float[np.ndarray, "b d"] | None:
+    """A finished chunk, or None if there is none or it is damaged."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            values = arrays["embeddings"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    return values if values.shape == (num_rows, embed_dim) else None
+
+
+def save_embeddings(path: Path, values: Float[np.ndarray, "n d"], split: Split) -> None:
+    """Write `embeddings` (float32), `indices` and `labels` as one npz without pickles."""
+    write_atomically(
+        path,
+        lambda file: np.savez(file, embeddings=values, indices=split.indices, labels=split.labels),
+    )

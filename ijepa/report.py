@@ -1,0 +1,259 @@
+"""Write what a run found: figures, tables, `report.md`, and `metrics.json` last of all.
+
+`metrics.json` follows schema version 1, only ever added to: fractions in [0, 1], null where
+a number is not defined, with an entry in `caveats` saying which.
+"""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.figure import Figure
+
+from ijepa import plots
+from ijepa.comparison import Comparison
+from ijepa.data import Split
+from ijepa.files import sha256, write_atomically, write_text
+from ijepa.narrative import markdown, summary
+
+SCHEMA_VERSION = 1
+MAX_POINTS = 5000
+"""Images in a t-SNE map at most; beyond that it takes minutes and shows a blot."""
+MAX_QUERIES = 10
+NUM_DISAGREEMENTS = 4
+"""Queries shown in each direction of disagreement."""
+
+Figures = Iterator[tuple[str, Figure]]
+
+
+def project(comparison: Comparison, seed: int) -> dict[str, plots.TsneProjection]:
+    """A t-SNE map of each model's embeddings, of at most `MAX_POINTS` images, for display only."""
+    rows = shown_rows(comparison, seed)
+    return {
+        name: plots.project_tsne(analysis.embeddings[rows], seed)
+        for name, analysis in comparison.analyses.items()
+    }
+
+
+def shown_rows(comparison: Comparison, seed: int) -> Int[np.ndarray, " m"]:
+    """The images on the maps: all of them, or a seeded sample in order."""
+    n = len(comparison.analyses["local"].labels)
+    if n <= MAX_POINTS:
+        return np.arange(n)
+    return np.sort(np.random.default_rng(seed).choice(n, MAX_POINTS, replace=False))
+
+
+def draw(
+    comparison: Comparison, maps: Mapping[str, plots.TsneProjection], split: Split, seed: int
+) -> Figures:
+    """Every figure of the report with its file name; a new one is a line here."""
+    labels, classes = split.labels, split.classes
+    where = f"{split.name} {split.split}, n = {len(split)}"
+    embeddings = {name: a.embeddings for name, a in comparison.analyses.items()}
+    pca = {name: plots.project_pca(X, 2) for name, X in embeddings.items()}
+    caption = plots.Caption
+    rows = shown_rows(comparison, seed)
+    shown = "" if len(rows) == len(split) else f" {len(rows)} images shown."
+
+    perplexity = next(iter(maps.values())).perplexity
+    how = f"L2-normalised, PCA to 50, perplexity {perplexity:.0f}, seed {seed}.{shown}"
+    title = f"t-SNE of the embeddings: {where}"
+    yield "tsne_comparison.png", plots.plot_tsne(maps, labels[rows], classes, caption(title, how))
+
+    title = f"Principal components: {where}"
+    how = "Centred, not standardised; each component's largest loading is positive."
+    yield "pca_comparison.png", plots.plot_pca(pca, labels, classes, caption(title, how))
+
+    title = f"Cosine similarity of class means: {where}"
+    how = "Raw: class means as they are. Centred: minus the mean of all images."
+    yield (
+        "similarity_matrices.png",
+        plots.plot_similarity_matrices(embeddings, labels, classes, caption(title, how)),
+    )
+
+    title = f"Explained variance: {where}"
+    how = "Share of the total variance; marks at 10 and 50 components."
+    yield "variance_explained.png", plots.plot_variance_explained(pca, caption(title, how))
+
+    title = f"Nearest neighbours: {where}"
+    how = f"Queries drawn by seed {seed}, one of each class (at most {MAX_QUERIES})."
+    queries = draw_queries(labels, seed)
+    yield "nn_queries.png", draw_neighbors(comparison, queries, split, caption(title, how))
+
+    queries = disagreements(comparison, seed)
+    if len(queries):
+        title = f"Where precision@5 differs most, in both directions: {where}"
+        how = (
+            f"At most {NUM_DISAGREEMENTS} queries each way, ties in an order drawn by seed {seed}."
+        )
+        yield "nn_disagreement.png", draw_neighbors(comparison, queries, split, caption(title, how))
+
+
+def draw_queries(labels: Int[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " q"]:
+    """One image of each of the first classes, by the seed and never by its result."""
+    rng = np.random.default_rng(seed)
+    present = np.unique(labels)[:MAX_QUERIES]
+    return np.array([rng.choice(np.flatnonzero(labels == label)) for label in present])
+
+
+def disagreements(comparison: Comparison, seed: int) -> Int[np.ndarray, " q"]:
+    """The images whose P@5 differs most: first where hf is better, then where local is."""
+    if len(comparison.analyses) < 2:
+        return np.array([], dtype=np.int64)
+    local, hf = (comparison.analyses[name].precisions(5) for name in ("local", "hf"))
+    order = np.random.default_rng(seed).permutation(len(local))
+    chosen = []
+    for gain in (hf - local, local - hf):
+        best = order[np.argsort(-gain[order], kind="stable")][:NUM_DISAGREEMENTS]
+        chosen += [row for row in best if gain[row] > 0]
+    return np.array(chosen, dtype=np.int64)
+
+
+def draw_neighbors(
+    comparison: Comparison, queries: Int[np.ndarray, " q"], split: Split, caption: plots.Caption
+) -> Figure:
+    """The five nearest images of each query in each model."""
+    found = {
+        name: plots.Neighbors(a.lists.neighbors[queries, :5], a.lists.similarities[queries, :5])
+        for name, a in comparison.analyses.items()
+    }
+    return plots.plot_neighbors(
+        found,
+        queries,
+        split.labels,
+        split.classes,
+        lambda row: split.images[row].numpy(),
+        caption,
+    )
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a PNG; the same figure gives the same bytes."""
+    write_atomically(
+        path,
+        lambda file: figure.savefig(file, format="png", metadata={"Software": None}),
+    )
+
+
+def per_image_csv(
+    comparison: Comparison, maps: Mapping[str, plots.TsneProjection], split: Split, seed: int
+) -> str:
+    """One line per image: label, both models' scores, neighbours (data set indices), map."""
+    columns: dict[str, Sequence[Any]] = {
+        "index": split.indices.tolist(),
+        "label": split.labels.tolist(),
+        "class": [split.classes[label] for label in split.labels],
+    }
+    rows = shown_rows(comparison, seed)
+    for name, analysis in comparison.analyses.items():
+        columns[f"precision_at_5_{name}"] = blank_nan(analysis.precisions(5))
+        columns[f"silhouette_{name}"] = blank_nan(analysis.silhouettes["euclidean"])
+        columns[f"neighbors_{name}"] = [
+            " ".join(map(str, split.indices[found])) for found in analysis.lists.neighbors[:, :5]
+        ]
+        points = np.full((len(split), 2), np.nan)
+        points[rows] = maps[name].coordinates
+        columns[f"tsne_x_{name}"] = blank_nan(points[:, 0])
+        columns[f"tsne_y_{name}"] = blank_nan(points[:, 1])
+    if comparison.mutual is not None:
+        columns["mutual_knn"] = blank_nan(comparison.mutual)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    return text.getvalue()
+
+
+def blank_nan(values: Float[np.ndarray, " n"]) -> list[str]:
+    """Six digits, or nothing where the value is not defined."""
+    return [f"{value:.6g}" if math.isfinite(value) else "" for value in values]
+
+
+def plain(value: Any, path: str, undefined: list[str]) -> Any:
+    """Turn records and arrays into JSON values; NaN becomes null and its path is noted."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(k): plain(v, f"{path}.{k}", undefined) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v, f"{path}[{i}]", undefined) for i, v in enumerate(value)]
+    if isinstance(value, float | np.floating):
+        if math.isfinite(value):
+            return float(value)
+        undefined.append(path)
+        return None
+    return int(value) if isinstance(value, np.integer) else value
+
+
+def metrics_json(
+    comparison: Comparison,
+    facts: Mapping[str, Any],
+    caveats: Sequence[str],
+    artifacts: Sequence[Mapping[str, Any]],
+) -> str:
+    """The text of metrics.json."""
+    undefined: list[str] = []
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "summary": summary(comparison),
+        **facts,
+        "metrics": comparison.metrics,
+        "comparison": {
+            "differences": comparison.differences,
+            "per_class": comparison.per_class,
+            "agreement": comparison.agreement,
+        },
+        "references": comparison.references,
+    }
+    result = plain(content, "", undefined)
+    result["caveats"] = [
+        *caveats,
+        *(
+            f"{path.removeprefix('.')} is not defined for this sample"
+            for path in undefined
+            if not path.endswith(("se", "ci95[0]", "ci95[1]"))
+        ),
+    ]
+    result["artifacts"] = list(artifacts)
+    return json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_report(
+    folder: Path,
+    comparison: Comparison,
+    maps: Mapping[str, plots.TsneProjection],
+    split: Split,
+    facts: Mapping[str, Any],
+    caveats: Sequence[str],
+) -> list[Path]:
+    """Write every file of a comparison except the embeddings; `metrics.json` comes last.
+
+    Raises:
+        UserError: If a file cannot be written.
+    """
+    written: list[Path] = []
+
+    def write(name: str, how: Callable[[Path], None]) -> None:
+        how(folder / name)
+        written.append(folder / name)
+
+    for name, figure in draw(comparison, maps, split, comparison.seed):
+        write(name, lambda path, figure=figure: save_figure(path, figure))
+    rows = per_image_csv(comparison, maps, split, comparison.seed)
+    write("per_image.csv", lambda path: write_text(path, rows))
+    text = markdown(comparison, facts, caveats)
+    write("report.md", lambda path: write_text(path, text))
+    artifacts = [
+        {"path": path.name, "sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in [*sorted(folder.glob("embeddings_*.npz")), *written]
+    ]
+    content = metrics_json(comparison, facts, caveats, artifacts)
+    write("metrics.json", lambda path: write_text(path, content))
+    return written

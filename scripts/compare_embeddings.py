@@ -1,0 +1,334 @@
+"""Compare the embeddings of a local I-JEPA encoder and a Hugging Face I-JEPA on the same images."""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+BUNDLED = ROOT / "checkpoints_300ep"
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; heavy imports come later so that usage errors are instant."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--local-checkpoint",
+        type=Path,
+        default=Path("checkpoints_300ep/checkpoint_latest.pt"),
+        help="file of scripts/train_ijepa.py, or a .pth.tar of the I-JEPA authors",
+    )
+    add("--local-weights", choices=["target", "context"], default="target", help="which encoder")
+    add(
+        "--hf-model",
+        default="facebook/ijepa_vith14_1k",
+        help="hub id or directory; none reports the local model alone",
+    )
+    add("--output-dir", type=Path, default=Path("comparison_results"), help="for all files")
+    add("--max-samples", type=natural, default=2000, help="class-balanced; 0 = the whole split")
+    add(
+        "--dataset",
+        default=None,
+        help="cifar10, digits, or a folder with one sub-folder per class (default: cifar10; with "
+        "--offline digits, unless --data-dir has CIFAR-10)",
+    )
+    add("--split", choices=["test", "train"], default="test", help="part of the data set")
+    add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or will be put")
+    add(
+        "--offline",
+        action="store_true",
+        help="open no socket; --hf-model defaults to the bundled context encoder",
+    )
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="matrix products")
+    add("--batch-size", type=positive, default=None, help="images per forward pass (default: 64)")
+    add("--seed", type=natural, default=0, help="of the sample, the maps and the intervals")
+    add("--no-cache", action="store_true", help="neither read nor keep finished embeddings")
+    args = parser.parse_args(arguments)
+    explicit = arguments if arguments is not None else sys.argv[1:]
+    if args.offline and not any(word.startswith("--hf-model") for word in explicit):
+        args.hf_model = str(BUNDLED / "hf")
+    if not args.local_checkpoint.exists() and not any(
+        word.startswith("--local-checkpoint") for word in explicit
+    ):
+        args.local_checkpoint = BUNDLED / "checkpoint_latest.pt"
+    args.command = shlex.join(["python", "scripts/compare_embeddings.py", *explicit])
+    return args
+
+
+def natural(text: str) -> int:
+    """Parse a whole number from 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
+
+
+def positive(text: str) -> int:
+    """Parse a whole number from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def git_commit() -> str | None:
+    """The project's commit, marked when files differ from it; None outside a checkout."""
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:
+        return None
+    return result.stdout.strip() or None
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages whose version can change a number."""
+    import platform
+    from importlib.metadata import version
+
+    names = ("torch", "torchvision", "transformers", "numpy", "scikit-learn", "matplotlib")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+class Stopwatch:
+    """Seconds of each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time the body of a `with` statement."""
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - began, 3)
+
+
+def load_images(args: argparse.Namespace) -> Any:
+    """The class-balanced sample to compare on."""
+    from ijepa.data import balanced_sample, load_split
+    from ijepa.errors import UserError
+
+    dataset = args.dataset
+    if dataset is None:
+        present = (args.data_dir / "cifar-10-batches-py").is_dir()
+        dataset = "digits" if args.offline and not present else "cifar10"
+    split = load_split(dataset, args.data_dir, args.split, args.offline)
+    sample = balanced_sample(split, args.max_samples, args.seed)
+    if len(sample) < 4 or len(set(sample.labels.tolist())) < 2:
+        raise UserError(
+            f"{len(sample)} images are too few to compare", hint="raise --max-samples (at least 4)"
+        )
+    return sample
+
+
+def load_encoders(args: argparse.Namespace) -> list[Any]:
+    """The local encoder, the other one if asked for, and the two references."""
+    from ijepa import encoders
+    from ijepa.checkpoint import load_checkpoint
+    from ijepa.devices import choose_device, choose_dtype
+
+    device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+    local = encoders.load_local_encoder(args.local_checkpoint, args.local_weights, device, dtype)
+    checkpoint = load_checkpoint(args.local_checkpoint, args.local_weights)
+    normalization = (checkpoint.mean, checkpoint.std)
+    loaded = [local]
+    if args.hf_model != "none":
+        loaded.append(encoders.load_huggingface_encoder(args.hf_model, device, dtype, args.offline))
+    random = encoders.random_encoder(checkpoint.config, normalization, args.seed, device, dtype)
+    return [*loaded, encoders.pixel_encoder(), random]
+
+
+def extract_all(args: argparse.Namespace, loaded: list[Any], split: Any) -> dict[str, Any]:
+    """Embed the sample with every encoder, through the cache unless it is off."""
+    from functools import partial
+
+    from tqdm import tqdm
+
+    from ijepa.data import fingerprint
+    from ijepa.embeddings import cache_folder, extract
+
+    progress = partial(tqdm, unit=" images", delay=2, file=sys.stderr)
+    cache = None if args.no_cache else args.output_dir / ".cache"
+    split_hash = fingerprint(split)
+    results = {}
+    for encoder in loaded:
+        folder = cache_folder(cache, encoder, split_hash) if cache else None
+        if cache and folder and not folder.exists() and list(cache.glob(f"{encoder.name}-*")):
+            print(
+                f"cached {encoder.name} embeddings are of other weights, settings or images: "
+                "computing anew",
+                file=sys.stderr,
+            )
+        results[encoder.name] = extract(encoder, split, args.batch_size or 64, folder, progress)
+    return results
+
+
+def caveats(comparison: Any, loaded: list[Any], maps: Any) -> list[str]:
+    """What a reader must know before believing a number."""
+    n = len(comparison.analyses["local"].labels)
+    notes = [
+        "one checkpoint is one draw of the training seed; the intervals cover images, not training",
+        f"precision@k and kNN accuracy depend on the number of images searched, here n = {n}",
+        "explained variance describes the shape of a cloud, not its quality",
+    ]
+    widths = {a.embeddings.shape[1] for a in comparison.analyses.values()}
+    if len(widths) == 2:
+        notes.append("the embedding dimensions differ: 10 PCs are another share of each")
+    facts = loaded[0].description
+    if facts.get("planned_epochs") not in (None, facts.get("epochs")):
+        notes.append(
+            f"the local checkpoint has {facts['epochs']} of {facts['planned_epochs']} epochs"
+        )
+    if len(comparison.analyses) == 2 and Path(loaded[1].description["source"]) == BUNDLED / "hf":
+        notes.append(
+            "both encoders come from one training run (its target and its context encoder): this "
+            "run shows the command, not a ViT-Huge"
+        )
+    if not comparison.num_halves:
+        notes.append("fewer than 20 images in a class: no intervals")
+    if (perplexity := next(iter(maps.values())).perplexity) < 30:
+        notes.append(f"t-SNE perplexity lowered from 30 to {perplexity:.1f} for {n} images")
+    for name, analysis in comparison.analyses.items():
+        notes += collapse_warning(comparison, name, analysis.embeddings.shape[1])
+    return notes
+
+
+def collapse_warning(comparison: Any, name: str, width: int) -> list[str]:
+    """Say so in words when embeddings use few dimensions and retrieve no better than pixels."""
+    metrics = comparison.metrics[name]
+    baseline = max(facts["precision_at_5"] for facts in comparison.references.values())
+    if metrics["effective_rank"].value < 0.1 * width and (
+        metrics["precision_at_5"].value <= baseline
+    ):
+        return [f"the {name} embeddings look collapsed: few dimensions, retrieval like raw pixels"]
+    return []
+
+
+def compare_run(args: argparse.Namespace) -> None:
+    """Images, encoders, embeddings, comparison, report: the whole line of data."""
+    from ijepa.files import check_folder
+
+    check_folder(args.output_dir)
+    watch = Stopwatch()
+    with watch.stage("import"):
+        import torch
+
+        from ijepa.comparison import compare
+        from ijepa.embeddings import save_embeddings
+        from ijepa.narrative import console_table, headline_lines, table
+        from ijepa.report import project, write_report
+    with watch.stage("load_images"):
+        split = load_images(args)
+    with watch.stage("load_models"):
+        loaded = load_encoders(args)
+    with watch.stage("extract"):
+        results = extract_all(args, loaded, split)
+    models = [encoder.name for encoder in loaded if encoder.name in ("local", "hf")]
+    with watch.stage("compare"):
+        values = {name: result.values for name, result in results.items()}
+        comparison = compare(
+            {name: values[name] for name in models},
+            {name: values[name] for name in values if name not in models},
+            split.labels,
+            args.seed,
+        )
+    with watch.stage("project"):
+        maps = project(comparison, args.seed)
+    with watch.stage("write"):
+        for name in models:
+            save_embeddings(args.output_dir / f"embeddings_{name}.npz", values[name], split)
+        facts = describe_run(args, watch, loaded, results, split)
+        facts["run"]["torch_threads"] = torch.get_num_threads()
+        notes = caveats(comparison, loaded, maps)
+        written = write_report(args.output_dir, comparison, maps, split, facts, notes)
+    print(console_table(table(comparison)))
+    for line in headline_lines(comparison):
+        print(line)
+    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in watch.seconds.items())
+    print(f"wrote {len(written) + len(models)} files to {args.output_dir} ({stages})")
+
+
+def describe_run(
+    args: argparse.Namespace, watch: Stopwatch, loaded: list[Any], results: Any, split: Any
+) -> dict[str, Any]:
+    """The provenance parts of metrics.json."""
+    from ijepa.comparison import MUTUAL_K
+    from ijepa.data import fingerprint
+    from ijepa.uncertainty import NUM_HALVES
+
+    counts = [int((split.labels == label).sum()) for label in range(len(split.classes))]
+    return {
+        "run": {
+            "command": args.command,
+            "seed": args.seed,
+            "seconds": watch.seconds,
+            "versions": versions(),
+            "device": loaded[0].device.type,
+            "dtype": loaded[0].description["dtype"],
+            "git_commit": git_commit(),
+        },
+        "dataset": {
+            "name": split.name,
+            "split": split.split,
+            "n": len(split),
+            "per_class": counts,
+            "classes": list(split.classes),
+            "sha256": fingerprint(split),
+        },
+        "models": {
+            encoder.name: {
+                **encoder.description,
+                "embedding_dim": encoder.embed_dim,
+                "images_per_second": results[encoder.name].images_per_second,
+                "from_cache": results[encoder.name].from_cache,
+            }
+            for encoder in loaded
+            if encoder.name in ("local", "hf")
+        },
+        "settings": {
+            "similarity": "cosine",
+            "silhouette": "euclidean, true labels",
+            "knn": {"k": 20, "temperature": 0.07, "leave_one_out": True},
+            "mutual_k": MUTUAL_K,
+            "intervals": {"kind": "stratified half-samples", "halves": NUM_HALVES, "level": 0.95},
+            "tsne": {"pca": 50, "seed": args.seed},
+        },
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compare; 0 done, 1 a mistake the user can mend, 2 wrong usage, 130 interrupted."""
+    args = parse_arguments(arguments)
+    from ijepa.errors import UserError
+
+    try:
+        compare_run(args)
+    except UserError as error:
+        print(f"error: {error.problem}\nhint: {error.hint}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; finished embeddings are kept, run again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
