@@ -28,9 +28,12 @@ def number(metric: str, value: float, sign: str = "") -> str:
     """A value as printed: percent with one digit for shares, three digits otherwise."""
     if not math.isfinite(value):
         return MISSING
-    if metric in PERCENT:
-        return f"{100 * value:{sign}.1f}%"
-    return f"{value:{sign}.0f}" if metric == "embedding_dim" else f"{value:{sign}.3f}"
+    if metric == "embedding_dim":
+        return f"{value:.0f}"
+    percent = metric in PERCENT
+    # Adding 0 turns a negative zero, left by rounding, into a plain one.
+    value = round(100 * value, 1) + 0.0 if percent else round(value, 3) + 0.0
+    return f"{value:{sign}.1f}%" if percent else f"{value:{sign}.3f}"
 
 
 def interval(metric: str, estimate: Estimate, sign: str = "") -> str:
@@ -175,7 +178,7 @@ def variance_finding(comparison: Comparison) -> str:
         parts.append(
             f"{label(name)}: {interval('variance_10pc', m['variance_10pc'])} of the variance in 10 "
             f"PCs, {interval('variance_50pc', m['variance_50pc'])} in 50; "
-            f"{whole(m['components_80'].value)} PCs hold 80 %; effective rank "
+            f"PCs for 80 %: {whole(m['components_80'].value)}; effective rank "
             f"{rank.value:.1f} of {width} ({100 * rank.value / width:.0f}%)."
         )
     text = " ".join(parts)
@@ -342,7 +345,7 @@ def markdown(comparison: Comparison, facts: Mapping[str, Any], caveats: Sequence
     lines = ["# I-JEPA embeddings: " + ("local against Hugging Face" if paired else "local"), ""]
     lines += ["## Overview", ""]
     lines += [
-        f"{dataset['n']} images of {literal(dataset['name'])} ({dataset['split']}), "
+        f"{dataset['n']} images of {literal(dataset['name'])} ({dataset['split']} split), "
         f"{len(dataset['classes'])} classes, embedded by:",
         "",
     ]

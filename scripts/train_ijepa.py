@@ -189,14 +189,43 @@ class Run:
             **provenance,
         }
         encoders = {"target": state.target_encoder, "context": state.context_encoder}
-        save_checkpoint(
-            self.folder / "checkpoint_latest.pt", self.config.vit, encoders, (0.5, 0.5), training
-        )
+        path = self.folder / "checkpoint_latest.pt"
+        save_checkpoint(path, self.config.vit, encoders, (0.5, 0.5), training)
+
+    def finish(self) -> None:
+        """Draw the curves and export the context encoder as a Hugging Face directory."""
+        from ijepa.checkpoint import export_huggingface, load_checkpoint
+        from ijepa.plots import Caption, plot_training_curves
+        from ijepa.report import save_figure
+
+        if not self.rows:
+            return
+        title = f"I-JEPA training, {len(self.rows)} of {self.config.epochs} epochs"
+        footer = f"Held-out images are {HELD_OUT} training images at most; seed {self.config.seed}."
+        rows = [{**row, "precision_at_5": row["heldout_precision_at_5"]} for row in self.rows]
+        curves = plot_training_curves(rows, Caption(title, footer))
+        save_figure(self.folder / "training_curves.png", curves)
+        path = self.folder / "checkpoint_latest.pt"
+        export_huggingface(load_checkpoint(path, "context"), self.folder / "hf")
+
+
+def describe(args: argparse.Namespace, device: str, dtype: Any, num_images: int) -> dict[str, Any]:
+    """Where a checkpoint comes from."""
+    import torch
+
+    return {
+        "dataset": args.dataset,
+        "num_images": num_images,
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "git_commit": git_commit(),
+        "command": shlex.join(["python", "scripts/train_ijepa.py", *sys.argv[1:]]),
+    }
 
 
 def train_run(args: argparse.Namespace) -> int:
     """Load, resume, train, save; the exit code."""
-    import torch
     from tqdm import tqdm
 
     from ijepa.devices import choose_device, choose_dtype
@@ -213,16 +242,7 @@ def train_run(args: argparse.Namespace) -> int:
     state = init_state(config, device)
     run = Run(args.output_dir, config)
     run.resume(state)
-    provenance = {
-        "dataset": args.dataset,
-        "num_images": len(images),
-        "device": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "git_commit": git_commit(),
-        "command": shlex.join(["python", "scripts/train_ijepa.py", *sys.argv[1:]]),
-    }
-
+    provenance = describe(args, device.type, dtype, len(images))
     stop: list[int] = []
     for one in (signal.SIGINT, signal.SIGTERM):
         signal.signal(one, lambda number, _: stop.append(number))
@@ -262,6 +282,7 @@ def train_run(args: argparse.Namespace) -> int:
             if stop:
                 run.seconds += time.monotonic() - began
                 run.save(state)
+                run.finish()
                 print(f"stopped and saved after {state.step} updates", file=sys.stderr)
                 return 130
     except FloatingPointError as error:
@@ -270,6 +291,7 @@ def train_run(args: argparse.Namespace) -> int:
         ) from error
     finally:
         bar.close()
+    run.finish()
     return 0
 
 
