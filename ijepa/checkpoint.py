@@ -154,7 +154,7 @@ def from_own(content: dict[str, Any], weights: str) -> Checkpoint:
     check_epochs("planned_epochs", training.get("planned_epochs"))
     return Checkpoint(
         read_config(check_mapping("architecture", content["architecture"])),
-        check_mapping(f"the {weights} encoder", pick_weights(encoders, weights, WEIGHTS)),
+        pick_weights(encoders, weights, WEIGHTS),
         weights,
         read_channels("mean", preprocessing["mean"]),
         read_channels("std", preprocessing["std"]),
@@ -167,10 +167,7 @@ def from_reference(content: dict[str, Any], weights: str) -> Checkpoint:
     """Interpret a ``.pth.tar`` of facebookresearch/ijepa: sizes are read off the tensors."""
     raw = pick_weights(content, weights, ("target_encoder", "encoder"))
     # DistributedDataParallel puts `module.` before every name.
-    state_dict = {
-        str(name).removeprefix("module."): value
-        for name, value in check_mapping(f"the {weights} encoder", raw).items()
-    }
+    state_dict = {name.removeprefix("module."): value for name, value in raw.items()}
     epochs = check_epochs("epoch", content.get("epoch"))
     return Checkpoint(
         infer_config(state_dict),
@@ -183,8 +180,8 @@ def from_reference(content: dict[str, Any], weights: str) -> Checkpoint:
     )
 
 
-def pick_weights(encoders: Mapping[str, Any], weights: str, keys: tuple[str, str]) -> Any:
-    """The encoder called `weights`; `keys` are this file's words for target and context."""
+def pick_weights(encoders: Mapping[str, Any], weights: str, keys: tuple[str, str]) -> StateDict:
+    """The tensors of the encoder `weights`; `keys` are the file's words for target and context."""
     words = dict(zip(WEIGHTS, keys, strict=True))
     if words[weights] not in encoders:
         available = [which for which in WEIGHTS if words[which] in encoders]
@@ -192,7 +189,19 @@ def pick_weights(encoders: Mapping[str, Any], weights: str, keys: tuple[str, str
             f"the checkpoint has no {weights} encoder",
             hint=f"choose --local-weights {available[0]}" if available else EXPECTED,
         )
-    return encoders[words[weights]]
+    found = check_mapping(f"the {weights} encoder", encoders[words[weights]])
+    for name, value in found.items():
+        # The last condition is about tensors that repeat a few stored numbers: they would fill
+        # any memory.
+        if (
+            not isinstance(value, Tensor)
+            or value.layout != torch.strided
+            or value.dtype not in FLOAT_DTYPES
+            or value.device.type != "cpu"
+            or value.numel() * value.element_size() > value.untyped_storage().nbytes()
+        ):
+            raise ValueError(f"{name!r} is not a dense tensor of floating-point numbers")
+    return found
 
 
 def check_mapping(name: str, value: Any) -> dict[str, Any]:
@@ -245,7 +254,7 @@ def read_channels(name: str, values: Any) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
-def count_blocks(state_dict: Mapping[str, Any]) -> int:
+def count_blocks(state_dict: StateDict) -> int:
     """How many Transformer blocks the names speak of."""
     return len({found[1] for name in state_dict if (found := re.match(r"blocks\.(\d+)\.", name))})
 
@@ -274,10 +283,9 @@ def infer_config(state_dict: StateDict) -> ViTConfig:
 
 def shape_of(state_dict: StateDict, name: str, num_dimensions: int) -> tuple[int, ...]:
     """The shape of a tensor, which must have that many dimensions."""
-    value = state_dict[name]
-    if not isinstance(value, Tensor) or value.ndim != num_dimensions:
-        raise ValueError(f"{name} must be a tensor with {num_dimensions} dimensions")
-    return tuple(value.shape)
+    if state_dict[name].ndim != num_dimensions:
+        raise ValueError(f"{name} must have {num_dimensions} dimensions")
+    return tuple(state_dict[name].shape)
 
 
 def check_weights(checkpoint: Checkpoint) -> None:
@@ -296,17 +304,10 @@ def check_weights(checkpoint: Checkpoint) -> None:
             raise ValueError(f"it lacks the tensor {name!r}")
         if name not in expected:
             raise ValueError(f"it has an unknown tensor {name!r}")
-        check_tensor(name, found[name], expected[name].shape)
-
-
-def check_tensor(name: str, value: Any, shape: torch.Size) -> None:
-    """One tensor: dense, of floating-point numbers, of this shape, finite and really stored."""
-    dense = isinstance(value, Tensor) and value.layout == torch.strided
-    if not dense or value.dtype not in FLOAT_DTYPES or value.device.type != "cpu":
-        raise ValueError(f"{name!r} is not a dense floating-point tensor")
-    if value.shape != shape:
-        raise ValueError(f"tensor {name!r} has shape {tuple(value.shape)}, expected {tuple(shape)}")
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise ValueError(f"tensor {name!r} has fewer numbers stored than its shape needs")
-    if not value.isfinite().all():
-        raise ValueError(f"tensor {name!r} has NaN or infinite values")
+        if found[name].shape != expected[name].shape:
+            raise ValueError(
+                f"tensor {name!r} has shape {tuple(found[name].shape)}, "
+                f"expected {tuple(expected[name].shape)}"
+            )
+        if not found[name].isfinite().all():
+            raise ValueError(f"tensor {name!r} has NaN or infinite values")

@@ -218,9 +218,21 @@ def describe(args: argparse.Namespace, device: str, dtype: Any, num_images: int)
         "num_images": num_images,
         "device": device,
         "dtype": str(dtype).removeprefix("torch."),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "git_commit": git_commit(),
         "command": shlex.join(["python", "scripts/train_ijepa.py", *sys.argv[1:]]),
+    }
+
+
+def log_row(log: Any, seconds: float) -> dict[str, float]:
+    """What the log says of an epoch, before the evaluation is added."""
+    return {
+        "epoch": log.epoch,
+        "loss": log.mean_loss,
+        "lr": log.lr,
+        "momentum": log.momentum,
+        "weight_decay": log.weight_decay,
+        "seconds": seconds,
     }
 
 
@@ -264,15 +276,8 @@ def train_run(args: argparse.Namespace) -> int:
             )
             if log.end_of_epoch:
                 run.seconds += time.monotonic() - began
-                row = {
-                    "epoch": log.epoch,
-                    "loss": log.mean_loss,
-                    "lr": log.lr,
-                    "momentum": log.momentum,
-                    "weight_decay": log.weight_decay,
-                    **evaluate(state.target_encoder, held_out, labels, dtype),
-                    "seconds": time.monotonic() - began,
-                }
+                row = log_row(log, time.monotonic() - began)
+                row |= evaluate(state.target_encoder, held_out, labels, dtype)
                 run.rows.append({key: float(f"{value:.6g}") for key, value in row.items()})
                 began = time.monotonic()
                 # In this order: a kill in between repeats the epoch, never leaves out a checkpoint.
