@@ -47,13 +47,20 @@ def unit_rows(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
     return wide / np.linalg.norm(wide, axis=1, keepdims=True)
 
 
+def gram_eigenvalues(gram: Float[np.ndarray, "m m"], n: int) -> Float[np.ndarray, " m"]:
+    """Eigenvalues of X^T X or X X^T, descending; those below the rounding error are exactly 0.
+
+    An entropy would count the rounding errors as dimensions. n is the longer side of X.
+    """
+    values = np.linalg.eigvalsh(gram)[::-1]
+    floor = values[0] * max(n, len(gram)) * np.finfo(np.float64).eps
+    return np.where(values > floor, values, 0.0)
+
+
 def _squared_singular_values(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " rank"]:
     """Squared singular values, descending, from the smaller of the two Gram matrices."""
     n, d = X.shape
-    squares = np.linalg.eigvalsh(X.T @ X if d <= n else X @ X.T)[::-1]
-    # Below the rounding error of the products a value is a zero; an entropy would count it.
-    squares[squares < squares[0] * max(n, d) * np.finfo(np.float64).eps] = 0.0
-    return np.maximum(squares, 0.0)
+    return gram_eigenvalues(X.T @ X if d <= n else X @ X.T, max(n, d))
 
 
 def covariance_spectrum(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " rank"]:
@@ -111,8 +118,12 @@ def effective_rank(X: Float[np.ndarray, "n d"], centered: bool = True) -> float:
     The paper does not centre; a common offset then hides all other directions.
     """
     matrix = center_columns(X) if centered else X.astype(np.float64)
-    singular_values = np.sqrt(_squared_singular_values(matrix))
-    positive = singular_values[singular_values > 0]
+    return effective_rank_of_spectrum(_squared_singular_values(matrix))
+
+
+def effective_rank_of_spectrum(squares: Float[np.ndarray, " rank"]) -> float:
+    """`effective_rank` from the squared singular values, or from a covariance's eigenvalues."""
+    positive = np.sqrt(squares[squares > 0])
     if positive.size == 0:
         return float("nan")
     p = positive / positive.sum()
@@ -156,7 +167,7 @@ def _largest(
     """Positions and values of the k largest float32 entries per row, by (-value, position)."""
     # A partition by value alone drops ties at its border in any order. One integer key holds both:
     # the float's bits in numeric order above, the position counted backwards below.
-    keys = _ordered_bits((tile + np.float32(0)).view(np.int32)).astype(np.int64) << 32
+    keys = _ordered_bits(tile.view(np.int32)).astype(np.int64) << 32
     last = tile.shape[1] - 1
     keys |= last - np.arange(last + 1)
     keys = np.sort(np.partition(keys, last + 1 - k, axis=1)[:, -k:], axis=1)[:, ::-1]
@@ -306,8 +317,6 @@ def _euclidean_class_sums(
     for tile in tiles:
         distances = squares[tile, None] + squares - 2.0 * (points[tile] @ points.T)
         np.sqrt(np.maximum(distances, 0.0, out=distances), out=distances)
-        rows = np.arange(len(distances))
-        distances[rows, rows + tile.start] = 0.0
         yield np.stack([distances[:, i] @ w for i, w in zip(members, weights, strict=True)])
 
 

@@ -50,7 +50,7 @@ CIFAR10 = ["airplane", "deer", "bird", "dog", "cat", "automobile", "ship", "frog
 CLASS_COLORS = dict(zip(CIFAR10, PETROFF, strict=True))
 VEHICLES = {"airplane", "automobile", "ship", "truck"}
 MARKERS = "o^sDvPX"
-MAX_NAME = 16  # characters of a class name that fit under an image
+MAX_NAME = 14  # characters of a class name that fit under an image
 MAX_LABELLED = 20  # classes; more numbers in a matrix or names in a cloud cannot be read
 CURVES = {
     "loss": "training loss",
@@ -236,7 +236,7 @@ def _short(classes: Sequence[str]) -> list[str]:
     ]
 
 
-def _wrap(text: str, inches: float, font_size: float) -> str:
+def _wrap(text: str, inches: float, font_size: int) -> str:
     width = int(inches * 72 / (0.55 * font_size))  # a letter is a bit wider than half its height
     return "\n".join(literal(line) for line in textwrap.wrap(text, width))
 
@@ -439,13 +439,13 @@ def plot_similarity_matrices(
 @matplotlib.rc_context(STYLE)
 def plot_variance_explained(projections: Mapping[str, PcaProjection], caption: Caption) -> Figure:
     """Variance per component, cumulative, and cumulative against the share of d."""
-    figure, body = _figure(caption, 12.5, 5)
+    figure, body = _figure(caption, 12.5, 5.0)
     axes = body.subplots(1, 3)
     for key, pca in projections.items():
         shares, d = pca.variance_shares, len(pca.variance_shares)
         ranks, sums = np.arange(1, d + 1), np.cumsum(shares)
         marks = [k for k in (10, 50) if k <= d]
-        told = "".join(f", {sums[k - 1]:.1%} in {k}" for k in marks)
+        told = "".join(f", {sums[k - 1]:.1%} in {k} PCs" for k in marks)
         labels = (f"{MODEL_NAMES[key]} (d = {d})", MODEL_NAMES[key] + told, MODEL_NAMES[key])
         curves = ((ranks, shares), (ranks, sums), (ranks / d, sums))
         for ax, (x, y), label in zip(axes, curves, labels, strict=True):
@@ -546,7 +546,7 @@ def plot_training_curves(
         sparse = "." if measured.sum() <= 60 else ""
         ax.plot(epochs[measured], y[measured], color=MODEL_COLORS["local"], marker=sparse)
         ax.set(title=CURVES[key], xlabel="epoch")
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         ax.grid(color="#dddddd", linewidth=0.6)
         ax.tick_params(labelbottom=True)
     for ax in axes[len(curves) :]:

@@ -1,15 +1,16 @@
-"""Standard errors and 95 % intervals from halves of the images.
+"""Standard errors and 95 % intervals from parts of the images.
 
 Each statistic is recomputed on random halves of the images, drawn without replacement inside every
 class; copies of an image, as a bootstrap makes them, would retrieve each other. For halves of n the
 standard deviation over the halves is the standard error at n, with no further factor. Only this
 deviation is used: most statistics are shifted on a half. With the same halves for both models, the
-half values of a difference are the differences of the half values.
+half values of a difference are the differences of the half values. Statistics of the spectrum have a
+block jackknife instead, with the same blocks for both models.
 
 The intervals hold for new images of the same classes. They leave out the variance between training
 runs: one checkpoint is one draw.
 
-Dimension key: n images, d width, B halves, h images of a half, m listed neighbours.
+Dimension key: n images, d width, B halves, h images of a half, m listed neighbours, g blocks.
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from jaxtyping import Bool, Float, Int
 from ijepa.agreement import mutual_knn
 from ijepa.metrics import (
     center_columns,
+    effective_rank_of_spectrum,
+    explained_variance,
+    gram_eigenvalues,
     knn_correct,
     nearest_neighbors,
     precision_at_k,
@@ -33,6 +37,8 @@ MIN_IMAGES_PER_CLASS = 20
 LIST_LENGTH = 128
 PRECISION_KS = (1, 5, 10, 20)
 VARIANCE_COMPONENTS = (10, 50)
+# Thirty blocks know a standard error to 13 %; each costs an eigendecomposition.
+NUM_BLOCKS = 30
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,12 @@ class Estimate:
 
 
 def estimate(value: float, half_values: Float[np.ndarray, " B"]) -> Estimate:
-    """Normal interval around the statistic of all images from its values on the halves."""
+    """Normal interval around the statistic of all images.
+
+    Args:
+        value: The statistic.
+        half_values: Its values on the halves, or its jackknife replicates.
+    """
     se = float(np.std(half_values, ddof=1))
     return Estimate(value, se, (value - 1.96 * se, value + 1.96 * se))
 
@@ -154,48 +165,39 @@ def silhouette_halves(
     return np.nanmean(silhouette_of_subsets(X, labels, halves, metric), axis=1)
 
 
-def spectrum_halves(
-    X: Float[np.ndarray, "n d"], halves: Bool[np.ndarray, "B n"]
-) -> dict[str, Float[np.ndarray, " B"]]:
-    """Linearised values on the halves of explained variance and of the centred effective rank.
+def jackknife_blocks(labels: Int[np.ndarray, " n"], seed: int = 0) -> Int[np.ndarray, " n"]:
+    """Block of each image, from 0: random blocks of equal size and class balance, to within one."""
+    generator = np.random.default_rng(seed)
+    shuffled = generator.permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    blocks = np.empty(len(labels), np.int64)
+    blocks[by_class] = np.arange(len(labels)) % NUM_BLOCKS
+    return blocks
 
-    Functions of the spectrum bend strongly where a half has few images per dimension, and their
-    plain half values deviate too little. Here each image has an influence, the derivative of the
-    statistic by the image's weight, and a half moves the statistic by the mean influence of its
-    images: the infinitesimal jackknife, Efron 1982, "The Jackknife, the Bootstrap and Other
-    Resampling Plans". An image x moves eigenvalue l of direction v by (v.x)^2 - l.
+
+def spectrum_replicates(
+    X: Float[np.ndarray, "n d"], blocks: Int[np.ndarray, " n"]
+) -> dict[str, Float[np.ndarray, " g"]]:
+    """Jackknife replicates of explained variance and of the centred effective rank.
+
+    For `estimate`, in place of half values: the statistic without each block, its deviations
+    stretched so that the standard deviation of the replicates is the jackknife standard error. A
+    half has too few images for each dimension: its spectrum is another one, with another spread.
+    Efron 1982, "The Jackknife, the Bootstrap and Other Resampling Plans".
     """
     points = center_columns(X)
-    eigenvalues, directions = np.linalg.eigh(points.T @ points / len(points))
-    eigenvalues, directions = eigenvalues[::-1], directions[:, ::-1]
-    names = [*(f"variance_{k}pc" for k in VARIANCE_COMPONENTS), "effective_rank"]
-    # Rounding leaves values of this size where there is no direction at all.
-    positive = eigenvalues > eigenvalues[0] * max(X.shape) * np.finfo(np.float64).eps
-    if not positive.any():
-        return {name: np.full(len(halves), np.nan) for name in names}
-    eigenvalues, directions = eigenvalues[positive], directions[:, positive]
-    moves = np.square(points @ directions) - eigenvalues  # (n, rank)
-    values, gradients = _spectrum_gradients(eigenvalues)
-    weights = halves / halves.sum(axis=1, keepdims=True)
-    shifted = values + weights @ (moves @ gradients.T)  # (B, statistics)
-    return dict(zip(names, shifted.T, strict=True))
-
-
-def _spectrum_gradients(
-    eigenvalues: Float[np.ndarray, " rank"],
-) -> tuple[Float[np.ndarray, " statistics"], Float[np.ndarray, "statistics rank"]]:
-    """Explained variances and the effective rank with their derivatives by each eigenvalue."""
-    total = eigenvalues.sum()
-    values, gradients = [], []
-    for k in VARIANCE_COMPONENTS:
-        values.append(eigenvalues[:k].sum() / total)
-        inside = np.arange(len(eigenvalues)) < k
-        gradients.append((inside - values[-1]) / total)
-    singular_values = np.sqrt(eigenvalues)
-    p = singular_values / singular_values.sum()
-    entropy = -(p * np.log(p)).sum()
-    values.append(np.exp(entropy))
-    # d entropy / d s = -(ln p + entropy) / sum s, and d s / d l = 1 / (2 s).
-    slope = -(np.log(p) + entropy) / singular_values.sum() / (2 * singular_values)
-    gradients.append(values[-1] * slope)
-    return np.array(values), np.stack(gradients)
+    whole, num_blocks = points.T @ points, int(blocks.max()) + 1
+    values: dict[str, list[float]] = {f"variance_{k}pc": [] for k in VARIANCE_COMPONENTS}
+    values["effective_rank"] = []
+    for block in range(num_blocks):
+        left_out = points[blocks == block]
+        # The columns of all images sum to 0, so that those of the others sum to -offset.
+        offset, num_left = left_out.sum(axis=0), len(points) - len(left_out)
+        gram = whole - left_out.T @ left_out - np.outer(offset, offset) / num_left
+        spectrum = gram_eigenvalues(gram, len(points))
+        for k in VARIANCE_COMPONENTS:
+            values[f"variance_{k}pc"].append(explained_variance(spectrum, k))
+        values["effective_rank"].append(effective_rank_of_spectrum(spectrum))
+    stretch = (num_blocks - 1) / np.sqrt(num_blocks)
+    replicates = {name: np.array(series) for name, series in values.items()}
+    return {name: r.mean() + stretch * (r - r.mean()) for name, r in replicates.items()}

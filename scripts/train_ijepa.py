@@ -192,6 +192,15 @@ class Run:
         path = self.folder / "checkpoint_latest.pt"
         save_checkpoint(path, self.config.vit, encoders, (0.5, 0.5), training)
 
+    def end_epoch(self, row: dict[str, float], state: Any, provenance: dict[str, Any]) -> None:
+        """Log one epoch and write the checkpoint and the state."""
+        self.seconds += row["seconds"]
+        self.rows.append({key: float(f"{value:.6g}") for key, value in row.items()})
+        # In this order: a kill in between repeats the epoch, never leaves out a checkpoint.
+        self.publish(state, provenance)
+        self.save(state)
+        print(" ".join(f"{key}={value:.6g}" for key, value in row.items()), file=sys.stderr)
+
     def finish(self) -> None:
         """Draw the curves and export the context encoder as a Hugging Face directory."""
         from ijepa.checkpoint import export_huggingface, load_checkpoint
@@ -236,10 +245,22 @@ def log_row(log: Any, seconds: float) -> dict[str, float]:
     }
 
 
-def train_run(args: argparse.Namespace) -> int:
-    """Load, resume, train, save; the exit code."""
+def progress_bar(config: Any, step: int, num_images: int) -> Any:
+    """Images done, images/s and the time left of the whole run; silent without a terminal."""
     from tqdm import tqdm
 
+    return tqdm(
+        total=config.epochs * (num_images // config.batch_size) * config.batch_size,
+        initial=step * config.batch_size,
+        unit="img",
+        unit_scale=True,
+        mininterval=5,
+        disable=None,
+    )
+
+
+def train_run(args: argparse.Namespace) -> int:
+    """Load, resume, train, save; the exit code."""
     from ijepa.devices import choose_device, choose_dtype
     from ijepa.errors import UserError
     from ijepa.files import check_folder
@@ -258,15 +279,7 @@ def train_run(args: argparse.Namespace) -> int:
     stop: list[int] = []
     for one in (signal.SIGINT, signal.SIGTERM):
         signal.signal(one, lambda number, _: stop.append(number))
-    total = config.epochs * (len(images) // config.batch_size)
-    bar = tqdm(
-        total=total * config.batch_size,
-        initial=state.step * config.batch_size,
-        unit="img",
-        unit_scale=True,
-        mininterval=5,
-        disable=None,
-    )
+    bar = progress_bar(config, state.step, len(images))
     began = time.monotonic()
     try:
         for log in train(state, config, images, dtype):
@@ -275,15 +288,10 @@ def train_run(args: argparse.Namespace) -> int:
                 f"epoch {log.epoch}/{config.epochs} loss {log.mean_loss:.4f}", False
             )
             if log.end_of_epoch:
-                run.seconds += time.monotonic() - began
                 row = log_row(log, time.monotonic() - began)
                 row |= evaluate(state.target_encoder, held_out, labels, dtype)
-                run.rows.append({key: float(f"{value:.6g}") for key, value in row.items()})
+                run.end_epoch(row, state, provenance)
                 began = time.monotonic()
-                # In this order: a kill in between repeats the epoch, never leaves out a checkpoint.
-                run.publish(state, provenance)
-                run.save(state)
-                print(" ".join(f"{k}={v:.6g}" for k, v in row.items()), file=sys.stderr, flush=True)
             if stop:
                 run.seconds += time.monotonic() - began
                 run.save(state)
