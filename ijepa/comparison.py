@@ -42,12 +42,13 @@ from ijepa.uncertainty import (
     can_halve,
     estimate,
     half_samples,
+    jackknife_blocks,
     list_neighbors,
     mutual_knn_halves,
     neighbor_halves,
     neighbors_within,
     silhouette_halves,
-    spectrum_halves,
+    spectrum_replicates,
 )
 
 NAN = float("nan")
@@ -142,14 +143,14 @@ def measure(analysis: Analysis) -> dict[str, float]:
 
 
 def values_on_halves(
-    a: Analysis, halves: Bool[np.ndarray, "B n"]
-) -> dict[str, Float[np.ndarray, " B"]]:
-    """The metrics that have an interval, on every half of the images."""
+    a: Analysis, halves: Bool[np.ndarray, "B n"], seed: int
+) -> dict[str, Float[np.ndarray, " _"]]:
+    """The metrics that have an interval, on every half of the images or jackknife replicate."""
     return {
         **neighbor_halves(a.lists, a.labels, halves),
         "silhouette": silhouette_halves(a.embeddings, a.labels, halves, "euclidean"),
         "silhouette_cosine": silhouette_halves(a.embeddings, a.labels, halves, "cosine"),
-        **spectrum_halves(a.embeddings, halves),
+        **spectrum_replicates(a.embeddings, jackknife_blocks(a.labels, seed)),
     }
 
 
@@ -197,7 +198,7 @@ def compare(
     analyses = {name: analyze(X, labels, name) for name, X in embeddings.items()}
     halves = half_samples(labels, NUM_HALVES, seed) if can_halve(labels) else None
     on_halves = {
-        name: values_on_halves(a, halves) if halves is not None else {}
+        name: values_on_halves(a, halves, seed) if halves is not None else {}
         for name, a in analyses.items()
     }
     values = {name: measure(a) for name, a in analyses.items()}

@@ -22,6 +22,10 @@ ROWS = {
 }
 PERCENT = ("variance_10pc", "variance_50pc", "precision_at_5")
 MISSING = "n/a"
+INTERVALS = (
+    "Brackets hold 95 % intervals over images: from stratified half-samples for silhouette and "
+    "precision, from a block jackknife for variance and effective rank."
+)
 
 
 def number(metric: str, value: float, sign: str = "") -> str:
@@ -58,7 +62,7 @@ def verdict(difference: Estimate) -> str:
     return "higher" if low > 0 else "lower" if high < 0 else "unclear"
 
 
-def summary(comparison: Comparison) -> dict[str, dict[str, float]]:
+def summary(comparison: Comparison) -> dict[str, dict[str, float | int]]:
     """The five headline numbers of each model and local / hf."""
     result = {
         name: {
@@ -69,7 +73,8 @@ def summary(comparison: Comparison) -> dict[str, dict[str, float]]:
     }
     if "hf" in result:
         result["ratio"] = {
-            metric: ratio(result["local"][metric], result["hf"][metric]) for metric in ROWS
+            metric: ratio(float(result["local"][metric]), float(result["hf"][metric]))
+            for metric in ROWS
         }
     return result
 
@@ -84,10 +89,10 @@ def table(comparison: Comparison) -> list[list[str]]:
     widths = {"pixels": 3072, "random_weights": head["local"]["embedding_dim"]}
     rows = [header]
     for metric, title in ROWS.items():
-        row = [title, number(metric, head["local"][metric])]
+        row = [title, number(metric, float(head["local"][metric]))]
         if paired:
             quotient = head["ratio"][metric]
-            row += [number(metric, head["hf"][metric])]
+            row += [number(metric, float(head["hf"][metric]))]
             row += [f"{quotient:.2f}x" if math.isfinite(quotient) else MISSING]
             difference = comparison.differences.get(metric)
             row += [interval(metric, difference["estimate"], "+") if difference else ""]
@@ -351,7 +356,7 @@ def markdown(comparison: Comparison, facts: Mapping[str, Any], caveats: Sequence
     ]
     lines += [f"- **{label(name)}**: {describe(model)}" for name, model in models.items()]
     lines += ["", "## Quantitative results", "", markdown_table(table(comparison)), ""]
-    lines += ["Brackets hold 95 % intervals from stratified half-samples of the images.", ""]
+    lines += [INTERVALS, ""]
     if not comparison.num_halves:
         lines[-2] = "There are too few images per class for intervals."
     sections = {

@@ -237,7 +237,7 @@ def _short(classes: Sequence[str]) -> list[str]:
 
 
 def _wrap(text: str, inches: float, font_size: int) -> str:
-    width = int(inches * 72 / (0.55 * font_size))  # a letter is a bit wider than half its height
+    width = int(inches * 72 / (0.66 * font_size))  # bold letters are 0.66 of their height wide
     return "\n".join(literal(line) for line in textwrap.wrap(text, width))
 
 
@@ -505,7 +505,7 @@ def plot_neighbors(
     names = _short(classes)
     ax.text(0.5, -0.12, "query", ha="center", fontweight="bold")
     for row, query in enumerate(queries):
-        _picture(ax, image_of(int(query)), 0, step * row)
+        _picture(ax, image_of(int(query)), 0.0, step * row)
         ax.text(0.5, step * row + 1.05, names[labels[query]], ha="center", va="top", fontsize=7.5)
     for left, (key, found) in zip(np.cumsum([1, *widths]) + gap, neighbors.items(), strict=False):
         title = f"{MODEL_NAMES[key]}: nearest by cosine similarity"

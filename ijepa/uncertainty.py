@@ -4,8 +4,8 @@ Each statistic is recomputed on random halves of the images, drawn without repla
 class; copies of an image, as a bootstrap makes them, would retrieve each other. For halves of n the
 standard deviation over the halves is the standard error at n, with no further factor. Only this
 deviation is used: most statistics are shifted on a half. With the same halves for both models, the
-half values of a difference are the differences of the half values. Statistics of the spectrum have a
-block jackknife instead, with the same blocks for both models.
+half values of a difference are the differences of the half values. Statistics of the spectrum have
+a block jackknife instead, with the same blocks for both models.
 
 The intervals hold for new images of the same classes. They leave out the variance between training
 runs: one checkpoint is one draw.

@@ -272,7 +272,7 @@ def describe_run(
     """The provenance parts of metrics.json."""
     from ijepa.comparison import MUTUAL_K
     from ijepa.data import fingerprint
-    from ijepa.uncertainty import NUM_HALVES
+    from ijepa.uncertainty import NUM_BLOCKS, NUM_HALVES
 
     counts = [int((split.labels == label).sum()) for label in range(len(split.classes))]
     return {
@@ -308,7 +308,7 @@ def describe_run(
             "silhouette": "euclidean, true labels",
             "knn": {"k": 20, "temperature": 0.07, "leave_one_out": True},
             "mutual_k": MUTUAL_K,
-            "intervals": {"kind": "stratified half-samples", "halves": NUM_HALVES, "level": 0.95},
+            "intervals": {"level": 0.95, "halves": NUM_HALVES, "jackknife_blocks": NUM_BLOCKS},
             "tsne": {"pca": 50, "seed": args.seed},
         },
     }

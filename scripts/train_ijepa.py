@@ -36,7 +36,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="matrix products")
     add("--seed", type=natural, default=0, help="of weights, order, crops and masks")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    args.command = shlex.join(["python", "scripts/train_ijepa.py", *words])
+    return args
 
 
 def natural(text: str) -> int:
@@ -203,7 +206,8 @@ class Run:
 
     def finish(self) -> None:
         """Draw the curves and export the context encoder as a Hugging Face directory."""
-        from ijepa.checkpoint import export_huggingface, load_checkpoint
+        from ijepa.checkpoint import load_checkpoint
+        from ijepa.huggingface import export_huggingface
         from ijepa.plots import Caption, plot_training_curves
         from ijepa.report import save_figure
 
@@ -229,7 +233,7 @@ def describe(args: argparse.Namespace, device: str, dtype: Any, num_images: int)
         "dtype": str(dtype).removeprefix("torch."),
         "torch": str(torch.__version__),
         "git_commit": git_commit(),
-        "command": shlex.join(["python", "scripts/train_ijepa.py", *sys.argv[1:]]),
+        "command": args.command,
     }
 
 

@@ -1,0 +1,222 @@
+import json
+import subprocess
+import sys
+from importlib import util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+from sklearn.metrics import silhouette_score
+from sklearn.neighbors import NearestNeighbors
+
+from ijepa.checkpoint import load_checkpoint, save_checkpoint
+from ijepa.huggingface import export_huggingface
+from ijepa.model import VisionTransformer, ViTConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "compare_embeddings.py"
+FILES = {
+    "metrics.json",
+    "report.md",
+    "per_image.csv",
+    "tsne_comparison.png",
+    "pca_comparison.png",
+    "similarity_matrices.png",
+    "variance_explained.png",
+    "nn_queries.png",
+    "embeddings_local.npz",
+}
+
+
+def load_script():
+    spec = util.spec_from_file_location("compare_embeddings", SCRIPT)
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    config = ViTConfig(embed_dim=16, depth=2, num_heads=2, patch_size=8)
+    torch.manual_seed(0)
+    encoders = {"target": VisionTransformer(config), "context": VisionTransformer(config)}
+    path = folder / "checkpoint.pt"
+    save_checkpoint(path, config, encoders, (0.5, 0.5), {"epochs": 3, "planned_epochs": 9})
+    export_huggingface(load_checkpoint(path, "context"), folder / "hf")
+    return path, folder / "hf"
+
+
+def run(models, output, *flags):
+    path, hf = models
+    arguments = ["--local-checkpoint", str(path), "--output-dir", str(output), "--offline"]
+    if "--hf-model" not in flags:
+        arguments += ["--hf-model", str(hf)]
+    return load_script().main([*arguments, "--max-samples", "220", *flags])
+
+
+@pytest.fixture(scope="module")
+def finished(models, tmp_path_factory):
+    output = tmp_path_factory.mktemp("output")
+    assert run(models, output) == 0
+    return output
+
+
+def test_a_run_writes_every_file_and_nothing_temporary(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert FILES | {"embeddings_hf.npz", "nn_disagreement.png"} | {".cache"} == names
+
+
+def test_headline_numbers_equal_scikit_learn_on_the_saved_embeddings(finished):
+    summary = json.loads((finished / "metrics.json").read_text())["summary"]
+    for name in ("local", "hf"):
+        with np.load(finished / f"embeddings_{name}.npz", allow_pickle=False) as arrays:
+            X, labels = arrays["embeddings"].astype(np.float64), arrays["labels"]
+        assert summary[name]["embedding_dim"] == X.shape[1]
+        shares = PCA().fit(X).explained_variance_ratio_
+        assert summary[name]["variance_10pc"] == pytest.approx(shares[:10].sum(), abs=1e-6)
+        expected = silhouette_score(X, labels)
+        assert summary[name]["silhouette"] == pytest.approx(expected, abs=1e-6)
+        search = NearestNeighbors(n_neighbors=6, metric="cosine", algorithm="brute").fit(X)
+        found = search.kneighbors(X, return_distance=False)
+        without_self = [[j for j in row if j != i][:5] for i, row in enumerate(found)]
+        hits = (labels[np.array(without_self)] == labels[:, None]).mean()
+        # Distances that tie to the last bit may be ordered otherwise by scikit-learn.
+        assert summary[name]["precision_at_5"] == pytest.approx(hits, abs=2e-3)
+
+
+def test_metrics_json_follows_the_schema(finished):
+    content = json.loads((finished / "metrics.json").read_text())
+    assert list(content) == [
+        "schema_version",
+        "summary",
+        "run",
+        "dataset",
+        "models",
+        "settings",
+        "metrics",
+        "comparison",
+        "references",
+        "caveats",
+        "artifacts",
+    ]
+    assert content["models"]["local"]["epochs"] == 3
+    assert content["dataset"]["n"] == 220
+    assert content["dataset"]["per_class"] == [22] * 10
+    low, high = content["metrics"]["local"]["precision_at_5"]["ci95"]
+    assert low < content["metrics"]["local"]["precision_at_5"]["value"] < high
+    assert any("3 of 9 epochs" in caveat for caveat in content["caveats"])
+    for artifact in content["artifacts"]:
+        assert (finished / artifact["path"]).stat().st_size == artifact["bytes"]
+
+
+def test_a_second_run_reads_the_cache_and_gives_the_same_numbers(models, finished, capsys):
+    first = json.loads((finished / "metrics.json").read_text())
+    pictures = {path.name: path.read_bytes() for path in finished.glob("*.png")}
+    assert run(models, finished) == 0
+    second = json.loads((finished / "metrics.json").read_text())
+    assert second["models"]["hf"]["from_cache"]
+    assert not first["models"]["hf"]["from_cache"]
+    for part in ("summary", "metrics", "comparison", "references", "dataset"):
+        assert first[part] == second[part]
+    assert pictures == {path.name: path.read_bytes() for path in finished.glob("*.png")}
+    assert "NN precision@5" in capsys.readouterr().out
+
+
+def test_other_settings_ignore_the_cache_and_say_so(models, finished, capsys):
+    assert run(models, finished, "--local-weights", "context") == 0
+    assert "cached local embeddings are of other weights" in capsys.readouterr().err
+    summary = json.loads((finished / "metrics.json").read_text())["summary"]
+    assert summary["local"]["precision_at_5"] == pytest.approx(
+        summary["hf"]["precision_at_5"], abs=0.02
+    )
+
+
+def test_the_same_model_on_both_sides_differs_by_exactly_nothing(models, tmp_path):
+    flags = ("--local-weights", "context", "--dtype", "float32")
+    assert run(models, tmp_path, *flags) == 0
+    comparison = json.loads((tmp_path / "metrics.json").read_text())["comparison"]
+    retrieval = comparison["differences"]["precision_at_5"]
+    assert retrieval["wins"] + retrieval["losses"] <= 2  # rounding may swap a neighbour
+    assert comparison["agreement"]["cka"] == pytest.approx(1, abs=1e-6)
+
+
+def test_the_local_model_can_be_reported_alone(models, tmp_path, capsys):
+    assert run(models, tmp_path, "--hf-model", "none") == 0
+    content = json.loads((tmp_path / "metrics.json").read_text())
+    assert set(content["summary"]) == {"local"}
+    assert {path.name for path in tmp_path.iterdir()} == FILES | {".cache"}
+    assert "HF" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("samples", ["4", "25"])
+def test_tiny_samples_give_numbers_with_caveats(models, tmp_path, samples):
+    assert run(models, tmp_path, "--max-samples", samples) == 0
+    text = (tmp_path / "metrics.json").read_text()
+    assert "NaN" not in text
+    content = json.loads(text)
+    assert any("no intervals" in caveat for caveat in content["caveats"])
+    assert content["summary"]["local"]["variance_50pc"] is None
+    assert any("variance_50pc" in caveat for caveat in content["caveats"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--local-checkpoint", "absent.pt"], "no checkpoint at absent.pt"),
+        (["--hf-model", "nobody/nothing"], "nobody/nothing"),
+        (["--hf-model", "a b c"], "neither a directory nor a hub id"),
+        (["--dataset", "cifar10", "--data-dir", "absent"], "CIFAR-10 is not in absent"),
+        (["--dataset", "absent"], "unknown data set 'absent'"),
+        (["--max-samples", "3"], "too few"),
+        (["--device", "cuda:99"], "device 'cuda:99' is not available"),
+    ],
+)
+def test_a_mistake_is_two_lines_and_leaves_nothing(models, tmp_path, capsys, flags, words):
+    assert run(models, tmp_path / "out", *flags) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert error[-2].startswith("error: ")
+    assert words in error[-2]
+    assert error[-1].startswith("hint: ")
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name != ".cache"]
+
+
+def test_an_output_directory_that_is_a_file_is_an_error(models, tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    assert run(models, tmp_path / "out") == 1
+    assert "cannot write to" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_interruption_exits_with_130_and_one_line(models, tmp_path, capsys, monkeypatch):
+    from ijepa import embeddings
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embeddings, "embed_rows", interrupt)
+    assert run(models, tmp_path) == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted")
+
+
+def test_wrong_usage_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        load_script().main(["--max-samples", "-1"])
+    assert stopped.value.code == 2
+    assert "--max-samples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", ["compare_embeddings", "train_ijepa"])
+def test_help_answers_without_importing_anything_heavy(script):
+    code = (
+        "import runpy, sys\n"
+        "try:\n"
+        f"    runpy.run_path({str(ROOT / 'scripts' / script)!r} + '.py', run_name='__main__')\n"
+        "except SystemExit as stopped:\n"
+        "    assert not stopped.code\n"
+        "heavy = {'torch', 'numpy', 'matplotlib', 'sklearn', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code, "--help"], check=True, capture_output=True)
