@@ -95,11 +95,12 @@ def read_torch_file(path: Path) -> Any:
     Raises:
         UserError: If the file is missing, truncated, of another kind, or holds code.
     """
-    if not path.is_file():
-        raise UserError(
-            f"no checkpoint at {path}", hint="check the path, or train one: scripts/train_ijepa.py"
-        )
     try:
+        if not path.is_file():
+            raise UserError(
+                f"no checkpoint at {path}",
+                hint="check the path, or train one: scripts/train_ijepa.py",
+            )
         with warnings.catch_warnings():
             # Of unusual pickles, which either load or end below.
             warnings.simplefilter("ignore")

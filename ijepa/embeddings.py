@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 import zipfile
+import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from ijepa.files import write_atomically
 
 CHUNK = 128
 """Images per cache file: at most this many are computed again after an interruption."""
+
+# What reading an npz file raises when any of its bytes is changed or cut off.
+DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 Progress = Callable[..., AbstractContextManager[Any]]
 """Makes a progress bar like `tqdm(total=..., initial=..., desc=...)`."""
@@ -53,7 +57,8 @@ def extract(
     Args:
         encoder: What to embed with.
         split: The images.
-        batch_size: Images per forward pass; does not change the result.
+        batch_size: Images per forward pass, of which a chunk bounds the number; does not change the
+            result beyond rounding.
         cache: Folder for finished chunks, which are read instead of computed; None for no cache.
         progress: See `Progress`.
     """
@@ -96,11 +101,13 @@ def write_chunk(file: Path, values: Float[np.ndarray, "b d"]) -> None:
 def read_chunk(file: Path, num_rows: int, embed_dim: int) -> Float[np.ndarray, "b d"] | None:
     """A finished chunk, or None if there is none or it is damaged."""
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        # Opened here, because np.load leaves a file open that it cannot read.
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
             values = arrays["embeddings"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except DAMAGED:
         return None
-    return values if values.shape == (num_rows, embed_dim) else None
+    whole = values.shape == (num_rows, embed_dim) and values.dtype == np.float32
+    return values if whole else None
 
 
 def save_embeddings(path: Path, values: Float[np.ndarray, "n d"], split: Split) -> None:

@@ -29,28 +29,32 @@ MODEL_FILES = [
 ANOTHER = "give an I-JEPA such as facebook/ijepa_vith14_1k, or a directory exported from one"
 DAMAGED = "the files may be damaged or incomplete: download or export them again"
 # What transformers raises on damaged files, found by damaging them.
-LOADING = (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ImportError)
+BAD_FILES = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+BAD_MODELS = (RuntimeError, ImportError, AssertionError)
 DIMENSIONS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-SIZES = (*DIMENSIONS, "image_size", "patch_size", "num_channels")
+SIDES = ("image_size", "patch_size")
+# The names that released files have; transformers of every version reads these.
 HUGGINGFACE_NAMES = (
     (r"^patch_embed\.proj", "embeddings.patch_embeddings.projection"),
     (r"^pos_embed", "embeddings.position_embeddings"),
-    (r"^blocks\.", "layers."),
+    (r"^blocks\.", "encoder.layer."),
     (r"\.norm1\.", ".layernorm_before."),
     (r"\.norm2\.", ".layernorm_after."),
-    (r"\.attn\.proj\.", ".attention.o_proj."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
     (r"^norm\.", "layernorm."),
 )
 
 
 def resolve_model(source: str, offline: bool) -> tuple[Path, str | None]:
     """A directory as it is; else the hub's files in the local cache and their commit."""
-    if Path(source).is_dir():
-        return Path(source), None
     from huggingface_hub import errors, snapshot_download
 
     here = "or pass a local directory to --hf-model"
     try:
+        if Path(source).is_dir():
+            return Path(source), None
         folder = snapshot_download(source, allow_patterns=MODEL_FILES, local_files_only=offline)
     except errors.HFValidationError as error:
         raise UserError(
@@ -100,22 +104,30 @@ def check_model_files(folder: Path, source: str) -> None:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "ijepa":
         raise UserError(f"{source!r} is a {kind or 'nameless'} model, not an I-JEPA", hint=ANOTHER)
-    try:
-        check_sizes(config)
-    except ValueError as error:
-        raise UserError(f"in config.json of {source!r} {error}", hint=DAMAGED) from error
     if not list(folder.glob("*.safetensors")):
         raise UserError(
             f"{source!r} has no *.safetensors file", hint="pickled weights are not loaded"
         )
+    try:
+        check_sizes(config, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
+    except ValueError as error:
+        raise UserError(f"in config.json of {source!r} {error}", hint=DAMAGED) from error
 
 
-def check_sizes(config: dict[str, Any]) -> None:
-    """Raise ValueError for a size that no Vision Transformer has; absent ones have defaults."""
-    for name in SIZES:
-        sizes = config.get(name, 1)
-        for size in sizes if isinstance(sizes, list) else [sizes]:
-            check_size(name, size)
+def check_sizes(config: dict[str, Any], num_bytes: int) -> None:
+    """Raise ValueError for sizes that no Vision Transformer has or these weights cannot fill."""
+    for name in SIDES:
+        pair = config.get(name, 1)
+        for side in pair if isinstance(pair, list) else [pair]:
+            check_size(name, side)
+    # Absent ones have defaults.
+    width, depth, _, hidden = (check_size(name, config.get(name, 1)) for name in DIMENSIONS)
+    # Less than each block has: transformers would make what is missing out of random numbers.
+    if width * (width + hidden) * depth > num_bytes:
+        raise ValueError(
+            f"hidden_size {width} and num_hidden_layers {depth} need more than the {num_bytes} "
+            "bytes of weights there are"
+        )
 
 
 @contextmanager
@@ -126,7 +138,7 @@ def loading_errors(source: str) -> Iterator[None]:
 
     try:
         yield
-    except (*LOADING, SafetensorError, StrictDataclassError) as error:
+    except (*BAD_FILES, *BAD_MODELS, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"cannot load {source!r}: {first_line(error)}", hint=DAMAGED) from error
 
 
@@ -150,8 +162,8 @@ def read_model(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """Processor and network of a checked directory; the weights are read straight into `dtype`.
 
     Raises:
-        ValueError: If tensors are missing, which transformers would fill with random numbers, or
-            the processor does not fit. Other errors are turned by `loading_errors`.
+        ValueError: If tensors are missing or misshapen, which transformers would fill with random
+            numbers, or the processor does not fit. `loading_errors` deals with all else.
     """
     from transformers import AutoImageProcessor, IJepaModel
 
@@ -168,9 +180,12 @@ def read_model(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
             use_safetensors=True,
             add_pooling_layer=False,
             attn_implementation="sdpa",
+            ignore_mismatched_sizes=True,  # they are named below, not ignored
             output_loading_info=True,
         )
     model, report = loaded
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        raise ValueError(f"tensor {name!r} has shape {tuple(found)}, expected {tuple(expected)}")
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"it lacks the tensor {missing[0]!r} ({len(missing)} missing)")
     check_processor(processor, model.config.image_size)
@@ -278,9 +293,9 @@ def to_huggingface(state_dict: StateDict) -> StateDict:
         for ours, theirs in HUGGINGFACE_NAMES:
             name = re.sub(ours, theirs, name)
         if ".attn.qkv." in name:
-            for letter, part in zip("qkv", value.chunk(3), strict=True):
+            for part, piece in zip(("query", "key", "value"), value.chunk(3), strict=True):
                 # Copies, because safetensors refuses tensors that share memory.
-                renamed[name.replace("attn.qkv", f"attention.{letter}_proj")] = part.clone()
+                renamed[name.replace("attn.qkv", f"attention.attention.{part}")] = piece.clone()
         else:
             renamed[name] = value.contiguous()
     return renamed

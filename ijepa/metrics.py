@@ -36,9 +36,9 @@ def validate_embeddings(X: Float[np.ndarray, "n d"], name: str) -> None:
 
 def center_columns(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
     """Float64 copy of the embeddings with zero column means."""
-    # The first row goes first, so that constant columns become exactly zero.
-    shifted = X.astype(np.float64) - X[:1].astype(np.float64)
-    return shifted - shifted.mean(axis=0)
+    wide = X.astype(np.float64)
+    # Float64 sums of equal float32 values are exact: a constant column becomes exactly zero.
+    return wide - wide.mean(axis=0)
 
 
 def unit_rows(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:

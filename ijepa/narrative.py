@@ -359,6 +359,7 @@ def markdown(comparison: Comparison, facts: Mapping[str, Any], caveats: Sequence
     lines += [INTERVALS, ""]
     if not comparison.num_halves:
         lines[-2] = "There are too few images per class for intervals."
+    lines += ["## Read with it", "", *(f"- {caveat}" for caveat in caveats), ""]
     sections = {
         "Representation efficiency": efficiency_finding(comparison),
         "Variance structure": variance_finding(comparison),
@@ -374,7 +375,6 @@ def markdown(comparison: Comparison, facts: Mapping[str, Any], caveats: Sequence
     if comparison.per_class:
         lines += ["## Precision@5 by class", ""]
         lines += [per_class_table(comparison, dataset["classes"]), ""]
-    lines += ["## Caveats", "", *(f"- {caveat}" for caveat in caveats), ""]
     lines += ["## Files", "", "`metrics.json` holds every number, `per_image.csv` every image.", ""]
     lines += ["## Reproduction", "", "```bash", facts["run"]["command"], "```", ""]
     return "\n".join(lines)

@@ -218,10 +218,7 @@ def literal(text: str, limit: int | None = None) -> str:
         text: Any text. A character that the font lacks becomes its code, as in ``\u4e2d``.
         limit: Most characters to show. The middle goes, because names differ at their ends.
     """
-    shown = "".join(
-        c if c.isprintable() and ord(c) in _glyphs() else c.encode("unicode_escape").decode()
-        for c in text
-    )
+    shown = "".join(c if ord(c) in _glyphs() else c.encode("unicode_escape").decode() for c in text)
     if limit is not None and len(shown) > limit:
         shown = f"{shown[: limit // 2]}…{shown[len(shown) - (limit - 1) // 2 :]}"
     return shown.replace("$", r"\$")
@@ -266,17 +263,19 @@ def _apart(
     sizes: Float[np.ndarray, "c 2"],
     frame: Float[np.ndarray, "2 2"],
 ) -> Float[np.ndarray, "c 2"]:
-    """Centers pushed from each other, along the shorter way, until boxes hardly overlap."""
+    """Centers pushed from each other, along the shorter way, until boxes are apart."""
     order = np.sign(np.subtract.outer(np.arange(len(centers)), np.arange(len(centers))))[..., None]
-    for _ in range(300):
+    for _ in range(3000):  # names heaped up in a corner need them; others are done in a few
         centers = centers.clip(frame[0] + sizes / 2, frame[1] - sizes / 2)
         gaps = centers[:, None] - centers
         overlaps = (sizes[:, None] + sizes) / 2 - np.abs(gaps)
         overlaps = np.where((overlaps > 0).all(axis=-1, keepdims=True) & (order != 0), overlaps, 0)
+        if overlaps.min(axis=-1).max() < 1:  # pixel
+            break
         shorter = overlaps == overlaps.min(axis=-1, keepdims=True)
         push = overlaps * shorter * np.where(gaps == 0, order, np.sign(gaps))
         centers = centers + 0.3 * push.sum(axis=1)
-    return centers.clip(frame[0] + sizes / 2, frame[1] - sizes / 2)
+    return centers
 
 
 def _clouds(
@@ -299,8 +298,8 @@ def _clouds(
         colors = [styles[label][0] for label in labels[order]]
         dots = ax.scatter(*points[order].T, s=size, c=colors, alpha=0.8, linewidths=0)
         dots.set_paths([paths[label] for label in labels[order]])
-    handles = [  # without the space, names that begin with an underscore would be left out
-        Line2D([], [], color=color, marker=marker, linestyle="", markersize=5, label=f" {name}")
+    handles = [
+        Line2D([], [], color=color, marker=marker, linestyle="", markersize=5, label=name)
         for (color, marker), name in zip(styles, names, strict=True)
     ]
     look = {"fontsize": 8, "frameon": False, "handlelength": 1.2, "handletextpad": 0.1}
@@ -423,7 +422,7 @@ def plot_similarity_matrices(
         colors = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1} if centered else {"vmin": low, "vmax": 1}
         for ax, key, matrix in zip(axes[row], embeddings, matrices, strict=False):
             image = _matrix(ax, matrix, names, **colors)
-            ax.set_title(f"{MODEL_NAMES[key]}, {'centered' if centered else 'raw'}")
+            ax.set_title(f"{MODEL_NAMES[key]}, {'centred' if centered else 'raw'}")
             ax.title.set_color(MODEL_COLORS[key])
         body.colorbar(image, ax=list(axes[row, : len(matrices)]), shrink=0.9)
         if len(matrices) == 2:
@@ -431,7 +430,7 @@ def plot_similarity_matrices(
             largest = max(np.nan_to_num(np.abs(difference)).max(), 0.01)
             limits = {"cmap": "PuOr_r", "vmin": -largest, "vmax": largest}
             image = _matrix(axes[row, 2], difference, names, **limits)
-            axes[row, 2].set_title(f"HF - local, {'centered' if centered else 'raw'}")
+            axes[row, 2].set_title(f"HF - local, {'centred' if centered else 'raw'}")
             body.colorbar(image, ax=axes[row, 2], shrink=0.9)
     return figure
 

@@ -57,13 +57,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     explicit = arguments if arguments is not None else sys.argv[1:]
     if args.offline and not any(word.startswith("--hf-model") for word in explicit):
-        args.hf_model = str(BUNDLED / "hf")
+        args.hf_model = bundled("hf")
     if not args.local_checkpoint.exists() and not any(
         word.startswith("--local-checkpoint") for word in explicit
     ):
-        args.local_checkpoint = BUNDLED / "checkpoint_latest.pt"
+        args.local_checkpoint = Path(bundled("checkpoint_latest.pt"))
     args.command = shlex.join(["python", "scripts/compare_embeddings.py", *explicit])
     return args
+
+
+def bundled(name: str) -> str:
+    """Path of a shipped file, as short as it can be seen from here."""
+    path = BUNDLED / name
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def natural(text: str) -> int:
@@ -197,11 +203,14 @@ def caveats(comparison: Any, loaded: list[Any], maps: Any) -> list[str]:
         notes.append(
             f"the local checkpoint has {facts['epochs']} of {facts['planned_epochs']} epochs"
         )
-    if len(comparison.analyses) == 2 and Path(loaded[1].description["source"]) == BUNDLED / "hf":
-        notes.append(
-            "both encoders come from one training run (its target and its context encoder): this "
-            "run shows the command, not a ViT-Huge"
-        )
+    if len(comparison.analyses) == 2:
+        other = Path(loaded[1].description["source"])
+        if other.resolve() == (BUNDLED / "hf").resolve():
+            notes.insert(
+                0,
+                "the HF side is the bundled export of our own training run's context encoder, not "
+                "a ViT-Huge: this run compares the two encoders of one training",
+            )
     if not comparison.num_halves:
         notes.append("fewer than 20 images in a class: no intervals")
     if (perplexity := next(iter(maps.values())).perplexity) < 30:

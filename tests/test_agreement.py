@@ -1,0 +1,189 @@
+import numpy as np
+import pytest
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+
+from ijepa import agreement
+from ijepa.metrics import nearest_neighbors
+
+
+def pair(n=40, d=5, e=9, seed=0):
+    generator = np.random.default_rng(seed)
+    X = generator.normal(size=(n, d)) + 2
+    Y = np.hstack([X, generator.normal(size=(n, e - d))]) @ generator.normal(size=(e, e))
+    return X.astype(np.float32), Y.astype(np.float32)
+
+
+def song_hsic(X, Y):
+    """Unbiased HSIC of Song et al., term by term over tuples of different images."""
+    K, L = X.astype(float) @ X.T.astype(float), Y.astype(float) @ Y.T.astype(float)
+    n = len(K)
+    np.fill_diagonal(K, 0)
+    np.fill_diagonal(L, 0)
+    pairs = sum(K[i, j] * L[i, j] for i in range(n) for j in range(n))
+    quadruples = sum(
+        K[i, j] * L[q, r] for i in range(n) for j in range(n) for q in range(n) for r in range(n)
+    )
+    triples = sum(K[i, j] * L[i, q] for i in range(n) for j in range(n) for q in range(n))
+    return (pairs + quadruples / ((n - 1) * (n - 2)) - 2 * triples / (n - 2)) / (n * (n - 3))
+
+
+def test_mutual_neighbors_equal_set_intersections():
+    X, Y = pair()
+    a, b = nearest_neighbors(X, 12)[0], nearest_neighbors(Y, 10)[0]
+    expected = [len({*x[:10]} & {*y}) / 10 for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+    np.testing.assert_allclose(agreement.mutual_knn(a, b), expected)
+    assert (agreement.mutual_knn(a, a, 7) == 1).all()
+    with pytest.raises(ValueError, match="at most the 10 neighbours, got 11"):
+        agreement.mutual_knn(a, b, 11)
+
+
+def test_cka_equals_the_ratio_of_naive_u_statistics():
+    X, Y = pair(n=9, d=3, e=14)
+    expected = song_hsic(X, Y) / np.sqrt(song_hsic(X, X) * song_hsic(Y, Y))
+    assert agreement.linear_cka(X, Y) == pytest.approx(expected, abs=1e-10)
+
+
+def test_cka_ignores_rotation_scale_translation_and_the_order_of_images():
+    X, Y = pair()
+    expected = agreement.linear_cka(X, Y)
+    rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(9, 9)))[0]
+    order = np.random.default_rng(2).permutation(len(X))
+    assert agreement.linear_cka(X, Y @ rotation) == pytest.approx(expected, abs=1e-10)
+    assert agreement.linear_cka(-3e3 * X.astype(float), Y) == pytest.approx(expected, abs=1e-10)
+    assert agreement.linear_cka(X.astype(float) + 50, Y) == pytest.approx(expected, abs=1e-10)
+    assert agreement.linear_cka(X[order], Y[order]) == pytest.approx(expected, abs=1e-10)
+    assert agreement.linear_cka(Y, X) == pytest.approx(expected, abs=1e-12)
+    assert agreement.linear_cka(X, X) == pytest.approx(1, abs=1e-12)
+    stretch = np.array([9, 1, 1, 1, 1])
+    assert abs(agreement.linear_cka(X * stretch, Y) - expected) > 0.01
+
+
+def test_cka_of_independent_noise_is_near_zero_at_unequal_widths():
+    generator = np.random.default_rng(0)
+    X, Y = (generator.normal(size=(2000, d)).astype(np.float32) for d in (192, 1280))
+    assert abs(agreement.linear_cka(X, Y)) < 0.01
+
+
+def test_cka_may_be_negative():
+    values = [agreement.linear_cka(*(pair(8, seed=s)[0] for s in (i, i + 1))) for i in range(20)]
+    assert min(values) < 0
+
+
+def test_cka_is_nan_where_it_is_not_defined():
+    X, Y = pair()
+    assert np.isnan(agreement.linear_cka(X, np.full_like(Y, 0.1)))
+    assert np.isnan(agreement.linear_cka(X[:3], Y[:3]))
+    null = agreement.cka_null(X, np.full_like(Y, 0.1), np.arange(40) % 2, num_permutations=3)
+    assert np.isnan(null).all()
+    assert null.shape == (3,)
+
+
+def test_demeaned_classes_have_zero_mean_and_keep_their_differences():
+    X, _ = pair()
+    labels = np.arange(40) % 3 * 5
+    residuals = agreement.demean_by_class(X, labels)
+    for label in (0, 5, 10):
+        np.testing.assert_allclose(residuals[labels == label].mean(axis=0), 0, atol=1e-12)
+        expected = X[labels == label].astype(float)
+        np.testing.assert_allclose(
+            np.diff(residuals[labels == label], axis=0), np.diff(expected, axis=0)
+        )
+
+
+def test_cka_null_equals_cka_of_the_same_shuffles():
+    X, Y = pair()
+    labels = np.arange(40) % 3
+    null = agreement.cka_null(X, Y, labels, num_permutations=5, seed=3)
+    generator = np.random.default_rng(3)
+    for value in null:
+        order = np.empty(40, int)
+        for label in range(3):
+            images = np.flatnonzero(labels == label)
+            order[images] = generator.permutation(images)
+        assert value == pytest.approx(agreement.linear_cka(X[order], Y), abs=1e-6)
+    np.testing.assert_array_equal(null, agreement.cka_null(X, Y, labels, 5, seed=3))
+
+
+def test_sharing_only_classes_stays_inside_the_null_and_sharing_images_does_not():
+    generator = np.random.default_rng(0)
+    labels = np.arange(200) % 4
+    shared = generator.normal(size=(200, 8))
+    means = 3 * np.eye(8)[labels]
+    X, other, same = (
+        (means + noise).astype(np.float32)
+        for noise in (shared, generator.normal(size=(200, 8)), shared + 0.5 * shared[:, ::-1])
+    )
+    null = agreement.cka_null(X, other, labels, 200)
+    assert agreement.linear_cka(X, other) > 0.2
+    assert null.min() < agreement.linear_cka(X, other) < null.max()
+    assert agreement.linear_cka(X, same) > agreement.cka_null(X, same, labels, 200).max()
+
+
+def test_similarity_spearman_equals_scipy_with_ties():
+    X, Y = pair()
+    X[3] = X[4] = X[5]
+    pairs = np.triu_indices(40, k=1)
+    unit = [
+        Z / np.linalg.norm(Z, axis=1, keepdims=True) for Z in (X.astype(float), Y.astype(float))
+    ]
+    expected = stats.spearmanr(*((Z @ Z.T)[pairs].round(10) for Z in unit)).statistic
+    assert agreement.similarity_spearman(X, Y) == pytest.approx(expected, abs=1e-10)
+    assert agreement.similarity_spearman(X, 2 * X) == pytest.approx(1)
+
+
+def test_similarity_spearman_thins_many_images_by_seed(monkeypatch):
+    monkeypatch.setattr(agreement, "MAX_SPEARMAN_IMAGES", 30)
+    X, Y = pair(200)
+    value = agreement.similarity_spearman(X, Y, seed=1)
+    kept = np.random.default_rng(1).choice(200, 30, replace=False)
+    assert value == agreement.similarity_spearman(X[kept], Y[kept])
+    assert value != agreement.similarity_spearman(X, Y, seed=2)
+
+
+def test_similarity_spearman_of_equal_similarities_is_nan():
+    constant = np.random.default_rng(0).normal(size=(1, 193)).repeat(61, axis=0).astype(np.float32)
+    assert np.isnan(agreement.similarity_spearman(constant, pair(61)[0]))
+
+
+def test_sign_flip_equals_the_exact_enumeration():
+    differences = np.array([0.2, 0.2, -0.2, 0.4, 0, 0.6, 0.2, -0.4, 0.2])
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 9)).reshape(9, -1)
+    exact = (np.abs(differences @ signs).round(9) >= abs(differences.sum()).round(9)).mean()
+    assert agreement.sign_flip_p(differences, 40_000) == pytest.approx(exact, abs=0.01)
+    assert agreement.sign_flip_p(-differences, 40_000) == pytest.approx(exact, abs=0.01)
+
+
+def test_sign_flip_equals_scipy_permutation_test(monkeypatch):
+    monkeypatch.setattr(agreement, "_SIGN_ENTRIES", 1000)
+    differences = np.random.default_rng(0).normal(0.15, 1, size=60)
+    expected = stats.permutation_test(
+        (differences,), np.sum, permutation_type="samples", n_resamples=20_000, rng=1
+    )
+    assert agreement.sign_flip_p(differences, 20_001) == pytest.approx(expected.pvalue, abs=0.015)
+
+
+def test_sign_flip_bounds():
+    assert agreement.sign_flip_p(np.zeros(50), 99) == 1
+    assert agreement.sign_flip_p(np.ones(50), 99) == 0.01
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (3, 3), (1, 9), (20, 5), (1700, 1900)])
+def test_mcnemar_equals_statsmodels(only_a, only_b):
+    a = np.repeat([True, False, True, False], [only_a, only_b, 11, 4])
+    b = np.repeat([False, True, True, False], [only_a, only_b, 11, 4])
+    expected = mcnemar([[11, only_a], [only_b, 4]], exact=True).pvalue if only_a + only_b else 1
+    assert agreement.mcnemar_exact_p(a, b) == pytest.approx(expected, rel=1e-9)
+    assert agreement.mcnemar_exact_p(a, b) == agreement.mcnemar_exact_p(b, a)
+    if only_a + only_b:
+        binomial = stats.binomtest(only_a, only_a + only_b).pvalue
+        assert agreement.mcnemar_exact_p(a, b) == pytest.approx(binomial, rel=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 2, 10])
+def test_holm_equals_statsmodels(size):
+    p_values = np.random.default_rng(size).random(size) ** 3
+    p_values[-1] = p_values[0]
+    expected = multipletests(p_values, method="holm")[1]
+    np.testing.assert_allclose(agreement.holm(p_values), expected, rtol=1e-12)

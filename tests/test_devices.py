@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from ijepa.devices import choose_device, choose_dtype, has_bfloat16
+from ijepa.errors import UserError
+
+
+def test_auto_takes_an_accelerator_where_there_is_one():
+    if torch.cuda.is_available():
+        expected = "cuda"
+    elif torch.backends.mps.is_available():
+        expected = "mps"
+    else:
+        expected = "cpu"
+    assert choose_device("auto").type == expected
+
+
+def test_the_processor_is_always_there():
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("cpu:0") == torch.device("cpu", 0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tpu", "", ":", "cpu:", "cpu:1", "cpu:x", "cuda:", "cuda:99", "cuda:-1", "CPU", "mps:7"],
+)
+def test_a_device_that_is_not_here_is_a_user_error_that_lists_those_that_are(name):
+    with pytest.raises(UserError, match="is not available") as caught:
+        choose_device(name)
+    assert repr(name) in caught.value.problem
+    assert "cpu" in caught.value.hint
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_cuda_where_there_is_none_is_a_user_error():
+    with pytest.raises(UserError, match="'cuda' is not available"):
+        choose_device("cuda")
+
+
+def test_number_formats_follow_their_names_and_auto_the_hardware():
+    cpu = torch.device("cpu")
+    assert choose_dtype("float32", cpu) == torch.float32
+    assert choose_dtype("bfloat16", cpu) == torch.bfloat16
+    automatic = torch.bfloat16 if has_bfloat16(cpu) else torch.float32
+    assert choose_dtype("auto", cpu) == automatic
+
+
+def test_metal_computes_in_float32():
+    assert choose_dtype("auto", torch.device("mps")) == torch.float32

@@ -1,0 +1,262 @@
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+
+from ijepa import embeddings
+from ijepa.data import Split
+from ijepa.embeddings import cache_folder, embed_rows, extract, read_chunk, save_embeddings
+from ijepa.encoders import FrozenEncoder, pixel_encoder, random_encoder
+from ijepa.errors import UserError
+from ijepa.model import ViTConfig
+
+CHUNK = 8
+ENCODER = random_encoder(
+    ViTConfig(16, 4, 24, 1, 2), ((0.5,) * 3, (0.5,) * 3), 0, torch.device("cpu"), torch.float32
+)
+
+
+class Bar:
+    def __init__(self):
+        self.seen = []
+
+    @contextlib.contextmanager
+    def __call__(self, **facts):
+        self.facts = facts
+        yield self
+
+    def update(self, count):
+        self.seen.append(count)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(embeddings, "CHUNK", CHUNK)
+
+
+def make_split(n=21, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (n, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    return Split("toy", "all", ("a", "b"), images, np.arange(n) % 2, np.arange(n) * 3 + 1)
+
+
+def counted(encoder=ENCODER, fail_after=None):
+    """The same encoder, with a list of the images it was asked for, failing after so many."""
+    asked = []
+
+    def preprocess(images):
+        if fail_after is not None and len(asked) >= fail_after:
+            raise KeyboardInterrupt
+        asked.extend(images)
+        return encoder.preprocess(images)
+
+    fields = {**vars(encoder), "preprocess": preprocess}
+    return FrozenEncoder(**fields), asked
+
+
+def test_extraction_gives_the_embedding_of_each_image_in_order():
+    split = make_split()
+    found = extract(ENCODER, split, 3, None, Bar())
+    single = np.concatenate([ENCODER.embed([image]).numpy() for image in split.images])
+    np.testing.assert_allclose(found.values, single, atol=1e-5)
+    assert found.values.dtype == np.float32
+    assert not found.from_cache
+    assert found.images_per_second > 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 8, 100])
+def test_the_batch_size_does_not_change_the_embeddings(batch_size):
+    split = make_split()
+    found = extract(ENCODER, split, batch_size, None, Bar()).values
+    np.testing.assert_allclose(found, extract(ENCODER, split, 7, None, Bar()).values, atol=1e-5)
+
+
+def test_no_batch_is_larger_than_asked_for():
+    sizes = []
+    fields = {**vars(ENCODER)}
+    fields["preprocess"] = lambda images: (sizes.append(len(images)), ENCODER.preprocess(images))[1]
+    extract(FrozenEncoder(**fields), make_split(), 3, None, Bar())
+    assert sizes == [3, 3, 2, 3, 3, 2, 3, 2]
+
+
+def test_the_progress_bar_hears_of_every_image(tmp_path):
+    for _ in range(2):
+        bar = Bar()
+        extract(ENCODER, make_split(), 4, tmp_path, bar)
+        assert bar.facts["total"] == sum(bar.seen) == 21
+
+
+def test_a_cache_hit_equals_the_miss_bit_for_bit_and_computes_nothing(tmp_path):
+    encoder, asked = counted()
+    miss = extract(encoder, make_split(), 4, tmp_path, Bar())
+    assert len(asked) == 21
+    hit = extract(encoder, make_split(), 4, tmp_path, Bar())
+    assert len(asked) == 21
+    assert hit.values.tobytes() == miss.values.tobytes()
+    assert hit.values.dtype == np.float32
+    assert hit.from_cache
+    assert hit.images_per_second is None
+
+
+@pytest.mark.parametrize("finished", [0, 8, 16])
+def test_an_interrupted_extraction_goes_on_from_its_last_finished_chunk(tmp_path, finished):
+    broken, asked = counted(fail_after=finished + 4)
+    with pytest.raises(KeyboardInterrupt):
+        extract(broken, make_split(), 4, tmp_path, Bar())
+    assert len(asked) == finished + 4
+    encoder, asked = counted()
+    found = extract(encoder, make_split(), 4, tmp_path, Bar())
+    assert len(asked) == 21 - finished
+    assert not found.from_cache
+    expected = extract(ENCODER, make_split(), 4, None, Bar()).values
+    assert found.values.tobytes() == expected.tobytes()
+
+
+def cut(data):
+    return data[:-40]
+
+
+def flip_first_number(data):
+    changed = bytearray(data)
+    changed[data.index(b"\n", 20) + 2] ^= 1
+    return bytes(changed)
+
+
+def replace_by_nothing(data):
+    return data[:0]
+
+
+def replace_by_text(data):
+    return b"x" * len(data)
+
+
+@pytest.mark.parametrize("damage", [cut, flip_first_number, replace_by_nothing, replace_by_text])
+def test_a_damaged_chunk_is_computed_again(tmp_path, damage):
+    expected = extract(ENCODER, make_split(), 4, tmp_path, Bar()).values
+    file = sorted(tmp_path.iterdir())[1]
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    assert file.read_bytes() != whole
+    encoder, asked = counted()
+    found = extract(encoder, make_split(), 4, tmp_path, Bar())
+    assert len(asked) == CHUNK
+    assert found.values.tobytes() == expected.tobytes()
+    np.testing.assert_array_equal(np.load(file)["embeddings"], expected[CHUNK : 2 * CHUNK])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.zeros((CHUNK, 23), np.float32),
+        np.zeros((CHUNK - 1, 24), np.float32),
+        np.zeros((CHUNK, 24), np.float64),
+        np.zeros((CHUNK, 24), np.int32),
+    ],
+    ids=["width", "rows", "float64", "int32"],
+)
+def test_a_chunk_of_another_shape_or_type_is_computed_again(tmp_path, values):
+    extract(ENCODER, make_split(), 4, tmp_path, Bar())
+    np.savez(tmp_path / "000000000.npz", embeddings=values)
+    encoder, asked = counted()
+    found = extract(encoder, make_split(), 4, tmp_path, Bar())
+    assert len(asked) == CHUNK
+    assert np.abs(found.values[:CHUNK]).max() > 0
+
+
+def test_a_chunk_with_another_name_inside_or_with_a_pickle_is_not_read(tmp_path):
+    file = tmp_path / "chunk.npz"
+    np.savez(file, other=np.zeros((2, 3), np.float32))
+    assert read_chunk(file, 2, 3) is None
+    np.savez(file, embeddings=np.array([[None] * 3] * 2, dtype=object))
+    assert read_chunk(file, 2, 3) is None
+    assert read_chunk(tmp_path / "absent.npz", 2, 3) is None
+    assert read_chunk(tmp_path, 2, 3) is None
+
+
+def test_no_flipped_byte_of_a_chunk_changes_an_embedding_unseen(tmp_path):
+    file = tmp_path / "chunk.npz"
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    embeddings.write_chunk(file, values)
+    whole = file.read_bytes()
+    recomputed = 0
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        found = read_chunk(file, 2, 3)
+        recomputed += found is None
+        assert found is None or found.tobytes() == values.tobytes(), place
+    assert recomputed > len(whole) / 2
+
+
+def test_an_interrupted_write_leaves_nothing_that_looks_like_a_chunk(tmp_path, monkeypatch):
+    def half(opened, embeddings):
+        assert embeddings.shape == (CHUNK, 24)
+        opened.write(b"PK half a chunk")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", half)
+        with pytest.raises(KeyboardInterrupt):
+            extract(ENCODER, make_split(), 4, tmp_path, Bar())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_a_user_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError):
+        extract(ENCODER, make_split(), 4, tmp_path / "file", Bar())
+
+
+def described(**changes):
+    return FrozenEncoder(**{**vars(ENCODER), "description": {**ENCODER.description, **changes}})
+
+
+def test_the_cache_folder_changes_with_everything_that_decides_an_embedding(tmp_path):
+    config = ViTConfig(16, 4, 24, 1, 2)
+    half = ((0.5,) * 3, (0.5,) * 3)
+    cpu = torch.device("cpu")
+    variants = [
+        ENCODER,
+        random_encoder(config, half, 1, cpu, torch.float32),
+        random_encoder(config, half, 0, cpu, torch.bfloat16),
+        random_encoder(config, ((0.5,) * 3, (0.25,) * 3), 0, cpu, torch.float32),
+        random_encoder(config, ((0.4,) * 3, (0.5,) * 3), 0, cpu, torch.float32),
+        random_encoder(ViTConfig(32, 8, 24, 1, 2), half, 0, cpu, torch.float32),
+        FrozenEncoder(**{**vars(ENCODER), "device": torch.device("meta")}),
+        described(sha256="a"),
+        described(sha256="b"),
+        described(revision="c"),
+        described(weights="context"),
+        described(resize="bicubic"),
+        pixel_encoder(),
+    ]
+    folders = {cache_folder(tmp_path, encoder, "images") for encoder in variants}
+    folders.add(cache_folder(tmp_path, ENCODER, "other images"))
+    assert len(folders) == len(variants) + 1
+    again = random_encoder(config, half, 0, cpu, torch.float32)
+    assert cache_folder(tmp_path, again, "images") == cache_folder(tmp_path, ENCODER, "images")
+    assert {folder.parent for folder in folders} == {tmp_path}
+
+
+def test_rows_are_embedded_in_the_order_asked_for():
+    split = make_split()
+    found = embed_rows(ENCODER, split, range(5, 12), 3)
+    assert found.shape == (7, 24)
+    np.testing.assert_allclose(found, ENCODER.embed(list(split.images[5:12])).numpy(), atol=1e-5)
+
+
+def test_the_file_of_embeddings_holds_rows_indices_and_labels_without_pickles(tmp_path):
+    split = make_split(5)
+    values = np.random.default_rng(0).normal(size=(5, 24)).astype(np.float32)
+    path = tmp_path / "out" / "embeddings_local.npz"
+    save_embeddings(path, values, split)
+    with np.load(path, allow_pickle=False) as arrays:
+        assert sorted(arrays) == ["embeddings", "indices", "labels"]
+        assert arrays["embeddings"].dtype == np.float32
+        np.testing.assert_array_equal(arrays["embeddings"], values)
+        np.testing.assert_array_equal(arrays["indices"], split.indices)
+        np.testing.assert_array_equal(arrays["labels"], split.labels)
+        assert arrays["indices"].dtype == arrays["labels"].dtype == np.int64
+    assert list(path.parent.iterdir()) == [path]

@@ -1,0 +1,215 @@
+import numpy as np
+import pytest
+import torch
+
+from ijepa.checkpoint import load_checkpoint, save_checkpoint
+from ijepa.encoders import (
+    FrozenEncoder,
+    load_local_encoder,
+    pixel_encoder,
+    random_encoder,
+    resize_and_normalize,
+)
+from ijepa.errors import UserError
+from ijepa.model import VisionTransformer, ViTConfig
+
+CPU = torch.device("cpu")
+TINY = ViTConfig(image_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, mlp_ratio=2.0)
+
+
+def make_images(*sizes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes
+    ]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(0)
+    networks = {"target": VisionTransformer(TINY), "context": VisionTransformer(TINY)}
+    path = tmp_path / "checkpoint.pt"
+    training = {"epochs": 3, "planned_epochs": 9}
+    save_checkpoint(path, TINY, networks, (0.4, 0.25), training)
+    return path
+
+
+def frozen(network, **changes):
+    fields = {
+        "name": "local",
+        "preprocess": lambda images: torch.stack(list(images)).float(),
+        "network": network,
+        "embed_dim": 4,
+        "device": CPU,
+        "dtype": torch.float32,
+        "autocast": False,
+        "description": {},
+    }
+    return FrozenEncoder(**{**fields, **changes})
+
+
+def test_the_local_encoder_equals_a_plain_loop_over_images(checkpoint):
+    images = make_images(*[(16, 16)] * 5)
+    network = load_checkpoint(checkpoint, "context").build()
+    found = load_local_encoder(checkpoint, "context", CPU, torch.float32).embed(images)
+    for row, image in zip(found, images, strict=True):
+        pixels = (image.double().numpy() / 255 - 0.4) / 0.25
+        tokens = network(torch.from_numpy(pixels).float()[None])[0].detach().numpy()
+        expected = sum(tokens) / 16
+        np.testing.assert_allclose(row.numpy(), expected, atol=1e-5)
+    assert found.shape == (5, 24)
+
+
+def test_target_and_context_are_different_encoders(checkpoint):
+    images = make_images((16, 16))
+    found = [
+        load_local_encoder(checkpoint, weights, CPU, torch.float32).embed(images)
+        for weights in ("target", "context")
+    ]
+    assert (found[0] - found[1]).abs().max() > 0.1
+
+
+def test_the_local_description_says_what_defines_the_embeddings(checkpoint):
+    import hashlib
+
+    description = load_local_encoder(checkpoint, "target", CPU, torch.bfloat16).description
+    numbers = sum(value.numel() for value in VisionTransformer(TINY).state_dict().values())
+    assert description == {
+        "source": str(checkpoint),
+        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "weights": "target",
+        "epochs": 3,
+        "planned_epochs": 9,
+        "parameters": numbers,
+        "input_size": 16,
+        "resize": "bilinear, antialiased",
+        "mean": [0.4] * 3,
+        "std": [0.25] * 3,
+        "pooling": "mean over patch tokens",
+        "dtype": "bfloat16",
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embeddings_are_float32_without_gradient_and_depend_on_no_other_image(checkpoint, dtype):
+    images = make_images((16, 16), (9, 30), (40, 40), (16, 16), (1, 1))
+    encoder = load_local_encoder(checkpoint, "target", CPU, dtype)
+    together = encoder.embed(images)
+    assert together.dtype == torch.float32
+    assert not together.requires_grad
+    alone = torch.cat([encoder.embed([image]) for image in images])
+    # In bfloat16 a matrix product may take another order of additions at another size.
+    atol = 1e-5 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(together, alone, atol=atol, rtol=0)
+
+
+def test_embeddings_move_with_their_rows(checkpoint):
+    images = make_images(*[(16, 16)] * 7, (20, 12))
+    encoder = load_local_encoder(checkpoint, "target", CPU, torch.float32)
+    order = torch.tensor([3, 7, 0, 6, 1, 5, 2, 4])
+    found = encoder.embed([images[row] for row in order])
+    torch.testing.assert_close(found, encoder.embed(images)[order], atol=1e-6, rtol=0)
+
+
+def test_bfloat16_is_near_float32(checkpoint):
+    images = make_images(*[(16, 16)] * 4)
+    exact, rounded = (
+        load_local_encoder(checkpoint, "target", CPU, dtype).embed(images)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert (exact - rounded).norm() / exact.norm() < 0.02
+    assert not torch.equal(exact, rounded)
+
+
+def test_pixels_of_the_right_size_are_only_scaled():
+    images = make_images((8, 8), (8, 8))
+    found = resize_and_normalize(images, 8, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    for channel, (mean, std) in enumerate([(0.1, 0.5), (0.2, 0.6), (0.3, 0.7)]):
+        expected = np.stack([image[channel].numpy() / 255.0 for image in images])
+        np.testing.assert_allclose(found[:, channel], (expected - mean) / std, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (64, 64), (31, 50), (1, 7)])
+def test_resizing_is_pillows_bilinear_to_one_grey_level(size):
+    from PIL import Image
+
+    (image,) = make_images(size)
+    expected = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(
+        (16, 16), Image.Resampling.BILINEAR
+    )
+    found = resize_and_normalize([image], 16, (0.0,) * 3, (1.0,) * 3)[0] * 255
+    np.testing.assert_allclose(
+        found.permute(1, 2, 0).numpy(), np.asarray(expected, dtype=np.float32), atol=1.01
+    )
+
+
+def test_the_random_encoder_follows_its_seed_and_leaves_the_global_generator_alone():
+    images = make_images((16, 16))
+    half = ((0.5,) * 3, (0.5,) * 3)
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    found = [
+        random_encoder(TINY, half, seed, CPU, torch.float32).embed(images) for seed in (1, 1, 2)
+    ]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[0], found[2], atol=1e-2)
+
+
+def test_pixels_as_embeddings_are_the_flattened_image():
+    image = make_images((32, 32))[0]
+    found = pixel_encoder().embed([image])
+    np.testing.assert_allclose(found[0], image.numpy().ravel() / 255.0, atol=1e-7)
+    assert pixel_encoder().embed_dim == found.shape[1] == 3072
+    assert pixel_encoder().embed(make_images((5, 9))).shape == (1, 3072)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+        ),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+    ],
+    ids=lambda error: str(error)[:14],
+)
+def test_running_out_of_memory_suggests_a_smaller_batch(error):
+    def network(_):
+        raise error
+
+    with pytest.raises(UserError) as caught:
+        frozen(network).embed(make_images(*[(4, 4)] * 64))
+    assert "out of memory on cpu with 64 images" in caught.value.problem
+    assert caught.value.hint == "try --batch-size 16"
+    with pytest.raises(UserError) as caught:
+        frozen(network).embed(make_images((4, 4)))
+    assert "batch-size" not in caught.value.hint
+
+
+def test_memory_that_no_machine_has_is_a_user_error():
+    with pytest.raises(UserError, match="out of memory"):
+        frozen(lambda _: torch.empty(2**46)).embed(make_images((4, 4)))
+
+
+def test_an_error_of_the_program_is_not_hidden():
+    def network(_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="multiplied"):
+        frozen(network).embed(make_images((4, 4)))
+
+
+def test_the_key_is_the_same_for_the_same_file_and_differs_for_other_weights(checkpoint):
+    first, again = (load_local_encoder(checkpoint, "target", CPU, torch.float32) for _ in "ab")
+    assert first.key == again.key
+    keys = {first.key, load_local_encoder(checkpoint, "context", CPU, torch.float32).key}
+    keys.add(load_local_encoder(checkpoint, "target", CPU, torch.bfloat16).key)
+    torch.manual_seed(9)
+    networks = {"target": VisionTransformer(TINY)}
+    save_checkpoint(checkpoint, TINY, networks, (0.4, 0.25), {"epochs": 3, "planned_epochs": 9})
+    keys.add(load_local_encoder(checkpoint, "target", CPU, torch.float32).key)
+    assert len(keys) == 4

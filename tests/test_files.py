@@ -1,0 +1,127 @@
+import hashlib
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ijepa.errors import UserError
+from ijepa.files import check_folder, sha256, write_atomically, write_text
+
+
+def test_text_round_trips_as_utf8_and_missing_folders_are_made(tmp_path):
+    path = tmp_path / "a" / "b" / "note.md"
+    write_text(path, "größer ≥ 1\n")
+    assert path.read_bytes() == "größer ≥ 1\n".encode()
+    assert [entry.name for entry in path.parent.iterdir()] == ["note.md"]
+
+
+def test_an_existing_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "data.bin"
+    path.write_bytes(b"x" * 10_000)
+    write_atomically(path, lambda file: file.write(b"short"))
+    assert path.read_bytes() == b"short"
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, ZeroDivisionError])
+def test_a_failure_while_writing_leaves_the_old_file_and_no_litter(tmp_path, failure):
+    path = tmp_path / "data.bin"
+    path.write_bytes(b"old")
+
+    def write(file):
+        file.write(b"half")
+        raise failure
+
+    with pytest.raises(failure):
+        write_atomically(path, write)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_get_the_rights_that_open_gives(tmp_path):
+    ours, plain = tmp_path / "ours", tmp_path / "plain"
+    old = os.umask(0o027)
+    try:
+        write_text(ours, "")
+        plain.write_text("")
+        assert os.umask(0o027) == 0o027  # writing leaves the process's mask as it was
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(ours.stat().st_mode) == stat.S_IMODE(plain.stat().st_mode) == 0o640
+
+
+def test_a_target_that_cannot_be_written_is_a_user_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file/inner"):
+        write_text(tmp_path / "file" / "inner", "")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="Is a directory"):
+        write_text(tmp_path / "folder", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from ijepa.errors import UserError
+from ijepa.files import write_atomically
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    write_atomically(Path(sys.argv[1]), lambda file: torch.save(torch.zeros(100_000), file))
+except UserError as error:
+    print(error.problem)
+"""
+
+
+def test_a_disk_that_fills_up_inside_torch_save_is_a_user_error(tmp_path):
+    path = tmp_path / "weights.pt"
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(path)],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout == f"cannot write {path}: File too large\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_torch_save_itself_is_not_blamed_on_the_disk(tmp_path):
+    def write(_):
+        raise RuntimeError("not the disk")
+
+    with pytest.raises(RuntimeError, match="not the disk"):
+        write_atomically(tmp_path / "weights.pt", write)
+
+
+def test_torch_reads_what_was_written(tmp_path):
+    path = tmp_path / "weights.pt"
+    write_atomically(path, lambda file: torch.save(torch.arange(3), file))
+    assert torch.load(path, weights_only=True).tolist() == [0, 1, 2]
+
+
+def test_sha256_is_that_of_hashlib(tmp_path):
+    path = tmp_path / "large.bin"
+    content = bytes(range(256)) * 5_000
+    path.write_bytes(content)
+    assert sha256(path) == hashlib.sha256(content).hexdigest()
+
+
+def test_a_folder_is_made_and_checked_without_leaving_anything(tmp_path):
+    folder = tmp_path / "a" / "b"
+    check_folder(folder)
+    check_folder(folder)
+    assert folder.is_dir()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_is_a_file_or_below_one_is_a_user_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "inner"):
+        with pytest.raises(UserError, match="cannot write to"):
+            check_folder(path)

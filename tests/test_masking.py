@@ -1,0 +1,188 @@
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from ijepa.masking import MaskConfig, cover, sample_corners, sample_masks, sample_shape
+
+CPU = torch.device("cpu")
+DEFAULT = MaskConfig()
+SMALL = MaskConfig(num_targets=2, context_patches=6)
+
+
+def draw(config, grid_size, batch_size, seed=0):
+    return sample_masks(config, grid_size, batch_size, seed, CPU)
+
+
+def possible_shapes(scale, aspect, grid_size):
+    """Every (height, width) within the ranges, by a fine sweep."""
+    return {
+        tuple(
+            min(max(round(math.sqrt(side)), 1), grid_size)
+            for side in (area * grid_size**2 * ratio, area * grid_size**2 / ratio)
+        )
+        for area, ratio in product(np.linspace(*scale, 200), np.linspace(*aspect, 200))
+    }
+
+
+def all_blocks(height, width, grid_size):
+    """Every placement of a block, as the row-major tuple of its patch indices."""
+    return {
+        tuple((top + i) * grid_size + left + j for i in range(height) for j in range(width))
+        for top in range(grid_size - height + 1)
+        for left in range(grid_size - width + 1)
+    }
+
+
+@pytest.mark.parametrize(("config", "grid_size"), [(SMALL, 4), (DEFAULT, 8)])
+def test_every_target_is_a_block_inside_the_grid_and_every_block_occurs(config, grid_size):
+    shapes = possible_shapes(config.target_scale, config.target_aspect, grid_size)
+    allowed = {block for shape in shapes for block in all_blocks(*shape, grid_size)}
+    seen = set()
+    for seed in range(600):  # 4 x 4 blocks come once in a hundred batches
+        for image in draw(config, grid_size, 32, seed).targets.tolist():
+            seen.update(map(tuple, image))
+    assert seen == allowed
+
+
+@pytest.mark.parametrize(("config", "grid_size"), [(SMALL, 4), (DEFAULT, 8)])
+def test_every_patch_can_be_target_and_context_in_about_even_shares(config, grid_size):
+    N = grid_size**2
+    as_context, as_target = np.zeros(N), np.zeros(N)
+    images = 0
+    for seed in range(30):
+        masks = draw(config, grid_size, 64, seed)
+        images += 64
+        as_context += np.bincount(masks.context.flatten().numpy(), minlength=N)
+        as_target += np.bincount(masks.targets.flatten().numpy(), minlength=N)
+    assert (as_context / images > 0.1).all()
+    assert (as_target / images > 0.02).all()
+
+
+@pytest.mark.parametrize(("config", "grid_size"), [(SMALL, 4), (DEFAULT, 8)])
+@pytest.mark.parametrize("seed", range(5))
+def test_context_is_sorted_without_repeats_and_never_touches_a_target(config, grid_size, seed):
+    masks = draw(config, grid_size, 128, seed)
+    assert masks.context.shape == (128, config.context_patches)
+    assert masks.targets.shape[:2] == (128, config.num_targets)
+    for context, blocks in zip(masks.context.tolist(), masks.targets.tolist(), strict=True):
+        assert sorted(set(context)) == context
+        assert set(context) <= set(range(grid_size**2))
+        assert not set(context) & {patch for block in blocks for patch in block}
+
+
+def test_context_stays_in_its_large_block_while_enough_patches_are_left_there():
+    # Half of the 64 patches and tiny targets: the block always holds ten free patches.
+    config = MaskConfig(2, (0.02, 0.03), (1.0, 1.0), (0.5, 0.5), 10)
+    for context in draw(config, 8, 300).context:
+        rows, columns = context // 8, context % 8
+        assert rows.max() - rows.min() < 6  # the side of the block is round(sqrt(32)) = 6
+        assert columns.max() - columns.min() < 6
+
+
+def test_context_fills_up_outside_a_block_that_is_too_small():
+    config = MaskConfig(1, (0.02, 0.03), (1.0, 1.0), (0.1, 0.1), 30)
+    for context in draw(config, 8, 50).context.tolist():
+        assert len(set(context)) == 30
+        # One of the 3 x 3 blocks is seen whole, but for the one target patch that it may hold.
+        assert max(len(set(context) & set(block)) for block in all_blocks(3, 3, 8)) >= 8
+
+
+def test_context_is_not_cut_in_raster_order():
+    rows = draw(DEFAULT, 8, 2000).context // 8
+    share = torch.bincount(rows.flatten(), minlength=8) / rows.numel()
+    assert (share > 0.05).all()  # even would be 0.125; raster order leaves the last rows empty
+    torch.testing.assert_close(share, share.flip(0), atol=0.01, rtol=0)
+
+
+def test_positions_differ_between_images_and_blocks_but_the_shape_is_shared():
+    masks = draw(DEFAULT, 8, 64)
+    corners = masks.targets[..., 0]
+    assert len(corners[:, 0].unique()) > 5
+    assert (corners[:, 0] != corners[:, 1]).any()
+    relative = masks.targets - corners[..., None]
+    assert (relative == relative[0, 0]).all()
+
+
+def test_the_seed_decides_the_masks():
+    first, again, other = (draw(DEFAULT, 8, 16, seed) for seed in (7, 7, 8))
+    assert torch.equal(first.context, again.context)
+    assert torch.equal(first.targets, again.targets)
+    assert not torch.equal(first.context, other.context)
+
+
+def test_sampling_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    draw(DEFAULT, 8, 4)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_crowded_images_stack_their_blocks_until_the_context_fits():
+    # Four blocks of 4 x 4 cover far more than the 64 - 40 patches that may go; two may overlap.
+    config = MaskConfig(4, (0.25, 0.25), (1.0, 1.0), (1.0, 1.0), 40)
+    masks = draw(config, 8, 500)
+    distinct = [len({tuple(block) for block in image}) for image in masks.targets.tolist()]
+    assert set(distinct) >= {1, 2, 3}
+    for context, blocks in zip(masks.context.tolist(), masks.targets.tolist(), strict=True):
+        assert len(set(context)) == 40
+        assert not set(context) & {patch for block in blocks for patch in block}
+
+
+def test_images_with_room_keep_all_their_blocks_when_others_are_crowded():
+    # The same draws with a context that always fits show where the blocks were before any move.
+    sizes = ((0.25, 0.25), (1.0, 1.0), (1.0, 1.0))
+    moved = draw(MaskConfig(4, *sizes, 25), 8, 500).targets
+    original = draw(MaskConfig(4, *sizes, 1), 8, 500).targets
+    for after, before in zip(moved.tolist(), original.tolist(), strict=True):
+        covered = {patch for block in before for patch in block}
+        assert (after == before) == (64 - len(covered) >= 25)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_context_patch_too_many_is_a_value_error_and_one_less_is_not(seed):
+    sizes = ((0.25, 0.25), (1.0, 1.0), (1.0, 1.0))
+    assert draw(MaskConfig(4, *sizes, 12), 4, 9, seed).context.shape == (9, 12)
+    with pytest.raises(ValueError, match=r"4 x 4 grid with a 2 x 2 .* fewer than 13 context"):
+        draw(MaskConfig(4, *sizes, 13), 4, 9, seed)
+
+
+@pytest.mark.parametrize("grid_size", [1, 2, 4])
+def test_the_default_masks_do_not_fit_a_small_grid(grid_size):
+    with pytest.raises(ValueError, match="fewer than 20 context patches"):
+        draw(DEFAULT, grid_size, 2)
+
+
+def test_a_block_as_large_as_the_grid_leaves_nothing():
+    with pytest.raises(ValueError, match="8 x 8 target block"):
+        draw(MaskConfig(1, (1.0, 1.0), (1.0, 1.0), (1.0, 1.0), 1), 8, 2)
+
+
+@pytest.mark.parametrize("grid_size", [4, 8, 14])
+@pytest.mark.parametrize("aspect", [(0.75, 1.5), (1.0, 1.0), (4.0, 9.0)])
+def test_shapes_have_the_area_and_aspect_asked_for_and_stay_in_the_grid(grid_size, aspect):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {sample_shape((0.15, 0.2), aspect, grid_size, generator) for _ in range(500)}
+    assert shapes <= possible_shapes((0.15, 0.2), aspect, grid_size)
+    assert all(1 <= side <= grid_size for shape in shapes for side in shape)
+    if aspect == (4.0, 9.0):
+        assert all(height > width for height, width in shapes)  # aspect is height / width
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 2), (4, 4), (8, 5), (8, 8)])
+def test_corners_are_uniform_over_all_that_fit(height, width):
+    generator = torch.Generator().manual_seed(0)
+    top, left = sample_corners((4000, 1), 8, height, width, generator)
+    for corner, side in ((top, height), (left, width)):
+        share = torch.bincount(corner.flatten(), minlength=9 - side) / 4000
+        assert len(share) == 9 - side
+        # Five standard deviations of a share at most.
+        assert (share - 1 / (9 - side)).abs().max() < 5 * 0.5 / math.sqrt(4000)
+
+
+def test_cover_marks_exactly_the_patches_of_a_block():
+    for top, left, height, width in [(0, 0, 1, 1), (1, 2, 3, 2), (3, 3, 1, 1), (0, 0, 4, 4)]:
+        marked = cover(4, torch.tensor([[top]]), torch.tensor([[left]]), height, width)
+        expected = [(top + i) * 4 + left + j for i, j in product(range(height), range(width))]
+        assert marked[0, 0].nonzero().flatten().tolist() == expected

@@ -1,0 +1,284 @@
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn import metrics as sklearn_metrics
+from sklearn.decomposition import PCA
+from sklearn.neighbors import NearestNeighbors
+
+from ijepa import metrics
+from ijepa.errors import UserError
+
+
+def clustered(n=120, d=7, num_classes=4, seed=0):
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, num_classes, n)
+    centers = 1.5 * generator.normal(size=(num_classes, d))
+    return (centers[labels] + generator.normal(size=(n, d)) + 3).astype(np.float32), labels
+
+
+def naive_neighbors(X, k):
+    Z = X.astype(np.float64) / np.linalg.norm(X.astype(np.float64), axis=1, keepdims=True)
+    lists = []
+    for i in range(len(Z)):
+        # Rounded, so that the oracle does not order exact ties by their last bit.
+        others = [(-round(float(Z[i] @ Z[j]), 6), j) for j in range(len(Z)) if j != i]
+        lists.append([j for _, j in sorted(others)[:k]])
+    return np.array(lists)
+
+
+@pytest.mark.parametrize(("n", "d"), [(60, 12), (30, 50)])
+def test_spectrum_equals_scikit_learn_pca_with_more_and_with_fewer_images_than_dimensions(n, d):
+    X = clustered(n, d)[0]
+    ours, theirs = metrics.covariance_spectrum(X), PCA().fit(X.astype(np.float64))
+    assert ours.shape == (min(n, d),)
+    np.testing.assert_allclose(ours, theirs.explained_variance_, atol=1e-10)
+    share = theirs.explained_variance_ratio_[:10].sum()
+    assert metrics.explained_variance(ours, 10) == pytest.approx(share, abs=1e-12)
+    cumulative = np.cumsum(theirs.explained_variance_ratio_)
+    assert metrics.num_components(ours, 0.9) == int(np.searchsorted(cumulative, 0.9)) + 1
+
+
+def test_explained_variance_beyond_the_rank_is_one_and_of_a_constant_is_nan():
+    eigenvalues = np.array([3.0, 1.0])
+    assert metrics.explained_variance(eigenvalues, 1) == 0.75
+    assert metrics.explained_variance(eigenvalues, 50) == 1.0
+    constant = metrics.covariance_spectrum(np.full((9, 4), 0.1, np.float32))
+    assert (constant == 0).all()
+    assert np.isnan(metrics.explained_variance(constant, 1))
+    assert metrics.num_components(constant, 0.9) == 0
+    assert np.isnan(metrics.participation_ratio(constant, 9))
+    assert np.isnan(metrics.effective_rank(np.full((9, 4), 0.1, np.float32)))
+
+
+def test_columns_that_do_not_vary_have_exactly_no_variance():
+    X = np.random.default_rng(0).normal(size=(1001, 8)).astype(np.float32)
+    constant = X[:1].repeat(1001, axis=0)
+    assert (metrics.covariance_spectrum(constant) == 0).all()
+    assert np.isnan(metrics.effective_rank(constant))
+
+
+def test_effective_rank_does_not_count_rounding_errors_as_dimensions():
+    generator = np.random.default_rng(0)
+    X = generator.integers(-4, 5, (300, 2)) @ generator.integers(-4, 5, (2, 200))
+    spectrum = metrics.covariance_spectrum(X.astype(np.float32))
+    assert (spectrum > 0).sum() == 2
+    singular = np.sqrt(np.linalg.svd(np.cov(X.T), compute_uv=False)[:2])
+    expected = np.exp(stats.entropy(singular))
+    assert metrics.effective_rank(X.astype(np.float32)) == pytest.approx(expected, rel=1e-10)
+
+
+def test_number_of_components_counts_a_share_that_is_reached_exactly():
+    assert metrics.num_components(np.ones(10), 0.9) == 9
+    assert metrics.num_components(np.ones(10), 0.95) == 10
+    assert metrics.num_components(np.full(15, 0.1), 0.8) == 12
+
+
+def test_one_image_has_no_covariance():
+    with pytest.raises(ValueError, match="at least 2 images, got 1"):
+        metrics.covariance_spectrum(np.ones((1, 3), np.float32))
+
+
+def test_corrected_participation_ratio_of_isotropic_noise_is_its_dimension():
+    X = np.random.default_rng(0).normal(size=(300, 100)).astype(np.float32)
+    eigenvalues = metrics.covariance_spectrum(X)
+    naive = eigenvalues.sum() ** 2 / np.square(eigenvalues).sum()
+    assert naive < 80
+    assert metrics.participation_ratio(eigenvalues, 300) == pytest.approx(100, rel=0.02)
+
+
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("shape", [(80, 10), (12, 40)])
+def test_effective_rank_is_the_exponential_entropy_of_the_singular_values(shape, centered):
+    X = clustered(*shape)[0]
+    wide = X.astype(np.float64)
+    singular = np.linalg.svd(wide - centered * wide.mean(axis=0), compute_uv=False)
+    singular = singular[singular > 1e-9]
+    expected = np.exp(stats.entropy(singular))
+    assert metrics.effective_rank(X, centered=centered) == pytest.approx(expected, rel=1e-7)
+
+
+def test_effective_rank_of_equal_axes_is_their_number():
+    X = np.vstack([np.eye(5), -np.eye(5)]).astype(np.float32)
+    assert metrics.effective_rank(np.hstack([X, np.zeros_like(X)])) == pytest.approx(5)
+
+
+def test_neighbors_equal_scikit_learn(monkeypatch):
+    monkeypatch.setattr(metrics, "TILE_ENTRIES", 1000)  # several tiles, the last one shorter
+    X = clustered()[0]
+    neighbors, similarities = metrics.nearest_neighbors(X, 9)
+    search = NearestNeighbors(n_neighbors=9, metric="cosine").fit(X.astype(np.float64))
+    distances, expected = search.kneighbors()
+    np.testing.assert_array_equal(neighbors, expected)
+    np.testing.assert_allclose(similarities, 1 - distances, atol=1e-6)
+    assert similarities.dtype == np.float32
+    assert neighbors.dtype == np.int64
+
+
+@pytest.mark.parametrize("tile_entries", [7, 300, 2**23])
+def test_ties_of_duplicates_go_to_the_smaller_index_and_never_to_the_image_itself(
+    monkeypatch, tile_entries
+):
+    monkeypatch.setattr(metrics, "TILE_ENTRIES", tile_entries)
+    X = clustered(67, 33)[0]
+    X = np.concatenate([X, X[::2], X[::3] * 4])  # powers of two scale exactly
+    X = X[np.random.default_rng(1).permutation(len(X))]
+    neighbors = metrics.nearest_neighbors(X, 11)[0]
+    np.testing.assert_array_equal(neighbors, naive_neighbors(X, 11))
+
+
+@pytest.mark.parametrize("tile_rows", [1, 3, 303])
+def test_many_wide_duplicates_are_tied_exactly(monkeypatch, tile_rows):
+    monkeypatch.setattr(metrics, "TILE_ENTRIES", 303 * tile_rows)
+    X = np.random.default_rng(0).normal(size=(101, 331)).astype(np.float32)
+    X[:, 0] = 0.0
+    copies = X.copy()
+    copies[:, 0] = -0.0
+    neighbors, similarities = metrics.nearest_neighbors(np.concatenate([X, copies, X]), 302)
+    for row, values in zip(neighbors, similarities, strict=True):
+        places = np.argsort(row)
+        others = [values[places][row[places] % 101 == image] for image in range(101)]
+        assert all(np.ptp(tied) == 0 for tied in others)
+
+
+def test_constant_embeddings_have_the_first_other_images_as_neighbors():
+    neighbors, similarities = metrics.nearest_neighbors(np.full((5, 3), -2, np.float32), 2)
+    assert neighbors.tolist() == [[1, 2], [0, 2], [0, 1], [0, 1], [0, 1]]
+    np.testing.assert_allclose(similarities, 1, atol=1e-6)
+
+
+def test_negative_and_zero_similarities_are_in_numeric_order():
+    X = np.array([[1, 0], [0, 2], [0, -1], [-1, 0], [1, 1], [-1, 1]], np.float32)
+    neighbors, similarities = metrics.nearest_neighbors(X, 5)
+    assert neighbors[0].tolist() == [4, 1, 2, 5, 3]  # 0 and -0 are a tie of images 1 and 2
+    np.testing.assert_allclose(similarities[0], [0.5**0.5, 0, 0, -(0.5**0.5), -1], atol=1e-6)
+
+
+def test_permuting_the_images_permutes_neighbors_bit_for_bit():
+    X = clustered(150, 20)[0]
+    order = np.random.default_rng(2).permutation(len(X))
+    neighbors, similarities = metrics.nearest_neighbors(X, 149)
+    moved, moved_similarities = metrics.nearest_neighbors(X[order], 149)
+    np.testing.assert_array_equal(order[moved], neighbors[order])
+    np.testing.assert_array_equal(moved_similarities, similarities[order])
+
+
+@pytest.mark.parametrize("k", [0, 6])
+def test_neighbors_beyond_the_other_images_are_refused(k):
+    with pytest.raises(ValueError, match=f"1 to the 5 other images, got {k}"):
+        metrics.nearest_neighbors(clustered(6)[0], k)
+
+
+def test_precision_counts_equal_labels_among_the_first_k():
+    labels = np.array([7, 7, 9, 9])
+    neighbors = np.array([[1, 2, 3], [2, 0, 3], [3, 0, 1], [0, 1, 2]])
+    assert metrics.precision_at_k(neighbors, labels, 1).tolist() == [1, 0, 1, 0]
+    assert metrics.precision_at_k(neighbors, labels, 2).tolist() == [0.5, 0.5, 0.5, 0]
+    with pytest.raises(ValueError, match="at most the 3 neighbours, got 4"):
+        metrics.precision_at_k(neighbors, labels, 4)
+
+
+def test_chance_precision_is_the_precision_of_all_other_images():
+    labels = np.array([0, 0, 0, 1, 1, 5])
+    everyone = np.array([[j for j in range(6) if j != i] for i in range(6)])
+    mean = metrics.precision_at_k(everyone, labels, 5).mean()
+    assert metrics.chance_precision(labels) == pytest.approx(mean)
+    assert round(metrics.chance_precision(np.arange(2000) % 10), 4) == 0.0995
+
+
+def test_knn_vote_equals_a_naive_loop():
+    X, labels = clustered(90, 3, seed=3)
+    labels = labels * 10 - 5
+    neighbors, similarities = metrics.nearest_neighbors(X, 20)
+    expected = []
+    for i in range(len(X)):
+        votes = dict.fromkeys(sorted(set(labels.tolist())), 0.0)
+        for j, s in zip(neighbors[i], similarities[i], strict=True):
+            votes[int(labels[j])] += np.exp(float(s) / 0.07)
+        expected.append(max(votes, key=votes.get) == labels[i])
+    correct = metrics.knn_correct(neighbors, similarities, labels)
+    assert correct.tolist() == expected
+    assert 0 < correct.mean() < 1
+
+
+def test_knn_weighs_near_neighbors_more_and_gives_ties_to_the_lowest_label():
+    neighbors, labels = np.array([[1, 2, 3]] * 4), np.array([3, 3, 8, 8])
+    near = np.tile(np.array([0.9, 0.5, 0.5], np.float32), (4, 1))
+    assert metrics.knn_correct(neighbors, near, labels, k=3).tolist() == [True, True, False, False]
+    assert not metrics.knn_correct(neighbors, near, labels, k=3, temperature=10.0)[0]
+    level = np.full((4, 3), 0.5, np.float32)
+    assert metrics.knn_correct(neighbors, level, labels, k=2)[0]
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_silhouettes_equal_scikit_learn(monkeypatch, metric):
+    monkeypatch.setattr(metrics, "TILE_ENTRIES", 3000)
+    X, labels = clustered()
+    labels[0] = 99  # a class of one image
+    X[5] = X[6]
+    ours = metrics.silhouette_samples(X, labels * 3, metric)
+    theirs = sklearn_metrics.silhouette_samples(X.astype(np.float64), labels, metric=metric)
+    np.testing.assert_allclose(ours, theirs, atol=1e-7)
+    assert ours[0] == 0
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_silhouettes_of_subsets_equal_scikit_learn_on_each_subset(monkeypatch, metric):
+    monkeypatch.setattr(metrics, "TILE_ENTRIES", 3000)
+    X, labels = clustered()
+    keep = np.random.default_rng(4).random((6, len(X))) < 0.5
+    keep[0] &= labels != 2  # a class that a subset lacks
+    keep[1] &= (labels != 2) | (np.cumsum(labels == 2) == 1)  # at most one image of a class
+    ours = metrics.silhouette_of_subsets(X, labels, keep, metric)
+    assert np.isnan(ours[~keep]).all()
+    for row, kept in zip(ours, keep, strict=True):
+        theirs = sklearn_metrics.silhouette_samples(
+            X[kept].astype(np.float64), labels[kept], metric=metric
+        )
+        np.testing.assert_allclose(row[kept], theirs, atol=1e-7)
+
+
+def test_silhouette_does_not_lose_digits_to_a_common_offset():
+    X, labels = clustered()
+    moved = metrics.silhouette_samples((X * 256).round() / 256 + 4096, labels)
+    np.testing.assert_allclose(
+        moved, metrics.silhouette_samples((X * 256).round() / 256, labels), atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_silhouette_of_constant_embeddings_is_zero(metric):
+    X, labels = np.full((8, 5), 0.3, np.float32), np.arange(8) % 2
+    assert (metrics.silhouette_samples(X, labels, metric) == 0).all()
+
+
+def test_silhouette_refuses_one_class_and_unknown_metrics():
+    X = clustered(6)[0]
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        metrics.silhouette_samples(X, np.zeros(6, np.int64))
+    with pytest.raises(ValueError, match="'l1'; choose from: euclidean, cosine"):
+        metrics.silhouette_samples(X, np.arange(6) % 2, "l1")
+
+
+def test_hubness_equals_scipy_skew_of_the_counts():
+    neighbors = metrics.nearest_neighbors(clustered(80, 30)[0], 12)[0]
+    counts = [int((neighbors[:, :10] == j).sum()) for j in range(80)]
+    hubness = metrics.hubness(neighbors)
+    assert hubness.skew == pytest.approx(stats.skew(counts))
+    assert hubness.maximum == max(counts)
+    assert hubness.anti_hub_share == counts.count(0) / 80
+
+
+def test_hubness_of_equal_counts_has_no_skew():
+    ring = np.array([[1], [2], [3], [0]])
+    hubness = metrics.hubness(ring, k=1)
+    assert np.isnan(hubness.skew)
+    assert (hubness.maximum, hubness.anti_hub_share) == (1, 0.0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])
+def test_broken_embeddings_are_refused_with_model_and_image(bad):
+    X = clustered(9)[0]
+    metrics.validate_embeddings(X, "hf")
+    X[[4, 7]] = bad
+    with pytest.raises(UserError, match=r"the hf model gives .* for image 4 \(2 of 9 images\)"):
+        metrics.validate_embeddings(X, "hf")

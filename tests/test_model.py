@@ -1,0 +1,308 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import IJepaConfig, IJepaModel
+
+from ijepa.huggingface import to_huggingface
+from ijepa.model import (
+    LAYER_NORM_EPS,
+    Predictor,
+    PredictorConfig,
+    VisionTransformer,
+    ViTConfig,
+    gather_tokens,
+    sincos_position_embedding,
+)
+
+VIT_B = ViTConfig(image_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12)
+
+
+def shake(network, seed=0):
+    """Move every weight away from its start, biases and norms too, so that none can hide."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return network.eval().requires_grad_(False)
+
+
+def random_images(config, batch_size, seed=0):
+    size = (batch_size, 3, config.image_size, config.image_size)
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def encoder(tiny_vit):
+    return shake(VisionTransformer(tiny_vit))
+
+
+@pytest.fixture
+def predictor(tiny_vit):
+    return shake(Predictor(tiny_vit, PredictorConfig(embed_dim=12, depth=2, num_heads=3)), seed=1)
+
+
+# --- the encoder
+
+
+def assert_equals_huggingface(config):
+    ours = VisionTransformer(config).eval()
+    with torch.no_grad():  # biases start at 0 and norms at 1: a swap of two would not show
+        for parameter in ours.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs = IJepaModel.from_pretrained(
+        None,
+        config=IJepaConfig(
+            hidden_size=config.embed_dim,
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.num_heads,
+            intermediate_size=int(config.mlp_ratio * config.embed_dim),
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            layer_norm_eps=LAYER_NORM_EPS,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        ),
+        state_dict=to_huggingface(ours.state_dict()),
+        add_pooling_layer=False,
+    ).eval()
+    images = random_images(config, 2)
+    with torch.no_grad():
+        expected = theirs(images).last_hidden_state
+        torch.testing.assert_close(ours(images), expected, atol=1e-5, rtol=0)
+    assert expected.std() > 0.5  # not a comparison of zeros
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ViTConfig(16, 8, 8, 1, 2),
+        ViTConfig(24, 4, 32, 3, 4, mlp_ratio=2.0),
+        ViTConfig(),
+        pytest.param(VIT_B, marks=pytest.mark.slow),
+    ],
+    ids=["tiny", "narrow mlp", "default", "ViT-B/16"],
+)
+def test_outputs_equal_huggingface_with_the_same_weights(config):
+    torch.manual_seed(0)
+    assert_equals_huggingface(config)
+
+
+def test_all_patches_in_order_are_the_same_as_no_mask(encoder):
+    images = random_images(encoder.config, 2)
+    everything = torch.arange(64).expand(2, -1)
+    torch.testing.assert_close(encoder(images, everything), encoder(images), atol=1e-6, rtol=0)
+
+
+def test_permuting_the_visible_patches_permutes_the_outputs(encoder):
+    images = random_images(encoder.config, 2)
+    generator = torch.Generator().manual_seed(0)
+    visible = torch.stack([torch.randperm(64, generator=generator)[:9] for _ in range(2)])
+    order = torch.randperm(9, generator=generator)
+    torch.testing.assert_close(
+        encoder(images, visible[:, order]), encoder(images, visible)[:, order], atol=1e-5, rtol=0
+    )
+
+
+def test_hidden_patches_are_never_seen(encoder):
+    images = random_images(encoder.config, 1)
+    visible = torch.tensor([[0, 9, 63]])
+    changed = images.clone()
+    changed[..., 4:8] += 5.0  # patches 1, 9, ... of every row
+    changed[..., 4:8, 4:8] = images[..., 4:8, 4:8]  # but patch 9 stays
+    assert torch.equal(encoder(changed, visible), encoder(images, visible))
+    assert not torch.equal(encoder(changed)[:, visible[0]], encoder(images)[:, visible[0]])
+
+
+def test_tokens_follow_the_grid_row_by_row(encoder):
+    images = torch.zeros(1, 3, 32, 32)
+    images[..., 8:12, 20:24] = 1.0  # row 2, column 5
+    difference = encoder.patch_embed(images) - encoder.patch_embed(torch.zeros(1, 3, 32, 32))
+    assert difference.abs().sum(dim=-1).nonzero().tolist() == [[0, 2 * 8 + 5]]
+
+
+def test_images_of_a_batch_do_not_see_each_other(encoder):
+    images = random_images(encoder.config, 3)
+    torch.testing.assert_close(encoder(images)[1:2], encoder(images[1:2]), atol=1e-5, rtol=0)
+
+
+def test_parameter_names_are_those_of_the_released_checkpoints():
+    names = set(VisionTransformer(ViTConfig(depth=1)).state_dict())
+    linear = ["attn.qkv", "attn.proj", "norm1", "norm2", "mlp.fc1", "mlp.fc2"]
+    layers = ["patch_embed.proj", "norm", *(f"blocks.0.{name}" for name in linear)]
+    assert names == {f"{name}.{kind}" for name in layers for kind in ("weight", "bias")} | {
+        "pos_embed"
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"patch_size": 5}, "patch_size 5 does not divide image_size 32"),
+        ({"patch_size": 0}, "every size must be at least 1"),
+        ({"depth": 0}, "every size must be at least 1"),
+        ({"embed_dim": 190}, "embed_dim must be a multiple of 4"),
+        ({"embed_dim": 192, "num_heads": 5}, "num_heads 5, got 192"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_a_value_error(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ViTConfig(**changes)
+
+
+def test_a_configuration_cannot_be_changed():
+    config = ViTConfig()
+    assert (config.grid_size, config.num_patches) == (8, 64)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.depth = 3
+
+
+# --- position codes and gathering
+
+
+@pytest.mark.parametrize(("embed_dim", "grid_size"), [(8, 3), (192, 8)])
+def test_position_codes_equal_a_loop_over_the_formula(embed_dim, grid_size):
+    code = sincos_position_embedding(embed_dim, grid_size)
+    quarter = embed_dim // 4
+    assert code.shape == (1, grid_size**2, embed_dim)
+    for row in range(grid_size):
+        for column in range(grid_size):
+            expected = []
+            for position in (row, column):
+                angles = [position / 10000 ** (i / quarter) for i in range(quarter)]
+                expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+            torch.testing.assert_close(code[0, row * grid_size + column], torch.tensor(expected))
+
+
+def test_every_position_has_its_own_code():
+    code = sincos_position_embedding(16, 8)[0]
+    assert (torch.cdist(code, code) + torch.eye(64) > 0.1).all()
+
+
+def test_gathering_takes_each_image_at_its_own_indices():
+    tokens = torch.randn(3, 5, 4)
+    indices = torch.tensor([[4, 0], [1, 1], [2, 3]])
+    expected = torch.stack([tokens[i][indices[i]] for i in range(3)])
+    assert torch.equal(gather_tokens(tokens, indices), expected)
+
+
+# --- the predictor
+
+
+CONTEXT = torch.tensor([[0, 5, 17, 40, 63], [3, 8, 20, 21, 50]])
+TARGETS = torch.tensor(
+    [[[1, 2, 9], [30, 31, 38], [60, 61, 62]], [[4, 5, 12], [33, 34, 41], [4, 5, 12]]]
+)
+
+
+def naive_predictor(predictor, context, context_indices, target_indices):
+    """One image and one block at a time, its attention from PyTorch's own functional form."""
+    positions = predictor.predictor_pos_embed[0]
+    images = []
+    for image in range(len(context)):
+        blocks = []
+        for block in target_indices[image]:
+            visible = predictor.predictor_embed(context[image]) + positions[context_indices[image]]
+            hidden = torch.stack([predictor.mask_token[0, 0] + positions[i] for i in block])
+            x = torch.cat([visible, hidden])
+            for layer in predictor.predictor_blocks:
+                x = x + naive_attention(layer.attn, layer.norm1(x))
+                inner = F.gelu(F.linear(layer.norm2(x), layer.mlp.fc1.weight, layer.mlp.fc1.bias))
+                x = x + F.linear(inner, layer.mlp.fc2.weight, layer.mlp.fc2.bias)
+            x = predictor.predictor_proj(predictor.predictor_norm(x))
+            blocks.append(x[len(visible) :])
+        images.append(torch.stack(blocks))
+    return torch.stack(images)
+
+
+def naive_attention(attention, x):
+    mixed, _ = F.multi_head_attention_forward(
+        *(x[:, None],) * 3,
+        embed_dim_to_check=x.shape[-1],
+        num_heads=attention.num_heads,
+        in_proj_weight=attention.qkv.weight,
+        in_proj_bias=attention.qkv.bias,
+        bias_k=None,
+        bias_v=None,
+        add_zero_attn=False,
+        dropout_p=0.0,
+        out_proj_weight=attention.proj.weight,
+        out_proj_bias=attention.proj.bias,
+        training=False,
+    )
+    return mixed[:, 0]
+
+
+def test_predictions_equal_a_loop_over_images_and_blocks(predictor):
+    context = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    predicted = predictor(context, CONTEXT, TARGETS)
+    assert predicted.shape == (2, 3, 3, 16)
+    torch.testing.assert_close(
+        predicted, naive_predictor(predictor, context, CONTEXT, TARGETS), atol=1e-5, rtol=0
+    )
+
+
+def test_a_block_does_not_see_the_others(predictor):
+    context = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    moved = TARGETS.clone()
+    moved[0, 1] = torch.tensor([44, 45, 46])
+    before, after = predictor(context, CONTEXT, TARGETS), predictor(context, CONTEXT, moved)
+    assert torch.equal(after[0, [0, 2]], before[0, [0, 2]])
+    assert torch.equal(after[1], before[1])
+    assert (after[0, 1] - before[0, 1]).abs().max() > 0.01
+
+
+def test_patches_of_one_block_and_the_context_are_seen_together(predictor):
+    context = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    before = predictor(context, CONTEXT, TARGETS)
+    moved = TARGETS.clone()
+    moved[0, 0, 2] = 10
+    assert not torch.equal(predictor(context, CONTEXT, moved)[0, 0, :2], before[0, 0, :2])
+    other = context.clone()
+    other[0, 4] += 1.0
+    assert (predictor(other, CONTEXT, TARGETS)[0] != before[0]).any(dim=-1).all()
+    assert torch.equal(predictor(other, CONTEXT, TARGETS)[1], before[1])
+
+
+def test_the_order_of_the_context_does_not_matter(predictor):
+    context = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    order = [3, 0, 4, 2, 1]
+    torch.testing.assert_close(
+        predictor(context[:, order], CONTEXT[:, order], TARGETS),
+        predictor(context, CONTEXT, TARGETS),
+        atol=1e-5,
+        rtol=0,
+    )
+
+
+# --- first weights
+
+
+def test_first_weights_have_the_deviations_that_the_docstring_gives():
+    torch.manual_seed(0)
+    network = VisionTransformer(ViTConfig(embed_dim=128, depth=3, num_heads=2))
+    # A normal cut at two deviations keeps 0.88 of its deviation.
+    kept = 0.8796
+    assert network.patch_embed.proj.weight.std().item() == pytest.approx(kept / 48**0.5, rel=0.05)
+    for layer, block in enumerate(network.blocks, start=1):
+        for inner in (block.attn.qkv, block.mlp.fc1):
+            assert inner.weight.std().item() == pytest.approx(0.02 * kept, rel=0.05)
+        for last in (block.attn.proj, block.mlp.fc2):
+            expected = 0.02 * kept / math.sqrt(2 * layer)
+            assert last.weight.std().item() == pytest.approx(expected, rel=0.05)
+    for name, parameter in network.named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0).all()
+        elif "norm" in name:
+            assert (parameter == 1).all()
+
+
+def test_the_mask_token_starts_random_and_position_codes_are_not_trained(tiny_vit):
+    predictor = Predictor(tiny_vit, PredictorConfig(embed_dim=64, depth=1, num_heads=1))
+    assert 0.005 < predictor.mask_token.std() < 0.04
+    trained = {name for name, _ in predictor.named_parameters()}
+    assert "predictor_pos_embed" in predictor.state_dict()
+    assert "predictor_pos_embed" not in trained

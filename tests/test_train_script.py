@@ -1,0 +1,305 @@
+import csv
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from ijepa.checkpoint import load_checkpoint
+from ijepa.data import load_split
+from ijepa.training import embed
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "scripts" / "train_ijepa.py"
+EPOCHS = 3
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("train_ijepa", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load_script()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def restored_signals():
+    """The script takes over these signals for good: it expects to be a process of its own."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def folder(make_image_folder):
+    return make_image_folder({"a": 60, "b": 60})
+
+
+@pytest.fixture(scope="module")
+def flags(folder):
+    """Three updates an epoch on 108 images; 12 are held out."""
+    return [
+        *("--dataset", str(folder), "--epochs", str(EPOCHS), "--batch-size", "36"),
+        *("--embed-dim", "16", "--depth", "1", "--device", "cpu", "--dtype", "float32"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, flags):
+    output = tmp_path_factory.mktemp("run") / "new" / "folder"
+    assert script.main([*flags, "--output-dir", str(output)]) == 0
+    return output
+
+
+def contents(output):
+    return {path: path.read_bytes() for path in output.rglob("*.*")}
+
+
+def read_log(output):
+    with (output / "training_log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# --- what a run leaves behind
+
+
+def test_a_run_leaves_its_state_a_log_and_a_checkpoint(finished):
+    assert sorted(path.relative_to(finished).as_posix() for path in finished.rglob("*.*")) == [
+        "checkpoint_latest.pt",
+        "hf/config.json",
+        "hf/model.safetensors",
+        "hf/preprocessor_config.json",
+        "state.pt",
+        "training_curves.png",
+        "training_log.csv",
+    ]
+
+
+def test_the_export_is_the_context_encoder(finished):
+    exported = safetensors.torch.load_file(finished / "hf" / "model.safetensors")
+    context = load_checkpoint(finished / "checkpoint_latest.pt", "context").state_dict
+    assert torch.equal(exported["layernorm.weight"], context["norm.weight"])
+    target = load_checkpoint(finished / "checkpoint_latest.pt", "target").state_dict
+    assert not torch.equal(exported["layernorm.weight"], target["norm.weight"])
+
+
+def test_the_log_has_one_row_of_numbers_for_each_epoch(finished):
+    rows = read_log(finished)
+    assert [float(row["epoch"]) for row in rows] == list(range(1, EPOCHS + 1))
+    assert list(rows[0]) == [
+        *("epoch", "loss", "lr", "momentum", "weight_decay", "seconds"),
+        *("heldout_precision_at_5", "effective_rank", "target_std"),
+    ]
+    values = np.array([[float(value) for value in row.values()] for row in rows])
+    assert np.isfinite(values).all()
+    assert values[-1, 1] < values[0, 1]
+
+
+def test_the_checkpoint_tells_how_it_was_made(finished, folder):
+    checkpoint = load_checkpoint(finished / "checkpoint_latest.pt")
+    assert (checkpoint.epochs, checkpoint.weights) == (EPOCHS, "target")
+    assert (checkpoint.config.embed_dim, checkpoint.config.depth) == (16, 1)
+    assert (checkpoint.mean, checkpoint.std) == ((0.5,) * 3, (0.5,) * 3)
+    training = checkpoint.training
+    assert (training["dataset"], training["num_images"]) == (str(folder), 108)
+    assert (training["planned_epochs"], training["device"]) == (EPOCHS, "cpu")
+    assert training["dtype"] == "float32"
+    assert training["settings"]["batch_size"] == 36
+    assert training["command"].startswith("python scripts/train_ijepa.py --dataset ")
+    assert training["command"].endswith(str(finished))
+    assert training["seconds"] > 0
+
+
+def test_both_encoders_of_the_checkpoint_embed_images(finished):
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    embeddings = [
+        embed(
+            load_checkpoint(finished / "checkpoint_latest.pt", weights).build(),
+            images,
+            torch.float32,
+        )
+        for weights in ("target", "context")
+    ]
+    assert embeddings[0].shape == embeddings[1].shape == (4, 16)
+    assert not np.array_equal(*embeddings)
+
+
+def test_held_out_images_play_no_part_in_training(flags):
+    args = script.parse_arguments(flags)
+    (images, held_out), labels = script.load_images(args)
+    assert images.shape == (108, 3, 32, 32)
+    assert held_out.shape == (12, 3, 32, 32)
+    assert np.bincount(labels).tolist() == [6, 6]
+    rows = {image.numpy().tobytes() for image in images}
+    assert not rows & {image.numpy().tobytes() for image in held_out}
+    assert len(rows) == 108
+
+
+def test_images_of_a_tensor_data_set_are_taken_as_they_are(tmp_path):
+    args = script.parse_arguments(["--dataset", "digits", "--data-dir", str(tmp_path)])
+    (images, held_out), labels = script.load_images(args)
+    assert (len(images), len(held_out)) == (1797 - 179, 179)
+    split = load_split("digits", tmp_path, "train", offline=True)
+    known = {image.numpy().tobytes() for image in split.images}
+    assert {image.numpy().tobytes() for image in held_out} <= known
+    assert max(np.bincount(labels)) - min(np.bincount(labels)) <= 1
+
+
+# --- resuming
+
+
+def test_a_finished_run_is_found_and_left_alone(finished, flags, capsys):
+    before = contents(finished)
+    assert script.main([*flags, "--output-dir", str(finished)]) == 0
+    output = capsys.readouterr()
+    assert output.err == f"resuming {finished} after {3 * EPOCHS} updates\n"
+    assert output.out == ""
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [(["--batch-size", "18"], "batch_size"), (["--depth", "2", "--lr", "1e-4"], "lr, vit")],
+)
+def test_a_run_with_other_settings_is_not_touched(finished, flags, capsys, change, named):
+    before = contents(finished)
+    assert script.main([*flags, *change, "--output-dir", str(finished)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"error: the run in {finished} has other settings: {named}"
+    assert lines[1].startswith("hint: ")
+    assert len(lines) == 2
+    assert contents(finished) == before
+
+
+STOP_AFTER_EPOCH_2 = """
+import os, runpy, signal, sys
+
+class Watched:
+    def write(self, text):
+        sys.__stderr__.write(text)
+        if text.startswith("epoch=2 "):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def __getattr__(self, name):
+        return getattr(sys.__stderr__, name)
+
+sys.stderr = Watched()
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_terminated_run_saves_and_goes_on_to_the_same_weights(tmp_path, finished, flags, capsys):
+    output = tmp_path / "run"
+    arguments = [*flags, "--output-dir", str(output)]
+    code = STOP_AFTER_EPOCH_2.replace("sys.argv[0]", repr(str(SCRIPT)))
+    stopped = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert stopped.returncode == 130, stopped.stderr
+    assert stopped.stderr.splitlines()[-1] == "stopped and saved after 6 updates"
+    assert load_checkpoint(output / "checkpoint_latest.pt").epochs == 2
+
+    assert script.main(arguments) == 0
+    assert capsys.readouterr().err.startswith(f"resuming {output} after 6 updates\nepoch=3 ")
+    for weights in ("target", "context"):
+        resumed, straight = (
+            load_checkpoint(path / "checkpoint_latest.pt", weights).state_dict
+            for path in (output, finished)
+        )
+        assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+    for one, other in zip(read_log(output), read_log(finished), strict=True):
+        assert {**one, "seconds": ""} == {**other, "seconds": ""}
+
+
+def test_a_damaged_state_is_a_user_error(tmp_path, flags, capsys):
+    (tmp_path / "state.pt").write_bytes(b"PK\x03\x04 cut off")
+    assert script.main([*flags, "--output-dir", str(tmp_path)]) == 1
+    assert "state.pt is not a readable PyTorch file" in capsys.readouterr().err
+    assert (tmp_path / "state.pt").read_bytes() == b"PK\x03\x04 cut off"
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--patch-size", "8"], "leaves fewer than 20 context patches"),
+        (["--patch-size", "5"], "patch_size 5 does not divide image_size 32"),
+        (["--embed-dim", "18"], "embed_dim must be a multiple of 4"),
+        (["--batch-size", "109"], "120 images are too few for batches of 109"),
+        (["--dataset", "nothing"], "unknown data set 'nothing'"),
+        (["--device", "tpu"], "device 'tpu' is not available"),
+        (["--lr", "1e9"], "the loss is nan"),
+    ],
+)
+def test_a_mistake_of_the_user_is_two_lines_and_exit_code_1(
+    tmp_path, flags, capsys, change, message
+):
+    assert script.main([*flags, *change, "--output-dir", str(tmp_path)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert lines[1].startswith("hint: ")
+    assert len(lines) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_that_is_a_file_is_told_before_training(tmp_path, flags, capsys):
+    (tmp_path / "file").write_text("")
+    assert script.main([*flags, "--output-dir", str(tmp_path / "file")]) == 1
+    assert capsys.readouterr().err.startswith(f"error: cannot write to {tmp_path / 'file'}")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["--epochs", "0"], ["--batch-size", "-3"], ["--seed", "-1"], ["--dtype", "half"], ["--epoch"]],
+)
+def test_wrong_usage_is_exit_code_2(wrong, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script.main(wrong)
+    assert stopped.value.code == 2
+    assert f"argument {wrong[0]}" in capsys.readouterr().err
+
+
+LIGHT = """
+import runpy, sys
+for words, code in ((["--help"], 0), (["--epochs", "none"], 2)):
+    sys.argv = ["train_ijepa.py", *words]
+    try:
+        runpy.run_path(SCRIPT, run_name="__main__")
+    except SystemExit as stopped:
+        assert stopped.code == code, stopped.code
+heavy = {"torch", "numpy", "PIL", "tqdm", "torchvision", "transformers", "sklearn", "matplotlib"}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+"""
+
+
+def test_help_and_usage_errors_import_nothing_heavy():
+    result = subprocess.run(
+        [sys.executable, "-c", LIGHT.replace("SCRIPT", repr(str(SCRIPT)))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "--output-dir" in result.stdout
+
+
+def test_a_machine_without_git_has_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert script.git_commit() is None
