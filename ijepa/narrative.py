@@ -147,9 +147,9 @@ def retrieval_finding(comparison: Comparison) -> str:
     shown = interval("precision_at_5", difference, "+")
     text += f" With the HF model it is {interval('precision_at_5', hf)}"
     text += {
-        "higher": f": the HF model retrieves better, by {shown} points.",
-        "lower": f": the local model retrieves better; HF - local is {shown} points.",
-        "unclear": f"; HF - local is {shown} points, so no difference can be shown at "
+        "higher": f": the HF model retrieves better, by {shown}.",
+        "lower": f": the local model retrieves better; HF - local is {shown}.",
+        "unclear": f"; HF - local is {shown}, so no difference can be shown at "
         f"n = {count(comparison)}.",
         "unknown": "; there are too few images for an interval, so this is no verdict.",
     }[verdict(difference)]

@@ -198,7 +198,7 @@ class Run:
     def end_epoch(self, row: dict[str, float], state: Any, provenance: dict[str, Any]) -> None:
         """Log one epoch and write the checkpoint and the state."""
         self.seconds += row["seconds"]
-        self.rows.append({key: float(f"{value:.6g}") for key, value in row.items()})
+        self.rows.append({key: round_digits(value) for key, value in row.items()})
         # In this order: a kill in between repeats the epoch, never leaves out a checkpoint.
         self.publish(state, provenance)
         self.save(state)
@@ -220,6 +220,11 @@ class Run:
         save_figure(self.folder / "training_curves.png", curves)
         path = self.folder / "checkpoint_latest.pt"
         export_huggingface(load_checkpoint(path, "context"), self.folder / "hf")
+
+
+def round_digits(value: float) -> float:
+    """Six significant digits; a count stays one."""
+    return value if isinstance(value, int) else float(f"{value:.6g}")
 
 
 def describe(args: argparse.Namespace, device: str, dtype: Any, num_images: int) -> dict[str, Any]:
