@@ -162,6 +162,44 @@ def retrieval_finding(comparison: Comparison) -> str:
     return text
 
 
+def question(comparison: Comparison) -> str:
+    """What the answer answers."""
+    if "hf" in comparison.metrics:
+        return "Which of the two encoders brings images of the same class closer together?"
+    return "How well does the local encoder bring images of the same class together?"
+
+
+def answer(comparison: Comparison) -> str:
+    """One sentence on precision@5, with a winner only where the interval leaves out zero."""
+    local = comparison.metrics["local"]["precision_at_5"]
+    if not math.isfinite(local.value):
+        return "With fewer than six images there are no five nearest neighbours to judge by."
+    others = " and ".join(
+        f"{name.replace('_', ' ')} {number('precision_at_5', metrics['precision_at_5'])}"
+        for name, metrics in comparison.references.items()
+    )
+    beside = f"chance gives {100 * comparison.chance_precision:.1f}%, {others}"
+    if "hf" not in comparison.metrics:
+        shown = interval("precision_at_5", local)
+        return f"{shown} of an image's five nearest neighbours share its class; {beside}."
+    hf = comparison.metrics["hf"]["precision_at_5"]
+    shown = [number("precision_at_5", value) for value in (local.value, hf.value)]
+    difference = comparison.differences["precision_at_5"]["estimate"]
+    gap = interval("precision_at_5", difference, "+").replace("%", "")
+    first = {
+        "higher": f"The HF model: {shown[1]} of an image's five nearest neighbours share its class,"
+        f" against {shown[0]} with the local model (HF - local {gap} points)",
+        "lower": f"The local model: {shown[0]} of an image's five nearest neighbours share its "
+        f"class, against {shown[1]} with the HF model (HF - local {gap} points)",
+        "unclear": f"No difference can be shown: {shown[0]} of an image's five nearest neighbours "
+        f"share its class with the local model and {shown[1]} with the HF model "
+        f"(HF - local {gap} points)",
+        "unknown": "There are too few images for a verdict: of an image's five nearest neighbours "
+        f"{shown[0]} share its class with the local model and {shown[1]} with the HF model",
+    }[verdict(difference)]
+    return f"{first}; {beside}."
+
+
 def efficiency_finding(comparison: Comparison) -> str:
     """What share of the HF model's retrieval the local dimensions buy."""
     head = summary(comparison)

@@ -1,0 +1,65 @@
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+REPORT = (ROOT / "comparison_results" / "report.md").read_text()
+
+
+def fenced(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def usage(script):
+    command = [sys.executable, str(ROOT / "scripts" / script), "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_table_of_flags_is_the_usage():
+    documented = re.findall(r"^\| `(--[a-z-]+)` \|", README, re.MULTILINE)
+    offered = set(re.findall(r"--[a-z][a-z-]*", usage("compare_embeddings.py"))) - {"--help"}
+    assert set(documented) == offered
+
+
+def test_every_row_of_the_results_is_in_the_committed_report():
+    rows = re.findall(r"^\| (?:Metric|Embedding|Variance in|Silh|NN ).*$", README, re.MULTILINE)
+    assert len(rows) == 6
+    for row in rows:
+        assert row in REPORT
+
+
+def test_the_command_beside_the_results_made_them():
+    command = REPORT.split("```bash\n")[1].split("\n```")[0]
+    assert command in README
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
+def test_links_lead_somewhere(link):
+    assert (ROOT / link).exists()
+
+
+def test_every_option_of_a_printed_command_exists():
+    lines = "\n".join(fenced("bash")).replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("python")]
+    assert len(commands) >= 3
+    for command in commands:
+        offered = usage(Path(command[1]).name)
+        assert all(word in offered for word in command if word.startswith("--"))
+
+
+def test_the_snippet_for_continuous_integration_is_in_the_workflow():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    (snippet,) = fenced("yaml")
+    for line in snippet.strip().splitlines():
+        assert line.strip().removeprefix("- ") in workflow
+
+
+def test_nothing_committed_holds_a_path_of_the_machine_that_made_it():
+    texts = [README, REPORT, (ROOT / "comparison_results" / "metrics.json").read_text()]
+    texts.append((ROOT / "checkpoints_300ep" / "README.md").read_text())
+    assert not any(str(Path.home()) in text or "/tmp/" in text for text in texts)

@@ -1,0 +1,140 @@
+import csv
+import hashlib
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from ijepa import report
+from ijepa.comparison import compare
+from ijepa.data import Split
+from ijepa.errors import UserError
+from ijepa.report import (
+    disagreements,
+    draw_queries,
+    per_image_csv,
+    plain,
+    project,
+    shown_rows,
+    write_report,
+)
+
+
+@pytest.fixture(scope="module")
+def run():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(2), 20)
+    images = torch.from_numpy(rng.integers(0, 256, (40, 3, 8, 8), dtype=np.uint8))
+    split = Split("toys", "test", ("a,b", "c"), images, labels, np.arange(100, 140))
+    models = {
+        "local": (rng.normal(size=(40, 4)) + labels[:, None]).astype(np.float32),
+        "hf": (rng.normal(size=(40, 6)) + labels[:, None]).astype(np.float32),
+    }
+    references = {name: models["local"].copy() for name in ("pixels", "random_weights")}
+    comparison = compare(models, references, labels, seed=0)
+    return comparison, project(comparison, 0), split
+
+
+@pytest.fixture(scope="module")
+def facts():
+    model = {
+        "source": "x",
+        "embedding_dim": 4,
+        "parameters": 10,
+        "input_size": 8,
+        "dtype": "float32",
+    }
+    return {
+        "run": {"command": "python x"},
+        "dataset": {"name": "toys", "split": "test", "n": 40, "classes": ["a,b", "c"]},
+        "models": {"local": model, "hf": model},
+    }
+
+
+def test_artifacts_are_the_files_with_their_hashes_and_sizes(run, facts, tmp_path):
+    comparison, maps, split = run
+    written = write_report(tmp_path, comparison, maps, split, facts, ["a caveat"])
+    assert written[-1].name == "metrics.json"
+    metrics = json.loads(written[-1].read_text())
+    listed = {artifact["path"]: artifact for artifact in metrics["artifacts"]}
+    assert listed.keys() == {path.name for path in written[:-1]}
+    for path in written[:-1]:
+        content = path.read_bytes()
+        assert listed[path.name]["sha256"] == hashlib.sha256(content).hexdigest()
+        assert listed[path.name]["bytes"] == len(content)
+    assert metrics["caveats"][0] == "a caveat"
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in written}
+
+
+def test_the_same_run_writes_the_same_bytes(run, facts, tmp_path):
+    comparison, maps, split = run
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        write_report(folder, comparison, maps, split, facts, [])
+    names = sorted(path.name for path in folders[0].iterdir())
+    for name in names:
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+
+
+def test_per_image_rows_read_back_as_the_numbers(run):
+    comparison, maps, split = run
+    rows = list(csv.DictReader(io.StringIO(per_image_csv(comparison, maps, split, 0))))
+    assert [int(row["index"]) for row in rows] == list(range(100, 140))
+    assert {row["class"] for row in rows} == {"a,b", "c"}
+    for name in ("local", "hf"):
+        shown = [float(row[f"precision_at_5_{name}"]) for row in rows]
+        assert np.mean(shown) == pytest.approx(comparison.metrics[name]["precision_at_5"].value)
+        shown = [float(row[f"silhouette_{name}"]) for row in rows]
+        expected = comparison.metrics[name]["silhouette"].value
+        assert np.mean(shown) == pytest.approx(expected, abs=1e-6)
+        neighbors = [list(map(int, row[f"neighbors_{name}"].split())) for row in rows]
+        expected = comparison.analyses[name].lists.neighbors[:, :5] + 100
+        np.testing.assert_array_equal(neighbors, expected)
+    shown = [float(row["mutual_knn"]) for row in rows]
+    assert np.mean(shown) == pytest.approx(comparison.agreement["mutual_knn"].value)
+
+
+def test_disagreements_go_both_ways_and_really_differ(run):
+    comparison = run[0]
+    local, hf = (comparison.analyses[name].precisions(5) for name in ("local", "hf"))
+    gains = (hf - local)[disagreements(comparison, 0)]
+    assert (gains[:4] > 0).all()
+    assert (gains[4:] < 0).all()
+    assert gains[:4].min() >= np.sort(hf - local)[-4]
+
+
+def test_queries_come_from_the_seed_and_one_of_each_class():
+    labels = np.repeat(np.arange(12), 5)
+    queries = draw_queries(labels, 3)
+    assert labels[queries].tolist() == list(range(10))
+    np.testing.assert_array_equal(queries, draw_queries(labels, 3))
+    assert (queries != draw_queries(labels, 4)).any()
+
+
+def test_maps_show_a_seeded_sample_in_order_when_images_are_many(run, monkeypatch):
+    np.testing.assert_array_equal(shown_rows(run[0], 0), np.arange(40))
+    monkeypatch.setattr(report, "MAX_POINTS", 15)
+    rows = shown_rows(run[0], 0)
+    assert len(rows) == 15
+    assert (np.diff(rows) > 0).all()
+    np.testing.assert_array_equal(rows, shown_rows(run[0], 0))
+    assert (rows != shown_rows(run[0], 1)).any()
+
+
+def test_undefined_numbers_become_null_and_are_named():
+    undefined = []
+    value = {"a": [1, float("nan")], "b": {"c": np.float64("inf"), "d": np.int64(3)}}
+    assert plain(value, "", undefined) == {"a": [1, None], "b": {"c": None, "d": 3}}
+    assert undefined == [".a[1]", ".b.c"]
+
+
+def test_a_failed_write_leaves_no_metrics(run, facts, tmp_path):
+    comparison, maps, split = run
+    (tmp_path / "report.md").mkdir()  # where a file has to go
+    with pytest.raises(UserError):
+        write_report(tmp_path, comparison, maps, split, facts, [])
+    assert not (tmp_path / "metrics.json").exists()
+    assert not list(tmp_path.glob("*.tmp*"))
