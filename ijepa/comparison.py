@@ -5,7 +5,7 @@ Differences are always hf - local. Where a class has too few images for halves t
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,6 +155,17 @@ def values_on_halves(
 
 
 @dataclass(frozen=True)
+class SeedSpread:
+    """A metric of several trainings that differ in their seed, on the same images."""
+
+    values: list[float]
+    """The local model's first, then the others in the order given."""
+    mean: float
+    sd: float
+    """Sample standard deviation over trainings: what another seed would change."""
+
+
+@dataclass(frozen=True)
 class Comparison:
     """All numbers of a run. Keys of the mappings are `local` and, if it was given, `hf`."""
 
@@ -169,6 +180,8 @@ class Comparison:
     mutual: Float[np.ndarray, " n"] | None
     """Share of common 10-NN per image."""
     chance_precision: float
+    seeds: dict[str, SeedSpread]
+    """By metric, over several trainings of the local model; empty for one."""
     num_halves: int
     """0 where the images are too few for intervals."""
     seed: int
@@ -179,6 +192,7 @@ def compare(
     references: Mapping[str, Float[np.ndarray, "n _"]],
     labels: Int[np.ndarray, " n"],
     seed: int,
+    other_seeds: Sequence[Float[np.ndarray, "n _"]] = (),
 ) -> Comparison:
     """Measure one model or two, and the references, on the same images.
 
@@ -187,12 +201,14 @@ def compare(
         references: Embeddings that show what a number means, such as raw pixels.
         labels: Class of each row.
         seed: Of the halves and of the permutation tests.
+        other_seeds: Embeddings by other trainings of the local model.
 
     Raises:
         ValueError: If the numbers of rows differ.
         UserError: If embeddings are not finite or zero.
     """
-    for name, X in [*embeddings.items(), *references.items()]:
+    others = [("other_seeds", X) for X in other_seeds]
+    for name, X in [*embeddings.items(), *references.items(), *others]:
         if len(X) != len(labels):
             raise ValueError(f"{name} has {len(X)} rows for {len(labels)} labels")
     analyses = {name: analyze(X, labels, name) for name, X in embeddings.items()}
@@ -218,9 +234,28 @@ def compare(
         agreement=agreement(analyses, halves, seed) if paired else {},
         mutual=mutual_per_image(analyses) if paired else None,
         chance_precision=chance_precision(labels),
+        seeds=seed_spread(values["local"], other_seeds, labels),
         num_halves=0 if halves is None else len(halves),
         seed=seed,
     )
+
+
+def seed_spread(
+    local: Mapping[str, float],
+    other_seeds: Sequence[Float[np.ndarray, "n _"]],
+    labels: Int[np.ndarray, " n"],
+) -> dict[str, SeedSpread]:
+    """Spread of every metric over trainings; kept apart from the intervals over images."""
+    if not other_seeds:
+        return {}
+    trainings = [local]
+    for row, X in enumerate(other_seeds, start=2):
+        trainings.append(measure(analyze(X, labels, f"local_{row}")))
+    columns = {metric: [numbers[metric] for numbers in trainings] for metric in METRICS}
+    return {
+        metric: SeedSpread(values, float(np.mean(values)), float(np.std(values, ddof=1)))
+        for metric, values in columns.items()
+    }
 
 
 def with_interval(value: float, half_values: Float[np.ndarray, " B"] | None) -> Estimate:

@@ -315,6 +315,20 @@ def agreement_finding(comparison: Comparison) -> str:
     return text
 
 
+def seeds_finding(comparison: Comparison) -> str:
+    """What another training seed changes, beside what other images would change."""
+    parts = []
+    for metric in HEADLINES:
+        spread = comparison.seeds[metric]
+        parts.append(
+            f"{ROWS[metric]}: mean {number(metric, spread.mean)}, standard deviation "
+            f"{number(metric, spread.sd)} over trainings, standard error "
+            f"{number(metric, comparison.metrics['local'][metric].se)} over images"
+        )
+    trainings = len(comparison.seeds["precision_at_5"].values)
+    return f"Over {trainings} trainings of the local model: {'; '.join(parts)}."
+
+
 def headline_lines(comparison: Comparison) -> list[str]:
     """What the console says under the table: agreement, and wins, ties and losses."""
     if "hf" not in comparison.metrics:
@@ -342,7 +356,7 @@ def count(comparison: Comparison) -> int:
 
 def label(name: str) -> str:
     """A model's name in a sentence."""
-    return {"local": "Local", "hf": "HF"}[name]
+    return "HF" if name == "hf" else name.replace("_", " ").capitalize()
 
 
 def whole(value: float) -> str:
@@ -410,6 +424,8 @@ def markdown(comparison: Comparison, facts: Mapping[str, Any], caveats: Sequence
     lines += ["## Key findings", ""]
     for position, (title, text) in enumerate(sections.items(), start=1):
         lines += [f"### {position}. {title}", "", text, ""]
+    if comparison.seeds:
+        lines += ["## Spread over training seeds", "", seeds_finding(comparison), ""]
     if comparison.per_class:
         lines += ["## Precision@5 by class", ""]
         lines += [per_class_table(comparison, dataset["classes"]), ""]

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
 from ijepa import plots
-from ijepa.comparison import Comparison
+from ijepa.comparison import Comparison, neighbor_confusion
 from ijepa.data import Split
 from ijepa.files import sha256, write_atomically, write_text
 from ijepa.narrative import markdown, summary
@@ -209,8 +209,13 @@ def metrics_json(
             "differences": comparison.differences,
             "per_class": comparison.per_class,
             "agreement": comparison.agreement,
+            "neighbor_confusion": {
+                name: neighbor_confusion(analysis, len(facts["dataset"]["classes"])).tolist()
+                for name, analysis in comparison.analyses.items()
+            },
         },
         "references": comparison.references,
+        "training_seeds": comparison.seeds,
     }
     result = plain(content, "", undefined)
     result["caveats"] = [

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,55 +15,86 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 BUNDLED = ROOT / "checkpoints_300ep"
+HUB_MODEL = "facebook/ijepa_vith14_1k"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; heavy imports come later so that usage errors are instant."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add(
         "--local-checkpoint",
         type=Path,
-        default=Path("checkpoints_300ep/checkpoint_latest.pt"),
-        help="file of scripts/train_ijepa.py, or a .pth.tar of the I-JEPA authors",
+        action="append",
+        help="file of scripts/train_ijepa.py, or a .pth.tar of the I-JEPA authors; given again, "
+        f"other seeds of the same training (default: {BUNDLED.name}/checkpoint_latest.pt)",
     )
-    add("--local-weights", choices=["target", "context"], default="target", help="which encoder")
+    add(
+        "--local-weights",
+        choices=["target", "context"],
+        default="target",
+        help="which encoder (default: %(default)s)",
+    )
     add(
         "--hf-model",
-        default="facebook/ijepa_vith14_1k",
-        help="hub id or directory; none reports the local model alone",
+        help="hub id or directory; none reports the local model alone (default: "
+        f"{HUB_MODEL}; with --offline the bundled context encoder)",
     )
-    add("--output-dir", type=Path, default=Path("comparison_results"), help="for all files")
-    add("--max-samples", type=natural, default=2000, help="class-balanced; 0 = the whole split")
+    add(
+        "--output-dir",
+        type=Path,
+        default=Path("comparison_results"),
+        help="for all files (default: %(default)s)",
+    )
+    add(
+        "--max-samples",
+        type=natural,
+        default=2000,
+        help="class-balanced; 0 = the whole split (default: %(default)s)",
+    )
     add(
         "--dataset",
-        default=None,
         help="cifar10, digits, or a folder with one sub-folder per class (default: cifar10; with "
         "--offline digits, unless --data-dir has CIFAR-10)",
     )
-    add("--split", choices=["test", "train"], default="test", help="part of the data set")
-    add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or will be put")
     add(
-        "--offline",
-        action="store_true",
-        help="open no socket; --hf-model defaults to the bundled context encoder",
+        "--split",
+        choices=["test", "train"],
+        default="test",
+        help="part of the data set (default: %(default)s)",
     )
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="matrix products")
-    add("--batch-size", type=positive, default=None, help="images per forward pass (default: 64)")
-    add("--seed", type=natural, default=0, help="of the sample, the maps and the intervals")
+    add(
+        "--data-dir",
+        type=Path,
+        default=Path("data"),
+        help="where CIFAR-10 is or will be put (default: %(default)s)",
+    )
+    add("--offline", action="store_true", help="open no socket")
+    add("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    add(
+        "--dtype",
+        choices=["auto", "bfloat16", "float32"],
+        default="auto",
+        help="of matrix products; auto is bfloat16 where the hardware has it (default: auto)",
+    )
+    add(
+        "--batch-size",
+        type=positive,
+        default=64,
+        help="images per forward pass (default: %(default)s)",
+    )
+    add(
+        "--seed",
+        type=natural,
+        default=0,
+        help="of the sample, the maps and the intervals (default: %(default)s)",
+    )
     add("--no-cache", action="store_true", help="neither read nor keep finished embeddings")
     args = parser.parse_args(arguments)
-    explicit = arguments if arguments is not None else sys.argv[1:]
-    if args.offline and not any(word.startswith("--hf-model") for word in explicit):
-        args.hf_model = bundled("hf")
-    if not args.local_checkpoint.exists() and not any(
-        word.startswith("--local-checkpoint") for word in explicit
-    ):
-        args.local_checkpoint = Path(bundled("checkpoint_latest.pt"))
-    args.command = shlex.join(["python", "scripts/compare_embeddings.py", *explicit])
+    args.hf_model = args.hf_model or (bundled("hf") if args.offline else HUB_MODEL)
+    args.local_checkpoint = args.local_checkpoint or [Path(bundled("checkpoint_latest.pt"))]
+    words = sys.argv[1:] if arguments is None else arguments
+    args.command = shlex.join(["python", "scripts/compare_embeddings.py", *words])
     return args
 
 
@@ -145,21 +177,48 @@ def load_images(args: argparse.Namespace) -> Any:
 
 
 def load_encoders(args: argparse.Namespace) -> list[Any]:
-    """The local encoder, the other one if asked for, and the two references."""
+    """The local encoder, the other one if asked for, the two references, and other seeds."""
     from ijepa import encoders
     from ijepa.checkpoint import load_checkpoint
     from ijepa.devices import choose_device, choose_dtype
 
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
-    local = encoders.load_local_encoder(args.local_checkpoint, args.local_weights, device, dtype)
-    checkpoint = load_checkpoint(args.local_checkpoint, args.local_weights)
+    local, *others = (
+        encoders.load_local_encoder(path, args.local_weights, device, dtype)
+        for path in args.local_checkpoint
+    )
+    check_seeds(local, others)
+    checkpoint = load_checkpoint(args.local_checkpoint[0], args.local_weights)
     normalization = (checkpoint.mean, checkpoint.std)
     loaded = [local]
     if args.hf_model != "none":
         loaded.append(encoders.load_huggingface_encoder(args.hf_model, device, dtype, args.offline))
     random = encoders.random_encoder(checkpoint.config, normalization, args.seed, device, dtype)
-    return [*loaded, encoders.pixel_encoder(), random]
+    seeds = [replace(other, name=f"local_{row}") for row, other in enumerate(others, start=2)]
+    return [*loaded, encoders.pixel_encoder(), random, *seeds]
+
+
+def check_seeds(local: Any, others: list[Any]) -> None:
+    """Raise UserError unless the checkpoints can be several seeds of one training."""
+    from ijepa.errors import UserError
+
+    seen = {local.description["sha256"]}
+    for other in others:
+        source = other.description["source"]
+        if other.description["sha256"] in seen:
+            raise UserError(
+                f"checkpoint {source} is given twice",
+                hint="every --local-checkpoint must be another seed of the same training",
+            )
+        seen.add(other.description["sha256"])
+        for key in ("parameters", "input_size", "epochs"):
+            if other.description[key] != local.description[key]:
+                raise UserError(
+                    f"checkpoint {source} has {key} {other.description[key]}, the first has "
+                    f"{local.description[key]}",
+                    hint="give checkpoints of the same training that differ in their seed",
+                )
 
 
 def extract_all(args: argparse.Namespace, loaded: list[Any], split: Any) -> dict[str, Any]:
@@ -183,7 +242,7 @@ def extract_all(args: argparse.Namespace, loaded: list[Any], split: Any) -> dict
                 "computing anew",
                 file=sys.stderr,
             )
-        results[encoder.name] = extract(encoder, split, args.batch_size or 64, folder, progress)
+        results[encoder.name] = extract(encoder, split, args.batch_size, folder, progress)
     return results
 
 
@@ -191,7 +250,12 @@ def caveats(comparison: Any, loaded: list[Any], maps: Any) -> list[str]:
     """What a reader must know before believing a number."""
     n = len(comparison.analyses["local"].labels)
     notes = [
-        "one checkpoint is one draw of the training seed; the intervals cover images, not training",
+        "the intervals cover images, not training: "
+        + (
+            "the spread over training seeds stands beside them"
+            if comparison.seeds
+            else "one checkpoint is one draw of the training seed"
+        ),
         f"precision@k and kNN accuracy depend on the number of images searched, here n = {n}",
         "explained variance describes the shape of a cloud, not its quality",
     ]
@@ -250,15 +314,12 @@ def compare_run(args: argparse.Namespace) -> None:
         loaded = load_encoders(args)
     with watch.stage("extract"):
         results = extract_all(args, loaded, split)
-    models = [encoder.name for encoder in loaded if encoder.name in ("local", "hf")]
     with watch.stage("compare"):
         values = {name: result.values for name, result in results.items()}
-        comparison = compare(
-            {name: values[name] for name in models},
-            {name: values[name] for name in values if name not in models},
-            split.labels,
-            args.seed,
-        )
+        models = {name: values[name] for name in ("local", "hf") if name in values}
+        references = {name: values[name] for name in ("pixels", "random_weights")}
+        seeds = [values[name] for name in values if name not in {*models, *references}]
+        comparison = compare(models, references, split.labels, args.seed, seeds)
     with watch.stage("project"):
         maps = project(comparison, args.seed)
     with watch.stage("write"):
@@ -310,7 +371,7 @@ def describe_run(
                 "from_cache": results[encoder.name].from_cache,
             }
             for encoder in loaded
-            if encoder.name in ("local", "hf")
+            if encoder.name not in ("pixels", "random_weights")
         },
         "settings": {
             "similarity": "cosine",

@@ -20,6 +20,7 @@ SCRIPT = ROOT / "scripts" / "compare_embeddings.py"
 FILES = {
     "metrics.json",
     "report.md",
+    "report.html",
     "per_image.csv",
     "tsne_comparison.png",
     "pca_comparison.png",
@@ -99,6 +100,7 @@ def test_metrics_json_follows_the_schema(finished):
         "metrics",
         "comparison",
         "references",
+        "training_seeds",
         "caveats",
         "artifacts",
     ]
@@ -220,3 +222,43 @@ def test_help_answers_without_importing_anything_heavy(script):
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code, "--help"], check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def other_seed(models):
+    path = models[0].with_name("seed_1.pt")
+    torch.manual_seed(1)
+    config = load_checkpoint(models[0], "target").config
+    encoders = {"target": VisionTransformer(config)}
+    save_checkpoint(path, config, encoders, (0.5, 0.5), {"epochs": 3, "planned_epochs": 9})
+    return path
+
+
+def test_several_checkpoints_give_the_spread_over_seeds(models, other_seed, tmp_path):
+    flags = ["--hf-model", "none", "--local-checkpoint", str(other_seed)]
+    assert run(models, tmp_path, *flags) == 0
+    content = json.loads((tmp_path / "metrics.json").read_text())
+    spread = content["training_seeds"]["precision_at_5"]
+    assert spread["values"][0] == content["metrics"]["local"]["precision_at_5"]["value"]
+    assert spread["mean"] == pytest.approx(np.mean(spread["values"]))
+    assert spread["sd"] == pytest.approx(abs(np.subtract(*spread["values"])) / np.sqrt(2))
+    assert content["models"]["local_2"]["source"] == str(other_seed)
+    assert "Spread over training seeds" in (tmp_path / "report.md").read_text()
+    # Alone, the second training has the number it has as a second seed.
+    assert run((other_seed, None), tmp_path / "alone", "--hf-model", "none") == 0
+    alone = json.loads((tmp_path / "alone" / "metrics.json").read_text())
+    assert spread["values"][1] == alone["summary"]["local"]["precision_at_5"]
+    assert alone["training_seeds"] == {}
+
+
+def test_a_checkpoint_given_twice_is_no_second_seed(models, tmp_path, capsys):
+    assert run(models, tmp_path, "--local-checkpoint", str(models[0])) == 1
+    assert "is given twice" in capsys.readouterr().err
+
+
+def test_another_architecture_is_no_other_seed(models, tmp_path, capsys):
+    config = ViTConfig(embed_dim=16, depth=1, num_heads=2, patch_size=8)
+    encoders = {"target": VisionTransformer(config)}
+    save_checkpoint(tmp_path / "other.pt", config, encoders, (0.5, 0.5), {"epochs": 3})
+    assert run(models, tmp_path, "--local-checkpoint", str(tmp_path / "other.pt")) == 1
+    assert "has parameters" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ijepa.comparison import compare
+from ijepa.comparison import SeedSpread, compare
 from ijepa.narrative import (
     agreement_finding,
     confusion_finding,
@@ -18,6 +18,7 @@ from ijepa.narrative import (
     number,
     ratio,
     retrieval_finding,
+    seeds_finding,
     separability_finding,
     summary,
     table,
@@ -157,6 +158,17 @@ def test_confusion_names_the_class_that_neighbours_stray_to():
     assert "cat to dog" in found
     assert "dog to cat" in found
     assert "ship_" not in found.split("stray")[1]
+
+
+def test_the_spread_over_seeds_stands_beside_the_error_over_images(pair):
+    seeds = {name: SeedSpread([0.5, 0.6], 0.55, 0.0707) for name in pair.metrics["local"]}
+    text = seeds_finding(replace(pair, seeds=seeds))
+    assert "Over 2 trainings" in text
+    error = 100 * pair.metrics["local"]["precision_at_5"].se
+    assert (
+        "NN precision@5: mean 55.0%, standard deviation 7.1% over trainings, standard error "
+        f"{error:.1f}% over images" in text
+    )
 
 
 @pytest.mark.parametrize(
