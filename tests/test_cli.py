@@ -20,7 +20,6 @@ SCRIPT = ROOT / "scripts" / "compare_embeddings.py"
 FILES = {
     "metrics.json",
     "report.md",
-    "report.html",
     "per_image.csv",
     "tsne_comparison.png",
     "pca_comparison.png",
