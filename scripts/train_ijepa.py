@@ -134,20 +134,35 @@ class Run:
         from dataclasses import asdict
 
         self.folder = folder
+        self.state = folder / "state.pt"
+        self.previous = folder / "state_previous.pt"
         self.config = config
         self.settings = asdict(config)
         self.rows: list[dict[str, float]] = []
         self.seconds = 0.0
 
-    def resume(self, state: Any) -> None:
-        """Take over a run found in the folder."""
+    def read_state(self) -> Any:
+        """The last whole state of the folder, or None in a new one."""
         from ijepa.checkpoint import read_torch_file
         from ijepa.errors import UserError
 
-        path = self.folder / "state.pt"
-        if not path.exists():
+        paths = [path for path in (self.state, self.previous) if path.exists()]
+        for path in paths:
+            try:
+                return read_torch_file(path)
+            except UserError as error:
+                if path == paths[-1]:
+                    raise
+                print(f"{error.problem}: going back to {self.previous.name}", file=sys.stderr)
+        return None
+
+    def resume(self, state: Any) -> None:
+        """Take over a run found in the folder."""
+        from ijepa.errors import UserError
+
+        saved = self.read_state()
+        if saved is None:
             return
-        saved = read_torch_file(path)
         if saved["settings"] != self.settings:
             changed = [
                 key for key, value in self.settings.items() if saved["settings"][key] != value
@@ -161,7 +176,7 @@ class Run:
         print(f"resuming {self.folder} after {state.step} updates", file=sys.stderr)
 
     def save(self, state: Any) -> None:
-        """Write everything that resuming needs."""
+        """Write everything that resuming needs, keeping the state before it."""
         import torch
 
         from ijepa.files import write_atomically
@@ -172,7 +187,9 @@ class Run:
             "rows": self.rows,
             "seconds": self.seconds,
         }
-        write_atomically(self.folder / "state.pt", lambda file: torch.save(content, file))
+        if self.state.exists():
+            self.state.replace(self.previous)
+        write_atomically(self.state, lambda file: torch.save(content, file))
 
     def publish(self, state: Any, provenance: dict[str, Any]) -> None:
         """Write the log and the checkpoint of the epochs finished so far."""

@@ -1,6 +1,7 @@
 import csv
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,6 +81,7 @@ def test_a_run_leaves_its_state_a_log_and_a_checkpoint(finished):
         "hf/model.safetensors",
         "hf/preprocessor_config.json",
         "state.pt",
+        "state_previous.pt",
         "training_curves.png",
         "training_log.csv",
     ]
@@ -230,6 +232,17 @@ def test_a_damaged_state_is_a_user_error(tmp_path, flags, capsys):
     assert script.main([*flags, "--output-dir", str(tmp_path)]) == 1
     assert "state.pt is not a readable PyTorch file" in capsys.readouterr().err
     assert (tmp_path / "state.pt").read_bytes() == b"PK\x03\x04 cut off"
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"PK"), Path.unlink])
+def test_a_lost_state_falls_back_to_the_one_before(finished, flags, tmp_path, capsys, damage):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    damage(folder / "state.pt")
+    assert script.main([*flags, "--output-dir", str(folder)]) == 0
+    assert "resuming" in capsys.readouterr().err
+    again = load_checkpoint(folder / "checkpoint_latest.pt", "target").state_dict
+    before = load_checkpoint(finished / "checkpoint_latest.pt", "target").state_dict
+    assert all(torch.equal(again[name], before[name]) for name in before)
 
 
 # --- bad input
