@@ -163,6 +163,11 @@ def load_folder(folder: Path, data_dir: Path, split: str, offline: bool) -> Spli
             f"{str(root)!r} has {len(classes)} class folders, need at least 2", hint=hint
         )
     for one, found in zip(classes, files, strict=True):
+        # Python decodes bytes that are not UTF-8 to these characters, which no file takes.
+        if any("\udc80" <= character <= "\udcff" for character in one.name):
+            raise UserError(
+                f"class folder {str(one)!r} has a name that is not UTF-8", hint="rename the folder"
+            )
         if not found:
             raise UserError(f"class folder {str(one)!r} has no images", hint=hint)
     labels = np.repeat(np.arange(len(classes)), [len(found) for found in files])

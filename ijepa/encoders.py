@@ -182,13 +182,17 @@ def pixel_encoder() -> FrozenEncoder:
     """Raw pixels as embeddings, at 32 x 32: what no learning at all gives."""
     return FrozenEncoder(
         "pixels",
-        lambda images: resize_and_normalize(images, 32, (0.0,) * 3, (1.0,) * 3),
+        # A black image has no direction; half a grey level on all pixels gives it one.
+        lambda images: resize_and_normalize(images, 32, (-0.5 / 255,) * 3, (1.0,) * 3),
         lambda pixels: pixels.flatten(1)[:, None],
         3 * 32 * 32,
         torch.device("cpu"),
         torch.float32,
         autocast=False,
-        description={"source": "pixels at 32 x 32 in [0, 1]", "dtype": "float32"},
+        description={
+            "source": "pixels at 32 x 32 in [0, 1], plus half a grey level",
+            "dtype": "float32",
+        },
     )
 
 

@@ -50,8 +50,8 @@ def interval(metric: str, estimate: Estimate, sign: str = "") -> str:
 
 
 def ratio(local: float, hf: float) -> float:
-    """Local over hf; NaN where that says nothing (zero below, or signs that differ)."""
-    return local / hf if hf and local * hf >= 0 else float("nan")
+    """Local over hf; NaN where that says nothing: below zero more would read as better."""
+    return local / hf if hf > 0 and local >= 0 else float("nan")
 
 
 def verdict(difference: Estimate) -> str:
@@ -338,8 +338,8 @@ def headline_lines(comparison: Comparison) -> list[str]:
     if math.isfinite(facts["mutual_knn"].value):
         lines.append(
             f"agreement: mutual 10-NN {facts['mutual_knn'].value:.3f} (chance "
-            f"{facts['mutual_knn_chance']:.3f}, same classes {facts['mutual_knn_class_only']:.3f}),"
-            f" debiased CKA {facts['cka']:.3f}"
+            f"{facts['mutual_knn_chance']:.3f}, same classes {facts['mutual_knn_class_only']:.3f})"
+            + (f", debiased CKA {facts['cka']:.3f}" if math.isfinite(facts["cka"]) else "")
         )
     if "wins" in retrieval:
         lines.append(

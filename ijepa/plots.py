@@ -203,7 +203,8 @@ def class_similarity(
     means = np.stack([X[labels == label].mean(axis=0) for label in np.unique(labels)])
     norms = np.linalg.norm(means, axis=1, keepdims=True)
     unit = means / np.where(norms > 1e-9 * scale, norms, np.nan)
-    return unit @ unit.T
+    # Rounding takes parallel means just beyond 1.
+    return np.clip(unit @ unit.T, -1, 1)
 
 
 @cache

@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT))
 
 BUNDLED = ROOT / "checkpoints_300ep"
 HUB_MODEL = "facebook/ijepa_vith14_1k"
+FULL_EPOCHS = 300
+"""What the bundled checkpoint is meant to have."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -85,13 +87,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--seed",
-        type=natural,
+        type=seed_number,
         default=0,
         help="of the sample, the maps and the intervals (default: %(default)s)",
     )
     add("--no-cache", action="store_true", help="neither read nor keep finished embeddings")
     args = parser.parse_args(arguments)
-    args.hf_model = args.hf_model or (bundled("hf") if args.offline else HUB_MODEL)
+    if args.hf_model is None:
+        args.hf_model = bundled("hf") if args.offline else HUB_MODEL
     args.local_checkpoint = args.local_checkpoint or [Path(bundled("checkpoint_latest.pt"))]
     words = sys.argv[1:] if arguments is None else arguments
     args.command = shlex.join(["python", "scripts/compare_embeddings.py", *words])
@@ -102,6 +105,14 @@ def bundled(name: str) -> str:
     """Path of a shipped file, as short as it can be seen from here."""
     path = BUNDLED / name
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def seed_number(text: str) -> int:
+    """Parse a seed that every library takes."""
+    value = natural(text)
+    if value >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be below 2**32, got {value}")
+    return value
 
 
 def natural(text: str) -> int:
@@ -262,11 +273,7 @@ def caveats(comparison: Any, loaded: list[Any], maps: Any) -> list[str]:
     widths = {a.embeddings.shape[1] for a in comparison.analyses.values()}
     if len(widths) == 2:
         notes.append("the embedding dimensions differ: 10 PCs are another share of each")
-    facts = loaded[0].description
-    if facts.get("planned_epochs") not in (None, facts.get("epochs")):
-        notes.append(
-            f"the local checkpoint has {facts['epochs']} of {facts['planned_epochs']} epochs"
-        )
+    notes = training_caveats(loaded[0].description) + notes
     if len(comparison.analyses) == 2:
         other = Path(loaded[1].description["source"])
         if other.resolve() == (BUNDLED / "hf").resolve():
@@ -284,14 +291,34 @@ def caveats(comparison: Any, loaded: list[Any], maps: Any) -> list[str]:
     return notes
 
 
+def training_caveats(facts: dict[str, Any]) -> list[str]:
+    """What to know of a local checkpoint that had fewer epochs than it was meant to have."""
+    epochs, planned = facts["epochs"], facts["planned_epochs"]
+    shipped = (BUNDLED / "checkpoint_latest.pt").resolve()
+    if Path(facts["source"]).resolve() == shipped and epochs < FULL_EPOCHS:
+        return [
+            f"the bundled checkpoint had {epochs} epochs of training, not {FULL_EPOCHS}: "
+            "expect more of a finished one"
+        ]
+    if planned not in (None, epochs):
+        return [f"the local checkpoint has {epochs} of {planned} epochs"]
+    return []
+
+
 def collapse_warning(comparison: Any, name: str, width: int) -> list[str]:
     """Say so in words when embeddings use few dimensions and retrieve no better than pixels."""
-    metrics = comparison.metrics[name]
+    from math import isnan
+
+    metrics, n = comparison.metrics[name], len(comparison.analyses[name].labels)
+    rank, precision = metrics["effective_rank"].value, metrics["precision_at_5"].value
+    if isnan(rank):
+        return [f"the {name} embeddings are all the same: the model has collapsed"]
     baseline = max(facts["precision_at_5"] for facts in comparison.references.values())
-    if metrics["effective_rank"].value < 0.1 * width and (
-        metrics["precision_at_5"].value <= baseline
-    ):
-        return [f"the {name} embeddings look collapsed: few dimensions, retrieval like raw pixels"]
+    if rank < 0.1 * min(n - 1, width) and precision < 1 and precision <= baseline:
+        return [
+            f"the {name} embeddings look collapsed: few dimensions, and retrieval no better than "
+            "that of pixels or random weights"
+        ]
     return []
 
 
@@ -391,11 +418,22 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         compare_run(args)
+    except ModuleNotFoundError as error:
+        print(
+            f"error: the package {error.name} is not installed\n"
+            "hint: run make setup, then use .venv/bin/python",
+            file=sys.stderr,
+        )
+        return 1
+    except MemoryError:
+        print("error: out of memory\nhint: lower --max-samples or --batch-size", file=sys.stderr)
+        return 1
     except UserError as error:
         print(f"error: {error.problem}\nhint: {error.hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; finished embeddings are kept, run again to go on", file=sys.stderr)
+        kept = "" if args.no_cache else "; finished embeddings are kept, run again to go on"
+        print(f"interrupted{kept}", file=sys.stderr)
         return 130
     return 0
 

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from importlib import util
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.metrics import silhouette_score
 from sklearn.neighbors import NearestNeighbors
@@ -261,3 +263,46 @@ def test_another_architecture_is_no_other_seed(models, tmp_path, capsys):
     save_checkpoint(tmp_path / "other.pt", config, encoders, (0.5, 0.5), {"epochs": 3})
     assert run(models, tmp_path, "--local-checkpoint", str(tmp_path / "other.pt")) == 1
     assert "has parameters" in capsys.readouterr().err
+
+
+def pictures(folder, colors):
+    for name, color in colors.items():
+        (folder / name).mkdir(parents=True)
+        for row in range(4):
+            shade = tuple(min(value + 9 * row, 255) if value else 0 for value in color)
+            Image.new("RGB", (20, 20), shade).save(folder / name / f"{row}.png")
+    return str(folder)
+
+
+def test_black_images_and_classes_of_the_same_images_are_compared(models, tmp_path):
+    folder = pictures(tmp_path / "in", {"a": (0, 0, 0), "b": (90, 5, 5), "c": (90, 5, 5)})
+    assert run(models, tmp_path / "out", "--dataset", folder) == 0
+
+
+def test_a_class_name_that_is_not_utf_8_is_an_error(models, tmp_path, capsys):
+    folder = pictures(tmp_path / "in", {"a": (9, 9, 9), os.fsdecode(b"b\xff"): (90, 5, 5)})
+    assert run(models, tmp_path / "out", "--dataset", folder) == 1
+    assert "not UTF-8" in capsys.readouterr().err
+
+
+def test_a_collapsed_model_is_named_and_a_small_sample_is_not(models, finished, tmp_path):
+    path = tmp_path / "constant.pt"
+    config = load_checkpoint(models[0], "target").config
+    encoder = VisionTransformer(config)
+    with torch.no_grad():
+        encoder.norm.weight.zero_()
+        encoder.norm.bias.fill_(1)
+    save_checkpoint(path, config, {"target": encoder}, (0.5, 0.5), {"epochs": 1})
+    assert run((path, None), tmp_path / "out", "--hf-model", "none", "--max-samples", "20") == 0
+    caveats = json.loads((tmp_path / "out" / "metrics.json").read_text())["caveats"]
+    assert "the local embeddings are all the same: the model has collapsed" in caveats
+    assert not any(
+        "collapsed" in c for c in json.loads((finished / "metrics.json").read_text())["caveats"]
+    )
+
+
+def test_a_seed_that_not_every_library_takes_is_wrong_usage(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        load_script().main(["--seed", str(2**32)])
+    assert stopped.value.code == 2
+    assert "must be below 2**32" in capsys.readouterr().err

@@ -159,7 +159,7 @@ def test_the_random_encoder_follows_its_seed_and_leaves_the_global_generator_alo
 def test_pixels_as_embeddings_are_the_flattened_image():
     image = make_images((32, 32))[0]
     found = pixel_encoder().embed([image])
-    np.testing.assert_allclose(found[0], image.numpy().ravel() / 255.0, atol=1e-7)
+    np.testing.assert_allclose(found[0], (image.numpy().ravel() + 0.5) / 255, atol=1e-7)
     assert pixel_encoder().embed_dim == found.shape[1] == 3072
     assert pixel_encoder().embed(make_images((5, 9))).shape == (1, 3072)
 

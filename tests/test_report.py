@@ -47,9 +47,16 @@ def facts():
         "dtype": "float32",
     }
     return {
-        "run": {"command": "python x"},
-        "dataset": {"name": "toys", "split": "test", "n": 40, "classes": ["a,b", "c"]},
+        "run": {"command": "python x", "seed": 0},
+        "dataset": {
+            "name": "toys",
+            "split": "test",
+            "n": 40,
+            "classes": ["a,b", "c"],
+            "sha256": 64 * "0",
+        },
         "models": {"local": model, "hf": model},
+        "settings": {},
     }
 
 
