@@ -2,7 +2,11 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: setup compare test lint
+# The accessibility checker runs in tests alone and is 640 kB of another licence (MPL-2.0), so it is
+# fetched at this version and not kept here.
+AXE := axe-core@4.14.1
+
+.PHONY: setup compare test test-browser lint
 
 setup: $(VENV)/installed
 
@@ -16,6 +20,15 @@ compare: setup
 
 test: setup
 	$(RUN) -m pytest -q
+
+test-browser: setup $(VENV)/browser
+	$(RUN) -m pytest -q -rs -m browser tests/test_browser.py
+
+$(VENV)/browser: pyproject.toml constraints.txt
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[browser]"
+	npm install --prefix $(VENV)/npm --no-save --ignore-scripts --silent $(AXE) \
+		|| echo "npm cannot fetch $(AXE): the accessibility test will be skipped"
+	touch $@
 
 lint: setup
 	$(VENV)/bin/ruff format --check .

@@ -20,8 +20,10 @@ from matplotlib.figure import Figure
 from ijepa import plots
 from ijepa.comparison import Comparison, neighbor_confusion
 from ijepa.data import Split
+from ijepa.explorer import Maps
 from ijepa.files import sha256, write_atomically, write_text
 from ijepa.narrative import markdown, summary
+from ijepa.page import page
 
 SCHEMA_VERSION = 1
 MAX_POINTS = 5000
@@ -230,6 +232,11 @@ def metrics_json(
     return json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def artifact(path: Path) -> dict[str, Any]:
+    """How metrics.json names a file."""
+    return {"path": path.name, "sha256": sha256(path), "bytes": path.stat().st_size}
+
+
 def write_report(
     folder: Path,
     comparison: Comparison,
@@ -255,10 +262,15 @@ def write_report(
     write("per_image.csv", lambda path: write_text(path, rows))
     text = markdown(comparison, facts, caveats)
     write("report.md", lambda path: write_text(path, text))
-    artifacts = [
-        {"path": path.name, "sha256": sha256(path), "bytes": path.stat().st_size}
-        for path in [*sorted(folder.glob("embeddings_*.npz")), *written]
-    ]
-    content = metrics_json(comparison, facts, caveats, artifacts)
+
+    def metrics() -> str:
+        files = [*sorted(folder.glob("embeddings_*.npz")), *written]
+        return metrics_json(comparison, facts, caveats, [artifact(path) for path in files])
+
+    pca = {name: plots.project_pca(a.embeddings, 2) for name, a in comparison.analyses.items()}
+    shown = Maps(shown_rows(comparison, comparison.seed), maps, pca)
+    html = page(comparison, shown, split, facts, caveats, metrics())
+    write("report.html", lambda path: write_text(path, html))
+    content = metrics()
     write("metrics.json", lambda path: write_text(path, content))
     return written

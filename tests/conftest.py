@@ -3,6 +3,7 @@ import os
 # Before any import of transformers or huggingface_hub, which read it once: tests open no socket.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -11,7 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from ijepa.comparison import Comparison, compare
+from ijepa.data import Split
+from ijepa.explorer import Maps
 from ijepa.model import ViTConfig
+from ijepa.page import page
+from ijepa.plots import TsneProjection, project_pca
+from ijepa.report import metrics_json
 
 # Networks this small lose more time in handing work to threads than they gain.
 torch.set_num_threads(1)
@@ -35,5 +42,64 @@ def make_image_folder(tmp_path_factory: pytest.TempPathFactory) -> FolderMaker:
                 pixels = rng.integers(0, 256, (12 + row, 14, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / name / f"{number:03d}.png")
         return folder
+
+    return make
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    comparison: Comparison
+    maps: Maps
+    split: Split
+    metrics: str
+    html: str
+
+
+def example_split(n: int, classes: tuple[str, ...], rng: np.random.Generator) -> Split:
+    # Smooth like photographs: noise would compress worse than anything a user has.
+    coarse = torch.from_numpy(rng.normal(128, 60, (n, 3, 8, 8)).clip(0, 255))
+    images = torch.nn.functional.interpolate(coarse, size=32, mode="bicubic").clamp(0, 255)
+    indices = rng.permutation(5 * n)[:n]
+    labels = np.arange(n) % len(classes)
+    return Split("example", "test", classes, images.to(torch.uint8), labels, indices)
+
+
+@pytest.fixture(scope="session")
+def make_page() -> Callable[..., Example]:
+    """A whole page of clouds of random points, without any encoder or t-SNE."""
+
+    def make(
+        n: int = 66,
+        classes: tuple[str, ...] = ("cat", "dog", "ship"),
+        models: tuple[str, ...] = ("local", "hf"),
+        shown: int | None = None,
+    ) -> Example:
+        rng = np.random.default_rng(0)
+        split = example_split(n, classes, rng)
+        centers = rng.normal(size=(len(classes), 6))
+
+        def cloud(noise: float) -> np.ndarray:
+            points = centers[split.labels] + noise * rng.normal(size=(n, 6))
+            return points.astype(np.float32)
+
+        references = {"pixels": cloud(1.5), "random_weights": cloud(3)}
+        embeddings = {name: cloud(0.6 + 0.5 * row) for row, name in enumerate(models)}
+        comparison = compare(embeddings, references, split.labels, 0)
+        rows = np.arange(n)[:: n // shown if shown else 1]
+        pca = {name: project_pca(X, 2) for name, X in embeddings.items()}
+        tsne = {name: TsneProjection(p.scores[rows], 1.0, 0.5, 30.0) for name, p in pca.items()}
+        maps = Maps(rows, tsne, pca)
+        model = {"source": "a/b", "sha256": 64 * "0", "embedding_dim": 6, "parameters": 123456}
+        model |= {"input_size": 32, "dtype": "float32", "epochs": 3, "planned_epochs": 9}
+        facts = {
+            "run": {"command": "python scripts/compare_embeddings.py --offline", "seed": 0},
+            "dataset": {"name": "example", "split": "test", "n": n, "classes": list(classes)},
+            "models": dict.fromkeys(models, model),
+            "settings": {"similarity": "cosine"},
+        }
+        facts["dataset"]["sha256"] = 64 * "1"
+        metrics = metrics_json(comparison, facts, ["one draw"], [])
+        html = page(comparison, maps, split, facts, ["one draw"], metrics)
+        return Example(comparison, maps, split, metrics, html)
 
     return make

@@ -29,6 +29,13 @@ ORDER = [
     "embeddings",
     "comparison",
     "narrative",
+    "markup",
+    "sprites",
+    "charts",
+    "class_charts",
+    "figures",
+    "explorer",
+    "page",
     "report",
 ]
 
@@ -36,7 +43,7 @@ ORDER = [
 BORDERS = {
     "huggingface_hub": {"huggingface"},
     "matplotlib": {"plots", "report"},
-    "PIL": {"data", "huggingface"},
+    "PIL": {"data", "huggingface", "sprites"},
     "safetensors": {"huggingface"},
     "sklearn": {"data", "plots"},
     "torchvision": {"data", "encoders"},
@@ -44,7 +51,10 @@ BORDERS = {
     "tqdm": set(),
 }
 # Tensors end where embeddings begin: what comes after knows arrays alone.
-ARRAYS_ALONE = {"metrics", "agreement", "uncertainty", "plots", "comparison", "narrative"}
+ARRAYS_ALONE = {
+    *("metrics", "agreement", "uncertainty", "plots", "comparison", "narrative"),
+    *("markup", "sprites", "charts", "class_charts", "figures", "explorer", "page"),
+}
 
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
 

@@ -22,6 +22,7 @@ SCRIPT = ROOT / "scripts" / "compare_embeddings.py"
 FILES = {
     "metrics.json",
     "report.md",
+    "report.html",
     "per_image.csv",
     "tsne_comparison.png",
     "pca_comparison.png",
@@ -111,6 +112,7 @@ def test_metrics_json_follows_the_schema(finished):
     low, high = content["metrics"]["local"]["precision_at_5"]["ci95"]
     assert low < content["metrics"]["local"]["precision_at_5"]["value"] < high
     assert any("3 of 9 epochs" in caveat for caveat in content["caveats"])
+    assert "report.html" in {artifact["path"] for artifact in content["artifacts"]}
     for artifact in content["artifacts"]:
         assert (finished / artifact["path"]).stat().st_size == artifact["bytes"]
 

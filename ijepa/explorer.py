@@ -1,0 +1,101 @@
+"""What the maps and the neighbour browser of the page know of each image, as JSON values."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from ijepa.comparison import MUTUAL_K, Analysis, Comparison
+from ijepa.data import Split
+from ijepa.plots import MODEL_NAMES, PcaProjection, TsneProjection, align, class_styles
+from ijepa.sprites import COLUMNS, TILE
+
+GRID = 10_000
+"""Steps of a coordinate on the maps: finer than a pixel on any screen."""
+
+
+@dataclass(frozen=True)
+class Maps:
+    """The projections to show.
+
+    Args:
+        rows: The images on the maps; the page holds pictures of these alone.
+        tsne: By model, of `rows`.
+        pca: By model, of all images.
+    """
+
+    rows: Int[np.ndarray, " m"]
+    tsne: Mapping[str, TsneProjection]
+    pca: Mapping[str, PcaProjection]
+
+
+def explorable(comparison: Comparison, maps: Maps, split: Split) -> dict[str, Any]:
+    """What the scripts need to know of each image on the maps.
+
+    A neighbour is given by its position among `index`; positions from the number of points on are
+    images that lie on no map and have no picture.
+    """
+    rows, analyses = maps.rows, comparison.analyses
+    listed = {name: a.lists.neighbors[rows, :5] for name, a in analyses.items()}
+    beyond = np.setdiff1d(np.concatenate([found.ravel() for found in listed.values()]), rows)
+    order = np.concatenate([rows, beyond])
+    position = np.zeros(len(split), dtype=np.int64)
+    position[order] = np.arange(len(order))
+    styles = class_styles(split.classes)
+    first = next(iter(maps.tsne.values())).coordinates
+    models = []
+    for name, analysis in analyses.items():
+        tsne, pca = maps.tsne[name], maps.pca[name]
+        shares = [*pca.variance_shares[:2], 0.0]
+        models.append(
+            {
+                "key": name,
+                "name": MODEL_NAMES[name],
+                "hits": hits(analysis, rows),
+                "neighbors": position[listed[name]].tolist(),
+                "similarities": np.round(analysis.lists.similarities[rows, :5], 3).tolist(),
+                "tsne": on_grid(align(first, tsne.coordinates)),
+                "pca": on_grid(pca.scores[rows, :2]),
+                "notes": {"tsne": tsne_note(tsne), "pca": pca_note(shares)},
+            }
+        )
+    mutual = comparison.mutual
+    return {
+        "classes": [" ".join(name.split()) for name in split.classes],
+        "colors": [color for color, _ in styles],
+        "markers": [sign for _, sign in styles],
+        "index": split.indices[order].tolist(),
+        "label": split.labels[order].tolist(),
+        "points": len(rows),
+        "models": models,
+        "mutual": None if mutual is None else np.rint(mutual[rows] * MUTUAL_K).astype(int).tolist(),
+        "sprite": {"tile": TILE, "columns": COLUMNS},
+    }
+
+
+def hits(analysis: Analysis, rows: Int[np.ndarray, " m"]) -> list[int] | None:
+    """How many of the five nearest share the class of each image; None where there are no five."""
+    precision = analysis.precisions(5)[rows]
+    return np.rint(5 * precision).astype(int).tolist() if np.isfinite(precision).all() else None
+
+
+def on_grid(points: Float[np.ndarray, "m 2"]) -> list[list[int]]:
+    """Points in a square of `GRID` steps, their shape kept, y downwards."""
+    low, high = points.min(axis=0), points.max(axis=0)
+    side = max(float((high - low).max()), np.finfo(np.float64).tiny)
+    unit = (points - (low + high) / 2) / side * (1, -1) + 0.5
+    return np.rint(GRID * unit).astype(int).tolist()
+
+
+def tsne_note(tsne: TsneProjection) -> str:
+    """How far a map can be believed."""
+    if not np.isfinite(tsne.kl_divergence):
+        return "no t-SNE of so few images: principal components"
+    return f"KL {tsne.kl_divergence:.2f}, keeps {tsne.kept_neighbors:.0%} of the 10 nearest"
+
+
+def pca_note(shares: Sequence[float]) -> str:
+    """What the two axes hold."""
+    return f"across: PC1 ({shares[0]:.1%}), up: PC2 ({shares[1]:.1%})"

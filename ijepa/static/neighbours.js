@@ -1,0 +1,122 @@
+// Rows of a query with its neighbours in both models, and the browser that lists them.
+
+const PER_PAGE = 8;
+
+function make(tag, className = "", text = "") {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  if (text) made.textContent = text;
+  return made;
+}
+
+// An img and not a canvas: a browser gives every canvas a layer, which makes a page of many slow.
+function imageAt(address) {
+  const image = make("img");
+  Object.assign(image, { decoding: "sync", alt: "", src: address });
+  return image;
+}
+
+const imageOf = (id) => imageAt(tileOf(id).address);
+
+function neighborTile(query, model, rank) {
+  const id = model.neighbors[query][rank];
+  const similarity = model.similarities[query][rank].toFixed(2).replace("-", "−");
+  const right = data.label[id] === data.label[query];
+  const both = paired && models.every((other) => other.neighbors[query].includes(id));
+  const tile = make("button", right ? "tile" : "tile wrong");
+  tile.type = "button";
+  tile.append(id < points ? imageOf(id) : make("div", "absent", "not on the map"));
+  tile.append(make("b", "", `${right ? "✓" : "✗"} ${similarity}${both ? " ◎" : ""}`), make("span", "", className(id)));
+  const words = `, ${right ? "right class" : "wrong class"}, image ${data.index[id]}${both ? ", listed by both models" : ""}`;
+  tile.append(make("span", "unseen", words));
+  tile.title = `image ${data.index[id]}: ${className(id)}`;
+  if (id < points) tile.addEventListener("click", () => choose(id));
+  else tile.disabled = true;
+  return tile;
+}
+
+function queryRow(query) {
+  const row = make("article", "query");
+  row.setAttribute("aria-label", `Image ${data.index[query]}, ${className(query)}`);
+  const image = make("div", "image");
+  const words = make("div");
+  words.append(make("p", "", className(query)), make("p", "note", `image ${data.index[query]}`));
+  if (query !== state.chosen) {
+    const button = make("button", "", "Find on maps");
+    button.type = "button";
+    button.setAttribute("aria-label", `Find on maps: image ${data.index[query]}`);
+    button.addEventListener("click", () => {
+      choose(query);
+      byId("explore").scrollIntoView({ block: "start" });
+    });
+    words.append(button);
+  }
+  image.append(imageOf(query), words);
+  row.append(image);
+  for (const model of models) {
+    const side = make("div", model.key);
+    const title = make("h3", "", `${model.name} `);
+    title.append(make("span", "", `precision@5: ${fraction(hits(model, query))}`));
+    const list = make("ol");
+    for (let rank = 0; rank < model.neighbors[query].length; rank++) {
+      const item = make("li");
+      item.append(neighborTile(query, model, rank));
+      list.append(item);
+    }
+    side.append(title, list);
+    row.append(side);
+  }
+  return row;
+}
+
+// Ties stand in the order of the images, so that a link shows the same page everywhere.
+function sortedRows() {
+  const mutual = (row) => (data.mutual ? data.mutual[row] : 0);
+  const cost = {
+    gap: (row) => -100 * Math.abs(gap(row)) + mutual(row),
+    hf: (row) => -100 * gap(row) + mutual(row),
+    local: (row) => 100 * gap(row) + mutual(row),
+    shared: mutual,
+    worst: (row) => hits(models[0], row) ?? 0,
+    best: (row) => -(hits(models[0], row) ?? 0),
+    index: (row) => data.index[row],
+  }[state.sort];
+  const rows = [];
+  for (let row = 0; row < points; row++) {
+    if (visible(row) && (!state.selected || state.selected.has(row))) rows.push([cost(row), row]);
+  }
+  return rows.sort((a, b) => a[0] - b[0] || a[1] - b[1]).map((pair) => pair[1]);
+}
+
+function showQueries() {
+  const rows = sortedRows();
+  const pages = Math.max(1, Math.ceil(rows.length / PER_PAGE));
+  state.page = Math.min(state.page, pages - 1);
+  const first = state.page * PER_PAGE;
+  byId("queries").replaceChildren(...rows.slice(first, first + PER_PAGE).map(queryRow));
+  byId("page").textContent = `${state.page + 1} of ${pages}`;
+  for (const button of document.querySelectorAll("[data-page]")) {
+    const target = state.page + Number(button.dataset.page);
+    button.disabled = target < 0 || target >= pages;
+  }
+  const which = state.selected ? "selected images" : state.classes.size || state.disagree ? "images that pass the filters" : "images";
+  byId("found").textContent = `${rows.length.toLocaleString("en")} ${which}`;
+}
+
+function showChosen() {
+  const row = active();
+  const empty = make("p", "empty", "Point at an image on a map, or move to one with the arrow keys, to see its neighbours in each model.");
+  byId("chosen").replaceChildren(row >= 0 ? queryRow(row) : empty);
+}
+
+function search(text) {
+  const row = rowOfIndex.get(Number(text.trim() || "none")) ?? -1;
+  if (row >= 0) {
+    choose(row);
+    byId("queries").replaceChildren(queryRow(row));
+    byId("page").textContent = "one image";
+    byId("found").textContent = `Image ${data.index[row]} of class ${className(row)}; choose an order to list all again.`;
+  } else {
+    byId("found").textContent = `No image here has the index “${text.trim()}”.`;
+  }
+}

@@ -1,0 +1,380 @@
+// The controls, the pointer and the keys; every change goes through update().
+
+readFragment(isState(location.hash) ? location.hash.slice(1) : "");
+let hovered = -1;
+const active = () => (hovered >= 0 ? hovered : state.chosen);
+let panels = [];
+
+function update({ list = true } = {}) {
+  for (const input of byId("tools").elements) {
+    if (input.type === "radio") input.checked = state[input.name] === input.value;
+  }
+  byId("tools").elements.disagree.checked = state.disagree;
+  byId("browser").elements.sort.value = state.sort;
+  for (const chip of byId("chips").children) {
+    chip.setAttribute("aria-pressed", chip.dataset.label ? state.classes.has(Number(chip.dataset.label)) : !state.classes.size);
+  }
+  showLegend();
+  showStatus();
+  redraw();
+  showChosen();
+  if (list) showQueries();
+  keepState();
+}
+
+function redraw() {
+  for (const panel of panels) {
+    panel.box.classList.toggle("selecting", state.drag !== "pan");
+    panel.show(state.projection);
+    panel.draw();
+    panel.drawOver();
+  }
+}
+
+function choose(row) {
+  state.chosen = row;
+  hovered = -1;
+  if (row >= 0) for (const panel of panels) panel.reveal(row);
+  update({ list: false });
+}
+
+function hover(row) {
+  if (row === hovered) return;
+  hovered = row;
+  for (const panel of panels) panel.drawOver();
+  showChosen();
+}
+
+function select(rows) {
+  state.selected = rows && rows.size ? rows : null;
+  state.page = 0;
+  update();
+}
+
+// ---- words about what is shown
+
+function signImage(kind) {
+  const canvas = make("canvas");
+  canvas.width = canvas.height = 28;
+  drawSign(canvas.getContext("2d"), kind, 14, 14, 9);
+  return imageAt(canvas.toDataURL());
+}
+
+function showLegend() {
+  const parts = [];
+  if (state.color === "class") {
+    parts.push(make("span", "", "Colour and sign: the class."));
+  } else {
+    const [top, words] = state.color === "hits" ? [5, "right among the panel's five nearest:"] : [10, "shared by both models among the ten nearest:"];
+    parts.push(make("span", "", words));
+    for (let value = 0; value <= top; value += top / 5) {
+      const part = make("span", "", `${value}`);
+      part.prepend(signImage([level(value / top), onScale(value / top)]));
+      parts.push(part);
+    }
+  }
+  parts.push(make("span", "", paired ? "Around an image: ○ and solid lines, local neighbours; □ and dashed lines, HF." : "Around an image: ○ and lines, its neighbours."));
+  byId("legend").replaceChildren(...parts);
+}
+
+const percent = (rows, model) => {
+  if (!model.hits) return "not defined";
+  let sum = 0;
+  for (const row of rows) sum += model.hits[row];
+  return `${((20 * sum) / rows.length).toFixed(1)}%`;
+};
+
+function showStatus() {
+  const rows = [];
+  for (let row = 0; row < points; row++) if (visible(row)) rows.push(row);
+  const shown = `${rows.length.toLocaleString("en")} of ${points.toLocaleString("en")} images shown`;
+  const means = rows.length ? models.map((model) => `${model.name} ${percent(rows, model)}`).join(", ") : "";
+  byId("status").textContent = means ? `${shown}; their precision@5: ${means}.` : `${shown}.`;
+  showSelection();
+}
+
+function showSelection() {
+  const box = byId("selection");
+  box.hidden = !state.selected;
+  if (!state.selected) return;
+  const rows = [...state.selected].filter(visible);
+  const counts = new Map();
+  for (const row of rows) counts.set(className(row), (counts.get(className(row)) ?? 0) + 1);
+  const common = [...counts].sort((a, b) => b[1] - a[1]).slice(0, 6).map(([name, count]) => `${name} ${count}`);
+  const means = rows.length ? models.map((model) => `${model.name} ${percent(rows, model)}`).join(", ") : "not defined";
+  const clear = make("button", "", "Clear selection");
+  clear.type = "button";
+  clear.id = "clear";
+  clear.addEventListener("click", () => select(null));
+  const thumbs = make("div", "thumbs");
+  for (const row of rows.slice(0, 60)) {
+    const button = make("button");
+    button.type = "button";
+    button.setAttribute("aria-label", `Image ${data.index[row]}, ${className(row)}`);
+    button.append(imageOf(row));
+    button.addEventListener("click", () => choose(row));
+    thumbs.append(button);
+  }
+  const more = rows.length > 60 ? ` The first 60 are below.` : "";
+  box.replaceChildren(make("p", "", `${rows.length} selected (${common.join(", ")}). Precision@5: ${means}.${more}`), thumbs, clear);
+}
+
+function say(row) {
+  const each = models.map((model) => `${model.name} ${fraction(hits(model, row))}`).join(", ");
+  byId("spoken").textContent = `Image ${data.index[row]}, ${className(row)}. Precision@5: ${each}.`;
+}
+
+// ---- controls
+
+function setUpControls() {
+  const present = new Map();
+  for (let row = 0; row < points; row++) present.set(data.label[row], (present.get(data.label[row]) ?? 0) + 1);
+  const chip = (text, label) => {
+    const button = make("button");
+    button.type = "button";
+    if (label !== undefined) {
+      button.dataset.label = label;
+      button.append(signImage([data.markers[label], data.colors[label]]));
+    }
+    button.append(make("span", "", text));
+    button.addEventListener("click", () => {
+      if (label === undefined) state.classes.clear();
+      else if (!state.classes.delete(label)) state.classes.add(label);
+      state.page = 0;
+      update();
+    });
+    return button;
+  };
+  const labels = [...present.keys()].sort((a, b) => a - b);
+  byId("chips").replaceChildren(chip("All classes"), ...labels.map((label) => chip(`${data.classes[label]} (${present.get(label)})`, label)));
+  byId("browser").elements.sort.append(...Object.entries(SORTS).map(([value, name]) => new Option(name, value)));
+  byId("tools").addEventListener("change", ({ target }) => {
+    if (target.name === "disagree") state.disagree = target.checked;
+    else state[target.name] = target.value;
+    state.page = 0;
+    update();
+  });
+  byId("tools").addEventListener("click", ({ target }) => {
+    const what = target.dataset.do;
+    if (what) view(what, panels);
+  });
+  byId("browser").addEventListener("submit", (event) => {
+    event.preventDefault();
+    search(byId("browser").elements.index.value);
+  });
+  byId("browser").elements.sort.addEventListener("change", ({ target }) => {
+    Object.assign(state, { sort: target.value, page: 0 });
+    update();
+  });
+  for (const button of document.querySelectorAll("[data-page]")) {
+    button.addEventListener("click", () => {
+      state.page += Number(button.dataset.page);
+      update();
+      byId("browse").scrollIntoView({ block: "start" });
+    });
+  }
+  byId("download").addEventListener("click", download);
+}
+
+function view(what, which) {
+  for (const panel of which) {
+    if (what === "reset") Object.assign(panel.view, { x: 0.5, y: 0.5, zoom: 1 });
+    else panel.zoomBy(what === "in" ? 1.5 : 1 / 1.5);
+  }
+  redraw();
+  keepState();
+}
+
+function download() {
+  const link = make("a");
+  link.href = URL.createObjectURL(new Blob([byId("metrics").textContent], { type: "application/json" }));
+  link.download = "metrics.json";
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}
+
+// ---- pointer and keys on a map
+
+function setUpPointer(panel) {
+  const box = panel.box;
+  const fingers = new Map();
+  let [path, start, moved, waiting] = [null, null, false, null];
+  const at = (event) => {
+    const frame = box.getBoundingClientRect();
+    return [event.clientX - frame.left - box.clientLeft, event.clientY - frame.top - box.clientTop];
+  };
+  const selecting = (event) => state.drag !== "pan" || event.shiftKey;
+
+  const act = () => {
+    const [event, before] = waiting;
+    waiting = null;
+    const [x, y] = at(event);
+    if (!start) return hover(panel.nearest(x, y, 16));
+    if (path) {
+      if (state.drag === "box") path = [start, [x, start[1]], [x, y], [start[0], y]];
+      panel.drawOver(path);
+    } else {
+      panel.panBy(x - before[0], y - before[1]);
+      panel.draw();
+      panel.drawOver();
+    }
+    return undefined;
+  };
+
+  box.addEventListener("pointerdown", (event) => {
+    if (event.button) return;
+    fingers.set(event.pointerId, at(event));
+    box.setPointerCapture(event.pointerId);
+    start = at(event);
+    moved = fingers.size > 1;
+    path = selecting(event) && fingers.size === 1 ? [start] : null;
+  });
+  box.addEventListener("pointermove", (event) => {
+    if (fingers.size === 2 && fingers.has(event.pointerId)) return pinch(event);
+    if (start && !moved) {
+      const [x, y] = at(event);
+      moved = Math.hypot(x - start[0], y - start[1]) > 5;
+      if (!moved) return undefined;
+      box.classList.toggle("grabbing", !path);
+    }
+    if (path && state.drag !== "box") path.push(at(event));
+    // Several events of one frame are one step from where the first of them began.
+    const before = waiting?.[1] ?? fingers.get(event.pointerId);
+    if (!waiting) requestAnimationFrame(act);
+    waiting = [event, before];
+    if (start) fingers.set(event.pointerId, at(event));
+    return undefined;
+  });
+  const pinch = (event) => {
+    const other = [...fingers].find(([id]) => id !== event.pointerId)[1];
+    const [before, after] = [fingers.get(event.pointerId), at(event)];
+    const apart = (p) => Math.hypot(p[0] - other[0], p[1] - other[1]);
+    panel.zoomBy(apart(after) / Math.max(1, apart(before)), other[0], other[1]);
+    fingers.set(event.pointerId, after);
+    panel.draw();
+    panel.drawOver();
+  };
+  const end = (event) => {
+    if (!fingers.delete(event.pointerId) || fingers.size) return;
+    if (waiting) act();
+    box.classList.remove("grabbing");
+    const [drawn, click] = [path, !moved && event.type === "pointerup"];
+    start = path = null;
+    if (click) choose(panel.nearest(...at(event), event.pointerType === "mouse" ? 16 : 26));
+    else if (drawn && event.type === "pointerup") select(panel.inside(drawn));
+    else keepState();
+  };
+  for (const type of ["pointerup", "pointercancel"]) box.addEventListener(type, end);
+  box.addEventListener("pointerleave", () => !start && hover(-1));
+  box.addEventListener("wheel", (event) => {
+    // Without Ctrl (which a pinch on a touchpad sends as well) the wheel scrolls the page.
+    if (!event.ctrlKey && !event.metaKey) return;
+    event.preventDefault();
+    panel.zoomBy(Math.exp(-event.deltaY / 200), ...at(event));
+    panel.draw();
+    panel.drawOver();
+    keepState();
+  }, { passive: false });
+  box.addEventListener("dblclick", (event) => {
+    panel.zoomBy(2, ...at(event));
+    panel.draw();
+    panel.drawOver();
+    keepState();
+  });
+}
+
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+
+function setUpKeys(panel) {
+  const go = (row) => {
+    if (row < 0) return;
+    panel.reveal(row);
+    hover(row);
+    panel.draw();
+    panel.drawOver();
+    say(row);
+  };
+  const toggle = (row) => {
+    const rows = new Set(state.selected);
+    if (!rows.delete(row)) rows.add(row);
+    select(rows);
+  };
+  const keys = {
+    Enter: () => active() >= 0 && choose(active()),
+    " ": () => active() >= 0 && toggle(active()),
+    Home: () => go(panel.nearest(panel.width / 2, panel.height / 2, Infinity)),
+    "+": () => view("in", [panel]),
+    "=": () => view("in", [panel]),
+    "-": () => view("out", [panel]),
+    0: () => view("reset", [panel]),
+    Escape: () => (hovered >= 0 || state.chosen >= 0 ? choose(-1) : select(null)),
+  };
+  panel.box.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const arrow = ARROWS[event.key];
+    if (arrow && event.shiftKey) {
+      panel.panBy(-60 * arrow[0], -60 * arrow[1]);
+      panel.draw();
+      panel.drawOver();
+      keepState();
+    } else if (arrow) go(panel.next(active(), ...arrow));
+    else if (keys[event.key]) keys[event.key]();
+    else return;
+    event.preventDefault();
+  });
+  panel.box.addEventListener("blur", () => hover(-1));
+}
+
+// ---- beginning
+
+async function begin() {
+  for (const part of document.querySelectorAll(".scripted")) part.hidden = false;
+  for (const part of document.querySelectorAll(".unscripted")) part.hidden = true;
+  const sprite = byId("sprite");
+  await sprite.decode();
+  const canvas = new OffscreenCanvas(sprite.naturalWidth, sprite.naturalHeight);
+  sheet = canvas.getContext("2d", { willReadFrequently: true });
+  sheet.drawImage(sprite, 0, 0);
+  panels = models.map((model, i) => new Panel(document.querySelector(`[data-model="${model.key}"]`), model, i));
+  setUpControls();
+  for (const panel of panels) {
+    setUpPointer(panel);
+    setUpKeys(panel);
+  }
+  update();
+  addEventListener("hashchange", () => {
+    if (!isState(location.hash)) return;
+    readFragment(location.hash.slice(1));
+    update();
+  });
+  const repaint = () => {
+    for (const panel of panels) panel.atlas = null;
+    setUpChipSigns();
+    update();
+  };
+  dark.addEventListener("change", repaint);
+  const folded = [...document.querySelectorAll("details")];
+  addEventListener("beforeprint", () => {
+    document.documentElement.classList.add("paper");
+    for (const part of folded) part.dataset.was = part.open ? "open" : "";
+    for (const part of folded) part.open = true;
+    repaint();
+    for (const panel of panels) panel.box.append(panel.snapshot());
+  });
+  addEventListener("afterprint", () => {
+    document.documentElement.classList.remove("paper");
+    for (const panel of panels) panel.box.querySelector("img")?.remove();
+    for (const part of folded) part.open = Boolean(part.dataset.was);
+    repaint();
+  });
+  document.body.dataset.ready = "yes";
+}
+
+function setUpChipSigns() {
+  for (const chip of byId("chips").children) {
+    const label = chip.dataset.label;
+    if (label) chip.firstChild.replaceWith(signImage([data.markers[label], data.colors[label]]));
+  }
+}
+
+begin();

@@ -1,0 +1,120 @@
+"use strict";
+// What the page knows (data), what the reader chose (state), and the address that keeps it.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const points = data.points;
+const models = data.models;
+const paired = models.length === 2;
+const rowOfIndex = new Map(data.index.slice(0, points).map((index, row) => [index, row]));
+const byId = (id) => document.getElementById(id);
+
+const SORTS = paired
+  ? {
+      gap: "largest disagreement",
+      hf: "HF better first",
+      local: "local better first",
+      shared: "fewest shared neighbours",
+      index: "image index",
+    }
+  : { worst: "lowest precision@5", best: "highest precision@5", index: "image index" };
+const CHOICES = {
+  projection: ["tsne", "pca"],
+  color: paired && data.mutual ? ["class", "hits", "mutual"] : ["class", "hits"],
+  drag: ["pan", "lasso", "box"],
+  sort: Object.keys(SORTS),
+};
+const state = {};
+
+function resetState() {
+  for (const [name, values] of Object.entries(CHOICES)) state[name] = values[0];
+  Object.assign(state, { classes: new Set(), disagree: false, chosen: -1, selected: null, page: 0 });
+  state.views = models.map(() => ({ x: 0.5, y: 0.5, zoom: 1 }));
+}
+
+const className = (id) => data.classes[data.label[id]];
+const hits = (model, row) => (model.hits ? model.hits[row] : null);
+const gap = (row) => (paired && models[0].hits ? models[1].hits[row] - models[0].hits[row] : 0);
+
+function visible(row) {
+  if (state.classes.size && !state.classes.has(data.label[row])) return false;
+  return !state.disagree || gap(row) !== 0;
+}
+
+function fraction(count) {
+  return count === null ? "not defined" : `${count} of 5`;
+}
+
+// One bit per image: 2,000 images take 334 characters of the address, whatever is selected.
+function packed(rows) {
+  const bytes = new Uint8Array(Math.ceil(points / 8));
+  for (const row of rows) bytes[row >> 3] |= 1 << (row & 7);
+  const text = btoa(String.fromCharCode(...bytes)).replace(/=+$/, "");
+  return text.replaceAll("+", "-").replaceAll("/", "_");
+}
+
+function unpacked(text) {
+  let bytes;
+  try {
+    bytes = atob(text.replaceAll("-", "+").replaceAll("_", "/"));
+  } catch {
+    return null;
+  }
+  const rows = new Set();
+  for (let row = 0; row < points; row++) {
+    if (bytes.charCodeAt(row >> 3) & (1 << (row & 7))) rows.add(row);
+  }
+  return rows.size ? rows : null;
+}
+
+function fragment() {
+  const kept = new URLSearchParams();
+  for (const [name, values] of Object.entries(CHOICES)) {
+    if (state[name] !== values[0]) kept.set(name, state[name]);
+  }
+  if (state.classes.size) kept.set("classes", [...state.classes].sort((a, b) => a - b).join(" "));
+  if (state.disagree) kept.set("differ", "1");
+  if (state.chosen >= 0) kept.set("image", data.index[state.chosen]);
+  if (state.page) kept.set("page", state.page + 1);
+  state.views.forEach((view, i) => {
+    const numbers = [view.x, view.y, view.zoom].map((number) => +number.toFixed(4));
+    if (numbers.join() !== "0.5,0.5,1") kept.set(`view-${models[i].key}`, numbers.join(" "));
+  });
+  if (state.selected) kept.set("selected", packed(state.selected));
+  return kept.toString();
+}
+
+// Anything that cannot be true of this page is passed over: links travel between runs.
+function readFragment(text) {
+  const kept = new URLSearchParams(text);
+  resetState();
+  for (const [name, values] of Object.entries(CHOICES)) {
+    if (values.includes(kept.get(name))) state[name] = kept.get(name);
+  }
+  for (const label of (kept.get("classes") ?? "").split(" ").filter(Boolean).map(Number)) {
+    if (label in data.classes) state.classes.add(label);
+  }
+  state.disagree = paired && kept.get("differ") === "1";
+  state.chosen = rowOfIndex.get(Number(kept.get("image") ?? "none")) ?? -1;
+  state.page = Math.max(0, Math.floor(Number(kept.get("page")) || 1) - 1);
+  state.selected = kept.has("selected") ? unpacked(kept.get("selected")) : null;
+  state.views = models.map((model) => {
+    const [x, y, zoom] = (kept.get(`view-${model.key}`) ?? "").split(" ").map(Number);
+    return x > -1 && x < 2 && y > -1 && y < 2 && zoom >= 0.5 && zoom <= 60
+      ? { x, y, zoom }
+      : { x: 0.5, y: 0.5, zoom: 1 };
+  });
+}
+
+// An anchor of the page, such as a definition, is not a state.
+const isState = (hash) => hash === "" || hash.includes("=");
+
+let keeping = 0;
+function keepState() {
+  clearTimeout(keeping);
+  keeping = setTimeout(() => {
+    const hash = `#${fragment()}`;
+    if (hash !== "#" || location.hash.includes("=")) {
+      history.replaceState(null, "", hash === "#" ? location.pathname + location.search : hash);
+    }
+  }, 250);
+}

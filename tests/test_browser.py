@@ -1,0 +1,544 @@
+"""The page in a real browser, opened from the disk with the network off.
+
+Run with `make test-browser`. Without Chromium or Playwright every test is skipped and says why.
+"""
+
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+AXE = ROOT / ".venv" / "npm" / "node_modules" / "axe-core" / "axe.min.js"
+HOSTILE = "<script>alert(1)</script>"
+N = 2000
+FRAME_MS = 50
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    binary = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chrome")
+    if binary is None:
+        pytest.skip("Chromium is not installed (on Debian: apt-get install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        # Containers run as root, where Chromium's own sandbox refuses to start.
+        browser = playwright.chromium.launch(executable_path=binary, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def example(make_page):
+    return make_page(N, (HOSTILE, "bird", "cat", "dog", "frog"))
+
+
+@pytest.fixture(scope="module")
+def address(example, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(example.html, encoding="utf-8")
+    return path.as_uri()
+
+
+@pytest.fixture
+def opened(chromium, address):
+    """Opens the page; afterwards nothing may have been said on the console or asked for."""
+    contexts, said, asked = [], [], []
+
+    def open_page(fragment="", *, scripts=True, at=address, **options):
+        size = {"width": 1280, "height": 900}
+        context = chromium.new_context(
+            **{"viewport": size, "offline": True, "java_script_enabled": scripts, **options}
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("dialog", lambda dialog: said.append(f"dialog: {dialog.message}"))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"{at}#{fragment}" if fragment else at)
+        if scripts:
+            page.wait_for_selector("body[data-ready]")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not said
+    assert not [url for url in asked if not url.startswith(("file:", "data:", "blob:"))]
+
+
+def state(page):
+    # The address is brought up to date a moment after the last change.
+    page.wait_for_timeout(400)
+    return page.evaluate("Object.fromEntries(new URLSearchParams(location.hash.slice(1)))")
+
+
+def spot(page, model, row):
+    """Where an image lies on the screen."""
+    page.locator(f'[data-model="{model}"] .map').scroll_into_view_if_needed()
+    return page.evaluate(
+        """([key, row]) => {
+            const panel = panels.find((panel) => panel.model.key === key);
+            const frame = panel.box.getBoundingClientRect();
+            const [x, y] = panel.place(row);
+            return [x + frame.left, y + frame.top];
+        }""",
+        [model, row],
+    )
+
+
+def ink(page, model, layer="over"):
+    """Pixels that are drawn on a layer of a map."""
+    return page.evaluate(
+        """([key, layer]) => {
+            const canvas = document.querySelector(`[data-model="${key}"] .${layer}`);
+            const copy = new OffscreenCanvas(canvas.width, canvas.height);
+            const g = copy.getContext("2d", { willReadFrequently: true });
+            g.drawImage(canvas, 0, 0);
+            const bytes = g.getImageData(0, 0, canvas.width, canvas.height);
+            let count = 0;
+            for (let i = 3; i < bytes.data.length; i += 4) count += bytes.data[i] > 0;
+            return count;
+        }""",
+        [model, layer],
+    )
+
+
+def lonely(example, model="local"):
+    """An image far from the others on the map, so that a pointer cannot miss it."""
+    points = example.maps.pca[model].scores
+    return int(np.linalg.norm(points - points.mean(axis=0), axis=1).argmax())
+
+
+def test_hover_shows_an_image_with_its_neighbours_in_both_models(opened, example):
+    page = opened()
+    row = lonely(example)
+    assert ink(page, "hf") == 0
+    page.mouse.move(*spot(page, "local", row))
+    page.wait_for_selector("#chosen .query")
+    text = page.locator("#chosen").inner_text()
+    assert f"image {example.split.indices[row]}" in text
+    for name in ("local", "hf"):
+        analysis = example.comparison.analyses[name]
+        words = page.locator(f"#chosen .{name} .tile").evaluate_all(
+            "tiles => tiles.map((tile) => tile.textContent)"
+        )
+        shown = [int(re.search(r"image (\d+)", word)[1]) for word in words]
+        assert shown == example.split.indices[analysis.lists.neighbors[row, :5]].tolist()
+        right = sum("right class" in word for word in words)
+        assert right == round(5 * analysis.precisions(5)[row])
+        assert ink(page, name) > 0
+    page.mouse.move(2, 2)
+    page.wait_for_selector("#chosen .empty")
+    assert ink(page, "hf") == 0
+
+
+def test_a_lasso_in_one_map_selects_the_same_images_in_the_other(opened):
+    page = opened()
+    page.get_by_role("radio", name="Lasso").check()
+    page.locator('[data-model="local"] .map').scroll_into_view_if_needed()
+    # The canvas, and not the map's border, is what the lasso is drawn on.
+    frame = page.locator('[data-model="local"] .base').bounding_box()
+    corners = [(0.02, 0.02), (0.5, 0.02), (0.5, 0.98), (0.02, 0.98)]
+    places = [
+        (frame["x"] + u * frame["width"], frame["y"] + v * frame["height"]) for u, v in corners
+    ]
+    before = ink(page, "hf", "base")
+    page.mouse.move(*places[0])
+    page.mouse.down()
+    for place in places[1:]:
+        page.mouse.move(*place, steps=6)
+    page.mouse.up()
+    x = np.array(page.evaluate("panels[0].to.map((point) => point[0])"))
+    page.wait_for_selector("#selection p")
+    count = int(page.locator("#selection p").inner_text().split()[0])
+    assert count == pytest.approx((x < 5000).sum(), abs=2)
+    assert page.evaluate("state.selected.size") == count
+    assert ink(page, "hf", "base") != before
+    assert f"{count:,} selected images" in page.locator("#found").inner_text()
+    linked = opened(page.evaluate("fragment()"))
+    assert linked.evaluate("state.selected.size") == count
+    page.locator("#clear").click()
+    assert "selected" not in state(page)
+
+
+def test_filters_leave_only_what_they_say(opened, example):
+    page = opened()
+    page.get_by_role("button", name="cat (400)").click()
+    assert page.locator("#status").inner_text().startswith("400 of 2,000 images shown")
+    local, hf = (example.comparison.analyses[name].precisions(5) for name in ("local", "hf"))
+    cats = example.split.labels == 2
+    assert f"Local model {100 * local[cats].mean():.1f}%" in page.locator("#status").inner_text()
+    page.get_by_label("Only where precision@5 differs").check()
+    left = int((cats & (local != hf)).sum())
+    assert page.locator("#status").inner_text().startswith(f"{left} of 2,000")
+    assert page.locator("#found").inner_text().startswith(f"{left} images")
+    assert state(page) == {"classes": "2", "differ": "1"}
+    page.get_by_role("button", name="All classes").click()
+    assert state(page) == {"differ": "1"}
+
+
+def test_the_browser_is_sorted_by_disagreement_and_found_by_index(opened, example):
+    page = opened()
+    local, hf = (example.comparison.analyses[name].precisions(5) for name in ("local", "hf"))
+    gaps = np.abs(hf - local)
+    first = page.locator("#queries .query").evaluate_all(
+        "rows => rows.map((row) => Number(row.getAttribute('aria-label').match(/\\d+/)[0]))"
+    )
+    place = {index: row for row, index in enumerate(example.split.indices.tolist())}
+    assert [gaps[place[index]] for index in first] == [gaps.max()] * len(first)
+    index = int(example.split.indices[17])
+    page.get_by_role("textbox").fill(str(index))
+    page.get_by_role("button", name="Show", exact=True).click()
+    assert page.locator("#queries .query").count() == 1
+    assert state(page)["image"] == str(index)
+    page.get_by_role("textbox").fill("99999999")
+    page.get_by_role("button", name="Show", exact=True).click()
+    assert "No image here has the index" in page.locator("#found").inner_text()
+    page.get_by_label("Sorted by").select_option("index")
+    page.get_by_role("button", name="Next").click()
+    assert state(page)["sort"] == "index"
+    assert state(page)["page"] == "2"
+
+
+def test_everything_can_be_done_by_keyboard(opened):
+    page = opened()
+    order = []
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        order.append(
+            page.evaluate("document.activeElement.className || document.activeElement.name")
+        )
+        if order[-1] == "map":
+            break
+    assert order[-1] == "map"
+    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid"
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    spoken = page.locator("#spoken").inner_text()
+    assert spoken.startswith("Image ")
+    assert "Precision@5" in spoken
+    seen = {spoken}
+    for key in ("ArrowUp", "ArrowLeft", "ArrowDown", "ArrowRight", "ArrowRight"):
+        page.keyboard.press(key)
+        seen.add(page.locator("#spoken").inner_text())
+    assert len(seen) >= 4
+    page.keyboard.press("Space")
+    assert page.evaluate("state.selected.size") == 1
+    page.keyboard.press("Enter")
+    assert "image" in state(page)
+    page.keyboard.press("+")
+    page.keyboard.press("Shift+ArrowLeft")
+    assert "view-local" in state(page)
+    page.keyboard.press("0")
+    page.keyboard.press("Escape")
+    assert "image" not in state(page)
+    assert "view-local" not in state(page)
+
+
+def test_an_address_brings_back_what_was_seen(opened, example):
+    index = int(example.split.indices[lonely(example)])
+    fragment = f"projection=pca&color=hits&classes=1+3&image={index}&sort=shared&page=2"
+    fragment += "&view-hf=0.4+0.5+2"
+    page = opened(fragment)
+    assert page.get_by_role("radio", name="PCA").is_checked()
+    assert page.get_by_role("radio", name="Precision@5").is_checked()
+    assert page.get_by_role("button", name="bird (400)").get_attribute("aria-pressed") == "true"
+    assert f"image {index}" in page.locator("#chosen").inner_text()
+    assert page.locator("#page").inner_text() == "2 of 100"
+    expected = {"projection": "pca", "color": "hits", "classes": "1 3", "image": str(index)}
+    expected |= {"sort": "shared", "page": "2", "view-hf": "0.4 0.5 2"}
+    assert {k: v for k, v in state(page).items() if k != "view-local"} == expected
+    page.evaluate("location.hash = 'projection=tsne&color=mutual'")
+    page.wait_for_function("state.color === 'mutual'")
+    assert page.locator("#chosen .empty").count() == 1
+
+
+@pytest.mark.parametrize(
+    "fragment",
+    [
+        "projection=x&color=&classes=99+-1+a&image=abc&sort=no&page=-4&view-local=1+2",
+        "selected=%00%01&view-hf=NaN+NaN+NaN&page=1e99",
+        "=&=&&&=",
+    ],
+)
+def test_a_damaged_address_is_passed_over(opened, fragment):
+    page = opened(fragment)
+    assert page.locator("#status").inner_text().startswith("2,000 of 2,000")
+    assert page.locator("#queries .query").count() > 0
+
+
+def test_zoom_and_pan_move_one_map_and_reset_brings_both_back(opened):
+    page = opened()
+    box = page.locator('[data-model="local"] .map')
+    box.scroll_into_view_if_needed()
+    frame = box.bounding_box()
+    middle = (frame["x"] + frame["width"] / 2, frame["y"] + frame["height"] / 2)
+    page.mouse.move(*middle)
+    page.mouse.wheel(0, 120)
+    assert "view-local" not in state(page)
+    box.scroll_into_view_if_needed()
+    frame = box.bounding_box()
+    middle = (frame["x"] + frame["width"] / 2, frame["y"] + frame["height"] / 2)
+    page.mouse.move(*middle)
+    page.keyboard.down("Control")
+    page.mouse.wheel(0, -240)
+    page.keyboard.up("Control")
+    page.mouse.down()
+    page.mouse.move(middle[0] + 60, middle[1] + 30, steps=4)
+    page.mouse.up()
+    x, y, zoom = map(float, state(page)["view-local"].split())
+    assert zoom > 2
+    assert x < 0.5
+    assert y < 0.5
+    assert "view-hf" not in state(page)
+    page.get_by_role("button", name="Reset").click()
+    assert "view-local" not in state(page)
+
+
+def test_without_javascript_table_figures_and_words_are_there(opened):
+    page = opened(scripts=False)
+    assert page.locator("h1").is_visible()
+    assert page.locator("#results table").first.is_visible()
+    for figure in page.locator("#figures figure").all():
+        assert figure.is_visible()
+        assert figure.locator("svg").first.is_visible()
+    assert page.get_by_text("need JavaScript").is_visible()
+    assert not page.locator("#tools").is_visible()
+    assert not page.locator(".map").first.is_visible()
+
+
+@pytest.mark.parametrize("width", [320, 400, 1280, 3840])
+def test_nothing_is_wider_than_the_screen(opened, width):
+    page = opened(viewport={"width": width, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    sizes = page.locator(".map").evaluate_all("maps => maps.map((map) => map.clientWidth)")
+    assert min(sizes) >= 250
+
+
+def test_dark_is_dark_and_signs_follow(opened):
+    colors = {}
+    for scheme in ("light", "dark"):
+        page = opened(color_scheme=scheme)
+        ground = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+        colors[scheme] = sum(map(int, re.findall(r"\d+", ground)[:3]))
+    assert colors["light"] > 700
+    assert colors["dark"] < 120
+
+
+def test_a_class_named_like_a_script_is_text(opened):
+    page = opened()
+    assert page.get_by_role("button", name=f"{HOSTILE} (400)").is_visible()
+    assert page.locator("script").count() == 2
+
+
+@pytest.fixture
+def server():
+    """A server of this machine that notes what it is asked for."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    listening = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=listening.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{listening.server_port}", asked
+    listening.shutdown()
+    thread.join()
+    listening.server_close()
+
+
+def test_the_policy_lets_nothing_out_and_nothing_in(chromium, address, server):
+    target, asked = server
+    page = chromium.new_context().new_page()
+    said = []
+    page.on("console", lambda message: said.append(message.text))
+    page.goto(address)
+    page.wait_for_selector("body[data-ready]")
+    page.evaluate(
+        """(target) => {
+            new Image().src = `${target}/image.png`;
+            fetch(`${target}/data`).catch(() => {});
+            const script = document.createElement("script");
+            script.textContent = "window.broken = true";
+            document.body.append(script);
+            const style = document.createElement("style");
+            style.textContent = "body { display: none }";
+            document.head.append(style);
+        }""",
+        target,
+    )
+    page.wait_for_timeout(300)
+    assert page.evaluate("window.broken") is None
+    assert page.locator("h1").is_visible()
+    assert len([text for text in said if "Content Security Policy" in text]) >= 4
+    assert not asked
+    with urlopen(target) as reply:
+        assert reply.status == 204
+    assert asked == ["/"]  # the server could have been reached
+    page.context.close()
+
+
+def test_metrics_can_be_saved_from_the_page(opened, example):
+    page = opened()
+    page.locator("#provenance summary").click()
+    with page.expect_download() as download:
+        page.locator("#download").click()
+    saved = json.loads(Path(download.value.path()).read_text())
+    assert saved == json.loads(example.metrics)
+
+
+def test_motion_is_left_out_where_it_is_not_wanted(opened):
+    page = opened(reduced_motion="reduce")
+    page.get_by_role("radio", name="PCA").check()
+    assert page.evaluate("panels.map((panel) => panel.progress)") == [1, 1]
+
+
+def test_one_model_alone_has_one_map(opened, make_page, tmp_path):
+    path = tmp_path / "alone.html"
+    path.write_text(make_page(models=("local",)).html, encoding="utf-8")
+    page = opened(at=path.as_uri())
+    assert page.locator(".map").count() == 1
+    assert not page.get_by_label("Only where precision@5 differs").is_visible()
+    assert page.locator("#queries .query ol").count() == 8
+    page.get_by_role("radio", name="PCA").check()
+
+
+def test_four_images_are_enough(opened, make_page, tmp_path):
+    path = tmp_path / "tiny.html"
+    path.write_text(make_page(4, ("a", "b")).html, encoding="utf-8")
+    page = opened(at=path.as_uri())
+    assert page.locator("#queries .query").count() == 4
+    assert "not defined" in page.locator("#queries").inner_text()
+    assert not re.search(r"\b(NaN|undefined|null)\b", page.locator("body").inner_text())
+
+
+def test_neighbours_without_a_picture_are_named(opened, make_page, tmp_path):
+    path = tmp_path / "part.html"
+    path.write_text(make_page(90, shown=30).html, encoding="utf-8")
+    page = opened(at=path.as_uri())
+    assert page.locator(".absent").count() > 0
+
+
+def test_printing_opens_what_is_folded_and_uses_light_colours(opened):
+    page = opened(color_scheme="dark")
+    page.emulate_media(media="print", color_scheme="dark")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("details:not([open])").count() == 0
+    ground = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+    assert ground == "rgb(255, 255, 255)"
+    assert not page.locator("#tools").is_visible()
+    assert page.locator(".map img").count() == 2
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator(".map img").count() == 0
+    assert page.locator("details[open]").count() == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1280])
+def test_axe_finds_no_violation(chromium, address, example, scheme, width):
+    if not AXE.exists():
+        pytest.skip(f"axe-core is not at {AXE} (make test-browser fetches it by npm)")
+    size = {"width": width, "height": 900}
+    # The checker is put in from outside, which the page's own policy would rightly refuse.
+    context = chromium.new_context(viewport=size, color_scheme=scheme, bypass_csp=True)
+    page = context.new_page()
+    page.goto(f"{address}#image={example.split.indices[0]}&color=hits&selected=_w")
+    page.wait_for_selector("body[data-ready]")
+    page.evaluate("document.querySelectorAll('details').forEach((part) => (part.open = true))")
+    page.evaluate(AXE.read_text())
+    found = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")
+    told = [
+        (v["id"], [(n["target"], n["failureSummary"]) for n in v["nodes"][:3]])
+        for v in found["violations"]
+    ]
+    assert not told
+    context.close()
+
+
+def frames(events):
+    """Wall and processor milliseconds of each task of the page's main thread, from the trace.
+
+    A task runs through without letting a frame be drawn, so the longest bounds every frame.
+    """
+    main = {
+        (event["pid"], event["tid"])
+        for event in events
+        if event["name"] == "thread_name" and event["args"]["name"] == "CrRendererMain"
+    }
+    names = ("RunTask", "ThreadControllerImpl::RunTask")
+    tasks = [
+        (event["dur"] / 1000, event["tdur"] / 1000)
+        for event in events
+        if event["name"] in names
+        and (event["pid"], event["tid"]) in main
+        and {"dur", "tdur"} <= event.keys()
+    ]
+    return np.array(tasks)
+
+
+def trace_of_hovering_panning_and_zooming(browser, page, path):
+    box = page.locator('[data-model="hf"] .map')
+    box.scroll_into_view_if_needed()
+    frame = box.bounding_box()
+    x, y = frame["x"] + frame["width"] / 2, frame["y"] + frame["height"] / 2
+    page.mouse.move(x, y)
+    page.wait_for_timeout(500)
+    categories = ["toplevel", "devtools.timeline", "__metadata"]
+    browser.start_tracing(page=page, path=path, categories=categories)
+    for step in range(40):
+        page.mouse.move(x + 120 * np.cos(step), y + 100 * np.sin(1.7 * step))
+        time.sleep(0.02)
+    page.mouse.down()
+    for step in range(40):
+        page.mouse.move(x + 3 * step, y + 2 * step)
+        time.sleep(0.02)
+    page.mouse.up()
+    page.keyboard.down("Control")
+    for step in range(20):
+        page.mouse.wheel(0, -40 if step < 10 else 40)
+        time.sleep(0.02)
+    page.keyboard.up("Control")
+    browser.stop_tracing()
+    return frames(json.loads(path.read_text())["traceEvents"])
+
+
+def test_no_frame_of_hovering_panning_or_zooming_takes_fifty_milliseconds(
+    chromium, address, tmp_path
+):
+    page = chromium.new_context(viewport={"width": 1280, "height": 900}).new_page()
+    page.goto(address)
+    page.wait_for_selector("body[data-ready]")
+    longest = []
+    # A frame that waits for other programs of a busy machine says nothing about the page: its
+    # processor time must hold every time, its wall time in the best of five tries.
+    for attempt in range(5):
+        times = trace_of_hovering_panning_and_zooming(
+            chromium, page, tmp_path / f"trace-{attempt}.json"
+        )
+        assert len(times) > 60
+        assert times[:, 1].max() < FRAME_MS
+        longest.append(times[:, 0].max())
+        if longest[-1] < FRAME_MS:
+            break
+    assert min(longest) < FRAME_MS, longest
+    page.context.close()

@@ -1,0 +1,269 @@
+import base64
+import hashlib
+import io
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ijepa import narrative
+from ijepa.class_charts import matrix_panel
+from ijepa.markup import Markup, element
+from ijepa.sprites import COLUMNS, TILE, sprite_sheet, thumbnail
+from ijepa.uncertainty import Estimate
+
+HOSTILE = "<script>alert(1)</script>\"'&</style>"
+VOID = {"meta", "img", "input", "br", "link"}
+
+
+class Page(HTMLParser):
+    """What a browser would find: elements with their attributes, and the text inside each."""
+
+    def __init__(self, html):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.open = [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        found = {"tag": tag, "attrs": dict(attrs), "text": "", "within": list(self.open)}
+        self.elements.append(found)
+        if tag not in VOID:
+            self.open.append(found)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()["tag"] == tag
+
+    def handle_data(self, data):
+        for found in self.open:
+            found["text"] += data
+
+    def all(self, tag):
+        return [found for found in self.elements if found["tag"] == tag]
+
+    def by_id(self, name):
+        return next(e for e in self.elements if e["attrs"].get("id") == name)
+
+    def visible_text(self):
+        hidden = ("script", "style")
+        own = [e for e in self.elements if e["tag"] not in hidden and e["tag"] != "html"]
+        words = [e["text"] for e in own if not any(o["tag"] == "html" for o in e["within"][1:])]
+        attributes = [v or "" for e in own for v in e["attrs"].values()]
+        body = next(e for e in self.elements if e["tag"] == "body")["text"]
+        for script in self.all("script"):
+            body = body.replace(script["text"], "")
+        return "\n".join([body, *attributes, *(w for w in words if len(w) < 200)])
+
+
+@pytest.fixture(scope="module")
+def example(make_page):
+    return make_page()
+
+
+@pytest.fixture(scope="module")
+def parsed(example):
+    return Page(example.html)
+
+
+def data_of(html):
+    return json.loads(Page(html).by_id("data")["text"])
+
+
+def test_every_element_is_closed_and_every_id_is_used_once(parsed):
+    assert not parsed.open
+    ids = [e["attrs"]["id"] for e in parsed.elements if "id" in e["attrs"]]
+    assert len(ids) == len(set(ids))
+
+
+def test_elements_escape_their_text_and_attributes_but_not_markup():
+    inner = element("b", "a < b")
+    assert element("p", inner, "<i>", title='"') == (
+        '<p title="&quot;"><b>a &lt; b</b>&lt;i&gt;</p>'
+    )
+    assert not isinstance(Markup("<b>") + "<i>", Markup)
+
+
+def test_a_number_that_is_not_finite_never_becomes_an_attribute():
+    with pytest.raises(ValueError, match="nan"):
+        element("rect", x=float("nan"))
+
+
+def test_the_policy_allows_exactly_the_script_and_the_style_of_the_page(parsed):
+    meta = next(m for m in parsed.all("meta") if "http-equiv" in m["attrs"])
+    rules = dict(rule.split(None, 1) for rule in meta["attrs"]["content"].split("; "))
+    assert rules["default-src"] == "'none'"
+    assert rules["img-src"] == "data:"
+    scripts = [s for s in parsed.all("script") if "type" not in s["attrs"]]
+    for found, rule in ((scripts, "script-src"), (parsed.all("style"), "style-src")):
+        (inline,) = found
+        digest = hashlib.sha256(inline["text"].encode()).digest()
+        assert rules[rule] == f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def test_nothing_is_loaded_and_nothing_needs_what_the_policy_forbids(parsed):
+    for found in parsed.elements:
+        assert "style" not in found["attrs"]
+        assert not any(name.startswith("on") for name in found["attrs"])
+        assert found["tag"] not in ("link", "iframe", "object", "base")
+        for name in ("src", "href"):
+            if name in found["attrs"]:
+                assert found["attrs"][name].startswith(("#", "data:image/webp;"))
+
+
+def test_the_table_is_the_one_of_the_report(example, parsed):
+    rows = [
+        [c["text"] for c in parsed.elements if c["tag"] in ("th", "td") and row in c["within"]]
+        for row in parsed.all("tr")
+    ]
+    expected = narrative.table(example.comparison)
+    assert rows[: len(expected)] == expected
+
+
+def test_question_and_answer_stand_at_the_top(example, parsed):
+    assert parsed.all("h1")[0]["text"] == narrative.question(example.comparison)
+    assert narrative.answer(example.comparison) in parsed.all("header")[0]["text"]
+
+
+def test_metrics_json_is_embedded_word_for_word(example, parsed):
+    assert parsed.by_id("metrics")["text"] == example.metrics
+
+
+def test_class_names_are_text_wherever_they_stand(make_page):
+    page = make_page(classes=(HOSTILE, "b", "c\u2028</title>"))
+    parsed = Page(page.html)
+    assert len(parsed.all("script")) == 2
+    assert len(parsed.all("style")) == 1
+    assert "<script>alert" not in page.html
+    assert any(found["text"] == HOSTILE for found in parsed.all("th"))
+    assert data_of(page.html)["classes"][0] == HOSTILE
+
+
+@pytest.mark.parametrize(("n", "classes"), [(4, 2), (7, 2), (66, 3), (90, 45)])
+def test_no_number_that_is_not_defined_reaches_the_reader(make_page, n, classes):
+    html = make_page(n, tuple(f"c{i}" for i in range(classes))).html
+    assert not re.search(r"\b(nan|NaN|inf|Infinity|None)\b", Page(html).visible_text())
+    assert "NaN" not in Page(html).by_id("data")["text"]
+
+
+def test_a_cell_without_a_value_is_a_dash():
+    matrix = np.array([[1.0, np.nan], [np.nan, 1.0]])
+    svg = matrix_panel("x", matrix, ["a", "b"], (0.0, 1.0), 0)
+    assert svg.count("–") == 2
+    assert "nan" not in svg
+
+
+def test_pictures_stand_where_the_script_looks_for_them(example, parsed):
+    text = parsed.by_id("sprite")["attrs"]["src"]
+    file = io.BytesIO(base64.b64decode(text.partition("base64,")[2]))
+    sheet = np.asarray(Image.open(file).convert("RGB")).astype(float)
+    facts = data_of(example.html)
+    assert facts["sprite"] == {"tile": TILE, "columns": COLUMNS}
+    assert facts["index"] == example.split.indices.tolist()
+    wanted = [example.split.images[row].numpy().transpose(1, 2, 0) for row in range(66)]
+    for row in range(facts["points"]):
+        left, top = TILE * (row % COLUMNS), TILE * (row // COLUMNS)
+        tile = sheet[top : top + TILE, left : left + TILE]
+        errors = [np.abs(tile - other).mean() for other in wanted]
+        assert int(np.argmin(errors)) == row
+        assert errors[row] < 12
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 7), (3, 100, 40), (3, 1, 300), (3, 32, 32)])
+def test_thumbnails_keep_the_shape_of_an_image_and_its_middle(shape):
+    image = np.full(shape, 250, np.uint8)
+    tile = thumbnail(image)
+    assert tile.shape == (TILE, TILE, 3)
+    filled = (tile > 200).all(axis=2)
+    height, width = filled.any(axis=1).sum(), filled.any(axis=0).sum()
+    assert max(height, width) == (28 if max(shape) == 7 else 32)
+    assert height / width == pytest.approx(shape[1] / shape[2], rel=0.1, abs=1 / 31)
+
+
+def test_images_of_the_right_size_are_not_touched():
+    image = np.random.default_rng(0).integers(0, 256, (3, 32, 32), dtype=np.uint8)
+    sheet = sprite_sheet([0], lambda _: image)
+    np.testing.assert_array_equal(sheet[:32, :32], image.transpose(1, 2, 0))
+
+
+def test_neighbours_precision_and_agreement_are_those_of_the_comparison(make_page):
+    page = make_page(n=90, shown=30)
+    facts, rows = data_of(page.html), page.maps.rows
+    assert facts["points"] == len(rows) == 30
+    for model in facts["models"]:
+        lists = page.comparison.analyses[model["key"]].lists
+        found = np.array(facts["index"])[np.array(model["neighbors"])]
+        np.testing.assert_array_equal(found, page.split.indices[lists.neighbors[rows, :5]])
+        labels = np.array(facts["label"])
+        hits = (labels[np.array(model["neighbors"])] == labels[:30, None]).sum(axis=1)
+        assert hits.tolist() == model["hits"]
+        np.testing.assert_allclose(model["similarities"], lists.similarities[rows, :5], atol=6e-4)
+    expected = np.rint(page.comparison.mutual[rows] * 10)
+    assert facts["mutual"] == expected.tolist()
+
+
+def test_maps_keep_the_shape_of_the_projection(example):
+    model = data_of(example.html)["models"][0]
+    points = np.array(model["pca"], dtype=float) * (1, -1)
+    scores = example.maps.pca["local"].scores
+    assert np.corrcoef(points[:, 0], scores[:, 0])[0, 1] == pytest.approx(1, abs=1e-6)
+    assert np.ptp(points[:, 1]) / np.ptp(points[:, 0]) == pytest.approx(
+        np.ptp(scores[:, 1]) / np.ptp(scores[:, 0]), rel=1e-3
+    )
+    assert np.array(model["pca"]).min() >= 0
+    assert np.array(model["pca"]).max() <= 10_000
+
+
+def test_one_model_alone_has_one_panel_and_no_difference(make_page):
+    page = make_page(models=("local",))
+    parsed = Page(page.html)
+    assert len([s for s in parsed.all("section") if "data-model" in s["attrs"]]) == 1
+    results = parsed.by_id("results")["text"]
+    assert "HF" not in results.replace("The ratio", "")
+    assert len(data_of(page.html)["models"]) == 1
+    assert data_of(page.html)["mutual"] is None
+
+
+def test_every_figure_says_how_to_read_it_and_leads_to_a_definition(parsed):
+    anchors = {e["attrs"].get("id") for e in parsed.elements}
+    assert len(parsed.all("figure")) == 4
+    for figure in parsed.all("figure"):
+        assert "How to read it." in figure["text"]
+        links = [a["attrs"]["href"] for a in parsed.all("a") if figure in a["within"]]
+        assert any(link.startswith("#def-") for link in links)
+    for link in parsed.all("a"):
+        assert link["attrs"]["href"][1:] in anchors
+    for svg in parsed.all("svg"):
+        assert svg["attrs"].get("aria-hidden") == "true" or svg["attrs"]["aria-label"]
+
+
+def test_a_page_of_two_thousand_photographs_stays_under_three_megabytes(make_page):
+    page = make_page(n=2000, classes=("a", "b", "c", "d"))
+    assert len(page.html.encode()) < 3_000_000
+
+
+def with_difference(comparison, low, high):
+    value = (low + high) / 2
+    estimate = Estimate(value, (high - low) / 3.92, (low, high))
+    precision = {**comparison.differences["precision_at_5"], "estimate": estimate}
+    return replace(comparison, differences={**comparison.differences, "precision_at_5": precision})
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (0.01, 0.05, "The HF model:"),
+        (-0.05, -0.01, "The local model:"),
+        (-0.01, 0.05, "No difference can be shown:"),
+        (float("nan"), float("nan"), "There are too few images for a verdict:"),
+    ],
+)
+def test_the_answer_names_a_winner_only_when_the_interval_leaves_out_zero(
+    example, low, high, words
+):
+    said = narrative.answer(with_difference(example.comparison, low, high))
+    assert said.startswith(words)
+    assert said.count(".\n") == 0
+    assert "nan" not in said
