@@ -53,11 +53,12 @@ MARKERS = "o^sDvPX"
 MAX_NAME = 14  # characters of a class name that fit under an image
 MAX_LABELLED = 20  # classes; more numbers in a matrix or names in a cloud cannot be read
 CURVES = {
-    "loss": "training loss",
+    "loss": "prediction loss",
+    "matching_loss": "matching loss",
     "lr": "learning rate",
     "precision_at_5": "held-out precision@5",
     "effective_rank": "effective rank",
-    "target_std": "standard deviation of the targets",
+    "target_variance": "variance of held-out target embeddings",
 }
 
 

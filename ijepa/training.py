@@ -3,15 +3,18 @@
 Assran et al. 2023 (https://arxiv.org/abs/2301.08243), section 3: three networks, of which the
 target encoder is an exponential moving average of the context encoder. No label is read.
 
+Two terms are added to the paper's prediction loss, both on the mean token, which is what is used
+of the encoder afterwards: `matching_loss` (which image does another crop show?) and `spread_loss`
+(do the dimensions vary, each by itself?). Weights of 0 leave the paper's method.
+
 Every random draw of a step comes from generators seeded by (run seed, step), so a run that is
 stopped and resumed at any step is the undisturbed run bit for bit. Nothing here knows of disks.
 """
 
 import copy
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,33 +22,49 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from ijepa.masking import MaskConfig, Masks, sample_masks
+from ijepa.augmentation import color_jitter, random_resized_crop, standardize
+from ijepa.masking import MaskConfig, sample_masks
 from ijepa.metrics import effective_rank, nearest_neighbors, precision_at_k
 from ijepa.model import Predictor, PredictorConfig, VisionTransformer, ViTConfig, gather_tokens
+from ijepa.parallel import average_gradients, gather_rows, own_part
+
+CHECK_EVERY = 50
+"""Updates between looks at the loss."""
+EARLY_EPOCHS = 5
+COLLAPSED_SHARE = 0.05
+"""Effective rank as a share of the width, under which embeddings count as collapsed."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one run; the defaults are the recipe of the shipped checkpoint."""
+    """Settings of one run; the defaults are the recipe of the shipped checkpoint.
+
+    Nothing but `epochs` knows how long the run is until its last `decay_share`, so that a run can
+    be made longer or shorter before that.
+    """
 
     epochs: int = 300
     batch_size: int = 64
     lr: float = 7e-4
-    """Peak learning rate of AdamW, reached after `warmup_share` of the run."""
-    warmup_share: float = 0.05
-    final_lr_share: float = 0.01
-    weight_decay: tuple[float, float] = (0.04, 0.4)
-    """First and last value of a cosine, on matrices only (paper, appendix A.1)."""
+    """Peak learning rate of AdamW, held from the end of the warm-up to the decay."""
+    warmup_epochs: float = 1.0
+    decay_share: float = 0.2
+    """Last share of the run, in which the learning rate falls linearly towards 0."""
+    weight_decay: float = 0.05
+    """On matrices only."""
     ema_start: float = 0.99
     ema_window: float = 0.05
-    """Share of the run that the target encoder averages over at the end; momentum <= 0.9999."""
-    clip_norm: float = 1.0
-    pad: int = 4
-    """Random crops after zero-padding by this many pixels, the same for both encoders."""
+    """Share of the updates so far that the target encoder averages over; momentum <= 0.9999."""
+    clip_norm: float = 3.0
+    min_crop: float = 0.25
+    """Smallest share of the image's area that a view shows."""
     jitter: float = 0.4
-    """Brightness, contrast and saturation factors in 1 +- jitter, on the context view alone."""
+    """Strength of the colour jitter on what the context encoder sees; see `color_jitter`."""
+    grey_share: float = 0.2
+    """Share of the context encoder's views without colour."""
+    matching_weight: float = 1.0
+    temperature: float = 0.1
     spread_weight: float = 0.05
-    """Weight of the variance and covariance terms on the mean context token; see `spread_loss`."""
     seed: int = 0
     vit: ViTConfig = field(default_factory=ViTConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
@@ -60,9 +79,9 @@ class TrainState:
     target_encoder: VisionTransformer
     predictor: Predictor
     optimizer: torch.optim.AdamW
+    loss_sums: Float[Tensor, "2"]
+    """Prediction and matching loss, summed since the current epoch began, on the device."""
     step: int = 0
-    loss_sum: float = 0.0
-    """Sum of the losses since the current epoch began."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers enough to go on exactly here."""
@@ -72,7 +91,7 @@ class TrainState:
             "predictor": self.predictor.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "loss_sum": self.loss_sum,
+            "loss_sums": self.loss_sums,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -82,7 +101,7 @@ class TrainState:
         self.predictor.load_state_dict(saved["predictor"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step = saved["step"]
-        self.loss_sum = saved["loss_sum"]
+        self.loss_sums.copy_(saved["loss_sums"])
 
 
 @dataclass(frozen=True)
@@ -93,8 +112,6 @@ class StepLog:
     epoch: int
     """Epochs finished after this step."""
     end_of_epoch: bool
-    mean_loss: float
-    """Mean over the epoch so far."""
     lr: float
     momentum: float
     weight_decay: float
@@ -110,33 +127,34 @@ def init_state(config: TrainConfig, device: torch.device) -> TrainState:
     target_encoder = copy.deepcopy(context_encoder).requires_grad_(False)
     parameters = [*context_encoder.parameters(), *predictor.parameters()]
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "decays": True},
-        {"params": [p for p in parameters if p.ndim <= 1], "decays": False, "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
-    return TrainState(context_encoder, target_encoder, predictor, optimizer)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+    loss_sums = torch.zeros(2, device=device)
+    return TrainState(context_encoder, target_encoder, predictor, optimizer, loss_sums)
 
 
-def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """Linear warm-up to `lr`, then half a cosine down to `final_lr_share` of it."""
-    warmup = config.warmup_share * total_steps
-    if step < warmup:
-        return config.lr * (step + 1) / math.ceil(warmup)
-    progress = (step - warmup) / max(total_steps - warmup, 1)
-    final = config.lr * config.final_lr_share
-    return final + (config.lr - final) * (1 + math.cos(math.pi * progress)) / 2
+def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Linear warm-up, constant, linear decay.
+
+    Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations",
+    https://arxiv.org/abs/2405.18392.
+    """
+    total = config.epochs * steps_per_epoch
+    rising = (step + 1) / max(config.warmup_epochs * steps_per_epoch, 1)
+    falling = (total - step) / max(total - decay_start(config, steps_per_epoch), 1)
+    return config.lr * min(rising, falling, 1.0)
 
 
-def weight_decay(config: TrainConfig, step: int, total_steps: int) -> float:
-    """Half a cosine from the first to the last value."""
-    first, last = config.weight_decay
-    return last + (first - last) * (1 + math.cos(math.pi * step / total_steps)) / 2
+def decay_start(config: TrainConfig, steps_per_epoch: int) -> int:
+    """Updates after which the learning rate falls."""
+    return round(config.epochs * steps_per_epoch * (1 - config.decay_share))
 
 
-def ema_momentum(config: TrainConfig, step: int, total_steps: int) -> float:
-    """Linear from `ema_start` to the momentum whose memory is `ema_window` of the run."""
-    last = min(1 - 1 / (config.ema_window * total_steps), 0.9999)
-    return config.ema_start + max(last - config.ema_start, 0.0) * step / total_steps
+def ema_momentum(config: TrainConfig, step: int) -> float:
+    """The momentum whose memory is `ema_window` of the updates so far, from `ema_start` on."""
+    return max(config.ema_start, min(1 - 1 / (config.ema_window * (step + 1)), 0.9999))
 
 
 @torch.no_grad()
@@ -144,36 +162,6 @@ def update_target(target: VisionTransformer, context: VisionTransformer, momentu
     """Move the target encoder towards the context encoder: t <- m t + (1 - m) c."""
     for averaged, current in zip(target.parameters(), context.parameters(), strict=True):
         averaged.lerp_(current, 1 - momentum)
-
-
-def crop_and_flip(
-    images: UInt8[Tensor, "B 3 H W"], pad: int, generator: torch.Generator
-) -> UInt8[Tensor, "B 3 H W"]:
-    """Random crop after zero padding, and a horizontal flip for half of the images."""
-    B, _, H, W = images.shape
-    device = images.device
-    top, left = torch.randint(0, 2 * pad + 1, (2, B, 1), generator=generator, device=device)
-    flip = torch.rand(B, 1, generator=generator, device=device) < 0.5
-    rows = top + torch.arange(H, device=device)  # (B, H) in padded coordinates
-    columns = torch.arange(W, device=device).expand(B, W)
-    columns = left + torch.where(flip, W - 1 - columns, columns)
-    padded = F.pad(images, (pad, pad, pad, pad))
-    image = torch.arange(B, device=device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(
-        0, 3, 1, 2
-    )
-
-
-def color_jitter(
-    images: Float[Tensor, "B 3 H W"], strength: float, generator: torch.Generator
-) -> Float[Tensor, "B 3 H W"]:
-    """Scale brightness, contrast and saturation, in this order, of images in [0, 1]."""
-    draws = torch.rand(3, len(images), 1, 1, 1, generator=generator, device=images.device)
-    brightness, contrast, saturation = 1 + strength * (2 * draws - 1)
-    images = images * brightness
-    images = torch.lerp(images.mean(dim=(1, 2, 3), keepdim=True), images, contrast)
-    images = torch.lerp(images.mean(dim=1, keepdim=True), images, saturation)
-    return images.clamp(0, 1)
 
 
 def spread_loss(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
@@ -190,65 +178,111 @@ def spread_loss(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
     return F.relu(1 - deviation).mean() + 0.04 * off_diagonal / embeddings.shape[1]
 
 
-def prediction_loss(
-    state: TrainState,
-    context_view: Float[Tensor, "B 3 H W"],
-    target_view: Float[Tensor, "B 3 H W"],
-    masks: Masks,
-) -> tuple[Float[Tensor, ""], Float[Tensor, "B K D"]]:
-    """Smooth-L1 between predicted and layer-normalised target tokens; also the context tokens.
+def matching_loss(
+    context: Float[Tensor, "B D"], target: Float[Tensor, "B D"], temperature: float
+) -> Float[Tensor, ""]:
+    """Cross-entropy of finding, for each context embedding, its image among all targets.
 
-    The target encoder sees the whole image; its tokens are normalised over channels without learned
-    scale, as in the authors' code, so that the targets' size cannot shrink.
+    InfoNCE on cosine similarities (van den Oord et al. 2018, https://arxiv.org/abs/1807.03748),
+    against a moving average as in MoCo v3 (Chen et al. 2021, https://arxiv.org/abs/2104.02057),
+    without its projection heads: the mean token itself shall be like that of another crop.
     """
-    B, T, M = masks.targets.shape
-    with torch.no_grad():
-        tokens = state.target_encoder(target_view)
-        tokens = F.layer_norm(tokens.float(), tokens.shape[-1:])
-        targets = gather_tokens(tokens, masks.targets.flatten(1)).reshape(B, T, M, -1)
-    context = state.context_encoder(context_view, masks.context)
-    predicted = state.predictor(context, masks.context, masks.targets)
-    return F.smooth_l1_loss(predicted.float(), targets), context
+    similarities = F.normalize(context, dim=-1) @ F.normalize(target, dim=-1).T
+    return F.cross_entropy(
+        similarities / temperature, torch.arange(len(context), device=context.device)
+    )
+
+
+class Views(NamedTuple):
+    """What one update sees of its images."""
+
+    target: Float[Tensor, "B 3 H W"]
+    """For the target encoder: a crop in its own colours."""
+    context: Float[Tensor, "B 3 H W"]
+    """For the context encoder: the same crop in other colours, of which `masks` shows a part."""
+    other: Float[Tensor, "B 3 H W"]
+    """Another crop in other colours, of which `other_patches` are shown."""
+    context_patches: Int[Tensor, "B K"]
+    target_blocks: Int[Tensor, "B T M"]
+    other_patches: Int[Tensor, "B K"]
+
+
+def draw_views(config: TrainConfig, images: UInt8[Tensor, "B 3 H W"], step: int) -> Views:
+    """Crops, colours and masks of one update, by the run's seed and the step."""
+    seed = derive_seed(config.seed, step)
+    device, grid_size = images.device, config.vit.grid_size
+    generator = torch.Generator(device).manual_seed(seed)
+    target, other = (random_resized_crop(images, config.min_crop, generator) for _ in range(2))
+    context, other = (
+        color_jitter(view, config.jitter, config.grey_share, generator) for view in (target, other)
+    )
+    masks = sample_masks(config.mask, grid_size, len(images), seed, device)
+    scores = torch.rand(len(images), grid_size**2, generator=generator, device=device)
+    other_patches = scores.topk(config.mask.context_patches).indices
+    return Views(*map(standardize, (target, context, other)), *masks, other_patches)
+
+
+class Losses(NamedTuple):
+    """The terms of one update."""
+
+    prediction: Float[Tensor, ""]
+    matching: Float[Tensor, ""]
+    spread: Float[Tensor, ""]
+
+
+def compute_losses(
+    state: TrainState, config: TrainConfig, views: Views, dtype: torch.dtype
+) -> Losses:
+    """The terms over the rows of all processes; matrix products of the networks in `dtype`."""
+    B, T, M = views.target_blocks.shape
+    with torch.autocast(views.target.device.type, dtype, enabled=dtype != torch.float32):
+        with torch.no_grad():
+            tokens = state.target_encoder(views.target).float()
+        context = state.context_encoder(views.context, views.context_patches)
+        predicted = state.predictor(context, views.context_patches, views.target_blocks)
+        other = state.context_encoder(views.other, views.other_patches)
+    # Normalised over channels without learned scale, as in the authors' code, so that the targets'
+    # size cannot shrink.
+    targets = gather_tokens(
+        F.layer_norm(tokens, tokens.shape[-1:]), views.target_blocks.flatten(1)
+    ).reshape(B, T, M, -1)
+    prediction = gather_rows(F.smooth_l1_loss(predicted.float(), targets)[None]).mean()
+    mean_context, mean_other, mean_target = (
+        gather_rows(x.float().mean(dim=1)) for x in (context, other, tokens)
+    )
+    matching = matching_loss(mean_other, mean_target, config.temperature)
+    return Losses(prediction, matching, spread_loss(mean_context))
 
 
 def train_step(
     state: TrainState,
     config: TrainConfig,
     images: UInt8[Tensor, "B 3 H W"],
-    total_steps: int,
+    steps_per_epoch: int,
     dtype: torch.dtype,
-) -> Tensor:
-    """One optimizer update and one move of the target encoder; returns the prediction loss."""
-    device = images.device
-    seed = derive_seed(config.seed, state.step)
-    generator = torch.Generator(device).manual_seed(seed)
-    target_view = crop_and_flip(images, config.pad, generator).float() / 255
-    context_view = color_jitter(target_view, config.jitter, generator)
-    masks = sample_masks(config.mask, config.vit.grid_size, len(images), seed, device)
+) -> Losses:
+    """One optimizer update and one move of the target encoder.
 
+    Every process is given the whole batch and draws all its views, so that they are those of a
+    single process, and computes on its own part.
+    """
+    views = Views(*map(own_part, draw_views(config, images, state.step)))
     for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(config, state.step, total_steps)
-        if group["decays"]:
-            group["weight_decay"] = weight_decay(config, state.step, total_steps)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        loss, context = prediction_loss(
-            state, standardize(context_view), standardize(target_view), masks
-        )
-    spread = spread_loss(context.float().mean(dim=1))
+        group["lr"] = learning_rate(config, state.step, steps_per_epoch)
+    losses = compute_losses(state, config, views, dtype)
     state.optimizer.zero_grad()
-    (loss + config.spread_weight * spread).backward()
-    for network in (state.context_encoder, state.predictor):
-        torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
+    (
+        losses.prediction
+        + config.matching_weight * losses.matching
+        + config.spread_weight * losses.spread
+    ).backward()
+    parameters = [*state.context_encoder.parameters(), *state.predictor.parameters()]
+    average_gradients(parameters)
+    torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
     state.optimizer.step()
-    momentum = ema_momentum(config, state.step, total_steps)
-    update_target(state.target_encoder, state.context_encoder, momentum)
+    update_target(state.target_encoder, state.context_encoder, ema_momentum(config, state.step))
     state.step += 1
-    return loss.detach()
-
-
-def standardize(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
-    """Map [0, 1] to [-1, 1]: mean and deviation 0.5, a choice that fits any data set."""
-    return (images - 0.5) / 0.5
+    return Losses(*(loss.detach() for loss in losses))
 
 
 def derive_seed(*path: int) -> int:
@@ -279,30 +313,41 @@ def train(
     steps_per_epoch = len(images) // config.batch_size
     if not steps_per_epoch:
         raise ValueError(f"batch_size {config.batch_size} exceeds the {len(images)} images")
-    total_steps = steps_per_epoch * config.epochs
-    while state.step < total_steps:
-        epoch, position = divmod(state.step, steps_per_epoch)
-        if position == 0:
-            state.loss_sum = 0.0
+    while state.step < steps_per_epoch * config.epochs:
+        epoch, done = divmod(state.step, steps_per_epoch)
+        if not done:
+            state.loss_sums.zero_()
         order = epoch_order(config.seed, epoch, len(images)).to(images.device)
-        for index in order[: steps_per_epoch * config.batch_size].split(config.batch_size)[
-            position:
-        ]:
-            at = state.step
-            loss = train_step(state, config, images[index], total_steps, dtype).item()
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at step {at}")
-            position += 1
-            state.loss_sum += loss
-            yield StepLog(
-                step=state.step,
-                epoch=state.step // steps_per_epoch,
+        batches = order[: steps_per_epoch * config.batch_size].split(config.batch_size)
+        for position, index in enumerate(batches[done:], start=done + 1):
+            log = StepLog(
+                step=state.step + 1,
+                epoch=(state.step + 1) // steps_per_epoch,
                 end_of_epoch=position == steps_per_epoch,
-                mean_loss=state.loss_sum / position,
-                lr=learning_rate(config, at, total_steps),
-                momentum=ema_momentum(config, at, total_steps),
-                weight_decay=weight_decay(config, at, total_steps),
+                lr=learning_rate(config, state.step, steps_per_epoch),
+                momentum=ema_momentum(config, state.step),
+                weight_decay=config.weight_decay,
             )
+            losses = train_step(state, config, images[index], steps_per_epoch, dtype)
+            state.loss_sums += torch.stack([losses.prediction, losses.matching])
+            # Reading a number makes an accelerator wait; a sum keeps what is not one.
+            if log.end_of_epoch or position % CHECK_EVERY == 0:
+                check_finite(state)
+            yield log
+
+
+def check_finite(state: TrainState) -> None:
+    """Raise FloatingPointError if a loss of this epoch was no number; the state is then useless."""
+    if not state.loss_sums.isfinite().all():
+        raise FloatingPointError(f"the loss is no longer a number after {state.step} updates")
+
+
+def mean_losses(state: TrainState, config: TrainConfig, num_images: int) -> tuple[float, float]:
+    """Prediction and matching loss, each the mean over the current or just finished epoch."""
+    steps_per_epoch = num_images // config.batch_size
+    prediction, matching = state.loss_sums.tolist()
+    count = (state.step - 1) % steps_per_epoch + 1
+    return prediction / count, matching / count
 
 
 @torch.no_grad()
@@ -325,11 +370,25 @@ def evaluate(
     labels: Int[np.ndarray, " n"],
     dtype: torch.dtype,
 ) -> dict[str, float]:
-    """Watch a run: P@5, effective rank and spread of the embeddings of held-out images."""
+    """Watch a run: P@5, effective rank and mean variance of held-out images' embeddings."""
     embeddings = embed(encoder, images, dtype)
     neighbors, _ = nearest_neighbors(embeddings, 5)
     return {
         "heldout_precision_at_5": float(precision_at_k(neighbors, labels, 5).mean()),
         "effective_rank": effective_rank(embeddings),
-        "target_std": float(embeddings.std(axis=0).mean()),
+        "target_variance": float(embeddings.var(axis=0).mean()),
     }
+
+
+def collapse_warning(row: Mapping[str, Any], config: TrainConfig) -> str | None:
+    """What to tell when held-out embeddings use hardly any dimensions, and None while they do.
+
+    In its first epochs every run looks like that, with targets that are mostly position.
+    """
+    width, rank = config.vit.embed_dim, row["effective_rank"]
+    if row["epoch"] <= EARLY_EPOCHS or rank >= COLLAPSED_SHARE * width:
+        return None
+    return (
+        f"the embeddings are collapsing: effective rank {rank:.1f} of {width} after epoch "
+        f"{row['epoch']}; stop, and try a lower --lr or a larger --batch-size"
+    )

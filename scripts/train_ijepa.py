@@ -3,6 +3,7 @@
 import argparse
 import csv
 import io
+import os
 import shlex
 import signal
 import subprocess
@@ -25,6 +26,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--output-dir", type=Path, default=Path("runs/mine"), help="a run found there is resumed")
+    add("--resume", action="store_true", help="fail where there is no run to go on with")
     add("--epochs", type=positive, default=300, help="passes over the training images")
     add("--dataset", default="cifar10", help="cifar10, or a folder with one sub-folder per class")
     add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or will be put")
@@ -130,16 +132,22 @@ def git_commit() -> str | None:
 class Run:
     """The folder of one run: resumable state, log, and the checkpoint that others load."""
 
-    def __init__(self, folder: Path, config: Any) -> None:
+    def __init__(self, folder: Path, config: Any, writes: bool = True) -> None:
         from dataclasses import asdict
 
         self.folder = folder
+        self.writes = writes  # one process of several
         self.state = folder / "state.pt"
         self.previous = folder / "state_previous.pt"
         self.config = config
         self.settings = asdict(config)
         self.rows: list[dict[str, float]] = []
         self.seconds = 0.0
+
+    def say(self, text: str) -> None:
+        """Tell the user, once for all processes."""
+        if self.writes:
+            print(text, file=sys.stderr)
 
     def read_state(self) -> Any:
         """The last whole state of the folder, or None in a new one."""
@@ -153,34 +161,62 @@ class Run:
             except UserError as error:
                 if path == paths[-1]:
                     raise
-                print(f"{error.problem}: going back to {self.previous.name}", file=sys.stderr)
+                self.say(f"{error.problem}: going back to {self.previous.name}")
         return None
 
-    def resume(self, state: Any) -> None:
+    def resume(self, state: Any, num_images: int, required: bool) -> None:
         """Take over a run found in the folder."""
         from ijepa.errors import UserError
 
         saved = self.read_state()
         if saved is None:
+            if required:
+                raise UserError(
+                    f"there is no run in {self.folder} to resume",
+                    hint="check --output-dir, or leave out --resume to begin a run there",
+                )
             return
-        if saved["settings"] != self.settings:
-            changed = [
-                key for key, value in self.settings.items() if saved["settings"][key] != value
-            ]
-            raise UserError(
-                f"the run in {self.folder} has other settings: {', '.join(changed)}",
-                hint="give the same flags to resume it, or another --output-dir",
-            )
+        self.check_settings(saved["settings"], saved["state"]["step"], num_images)
         state.load_state_dict(saved["state"])
         self.rows, self.seconds = saved["rows"], saved["seconds"]
-        print(f"resuming {self.folder} after {state.step} updates", file=sys.stderr)
+        self.say(f"resuming {self.folder} after {state.step} updates")
+
+    def check_settings(self, saved: dict[str, Any], step: int, num_images: int) -> None:
+        """Raise UserError unless going on makes the run that these settings make from the start."""
+        from dataclasses import replace
+
+        from ijepa.errors import UserError
+        from ijepa.training import decay_start
+
+        changed = [key for key, value in self.settings.items() if saved.get(key) != value]
+        if not changed:
+            return
+        hint = "give the same flags to resume it, or another --output-dir"
+        if changed != ["epochs"]:
+            raise UserError(
+                f"the run in {self.folder} has other settings: {', '.join(changed)}", hint=hint
+            )
+        # The learning rate of the first updates is the same for every number of epochs.
+        lengths = (self.config, replace(self.config, epochs=saved["epochs"]))
+        limit = min(decay_start(one, num_images // self.config.batch_size) for one in lengths)
+        if step > limit:
+            raise UserError(
+                f"the run in {self.folder} is of {saved['epochs']} epochs; after {step} updates "
+                f"it cannot become one of {self.config.epochs}: the learning rate falls after "
+                f"{limit}",
+                hint=hint,
+            )
 
     def save(self, state: Any) -> None:
         """Write everything that resuming needs, keeping the state before it."""
         import torch
 
         from ijepa.files import write_atomically
+        from ijepa.training import check_finite
 
+        check_finite(state)
+        if not self.writes:
+            return
         content = {
             "state": state.state_dict(),
             "settings": self.settings,
@@ -214,12 +250,17 @@ class Run:
 
     def end_epoch(self, row: dict[str, float], state: Any, provenance: dict[str, Any]) -> None:
         """Log one epoch and write the checkpoint and the state."""
+        from ijepa.training import collapse_warning
+
         self.seconds += row["seconds"]
         self.rows.append({key: round_digits(value) for key, value in row.items()})
         # In this order: a kill in between repeats the epoch, never leaves out a checkpoint.
-        self.publish(state, provenance)
+        if self.writes:
+            self.publish(state, provenance)
         self.save(state)
-        print(" ".join(f"{key}={value:.6g}" for key, value in row.items()), file=sys.stderr)
+        self.say(" ".join(f"{key}={value:.6g}" for key, value in row.items()))
+        if warning := collapse_warning(self.rows[-1], self.config):
+            self.say(f"warning: {warning}")
 
     def finish(self) -> None:
         """Draw the curves and export the context encoder as a Hugging Face directory."""
@@ -228,7 +269,7 @@ class Run:
         from ijepa.plots import Caption, plot_training_curves
         from ijepa.report import save_figure
 
-        if not self.rows:
+        if not self.rows or not self.writes:
             return
         title = f"I-JEPA training, {len(self.rows)} of {self.config.epochs} epochs"
         footer = f"Held-out images are {HELD_OUT} training images at most; seed {self.config.seed}."
@@ -259,11 +300,12 @@ def describe(args: argparse.Namespace, device: str, dtype: Any, num_images: int)
     }
 
 
-def log_row(log: Any, seconds: float) -> dict[str, float]:
+def log_row(log: Any, losses: tuple[float, float], seconds: float) -> dict[str, float]:
     """What the log says of an epoch, before the evaluation is added."""
     return {
         "epoch": log.epoch,
-        "loss": log.mean_loss,
+        "loss": losses[0],
+        "matching_loss": losses[1],
         "lr": log.lr,
         "momentum": log.momentum,
         "weight_decay": log.weight_decay,
@@ -271,18 +313,52 @@ def log_row(log: Any, seconds: float) -> dict[str, float]:
     }
 
 
-def progress_bar(config: Any, step: int, num_images: int) -> Any:
+def progress_bar(run: Run, step: int, num_images: int) -> Any:
     """Images done, images/s and the time left of the whole run; silent without a terminal."""
     from tqdm import tqdm
 
+    config = run.config
     return tqdm(
         total=config.epochs * (num_images // config.batch_size) * config.batch_size,
         initial=step * config.batch_size,
         unit="img",
         unit_scale=True,
         mininterval=5,
-        disable=None,
+        disable=None if run.writes else True,
     )
+
+
+def join_processes(device: Any) -> Any:
+    """Under torchrun, join its processes and take the device of this one."""
+    import torch
+
+    from ijepa.errors import UserError
+
+    if "WORLD_SIZE" not in os.environ:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"process {device.index} has no GPU of its own, there are "
+                f"{torch.cuda.device_count()}",
+                hint="lower --nproc-per-node of torchrun",
+            )
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def check_batch(args: argparse.Namespace) -> None:
+    """Raise UserError unless the processes can share a batch evenly."""
+    from ijepa.errors import UserError
+    from ijepa.parallel import num_processes
+
+    if args.batch_size % num_processes():
+        raise UserError(
+            f"a batch of {args.batch_size} cannot be shared by {num_processes()} processes",
+            hint="give a --batch-size that is a multiple of their number",
+        )
 
 
 def train_run(args: argparse.Namespace) -> int:
@@ -290,46 +366,58 @@ def train_run(args: argparse.Namespace) -> int:
     from ijepa.devices import choose_device, choose_dtype
     from ijepa.errors import UserError
     from ijepa.files import check_folder
-    from ijepa.training import evaluate, init_state, train
+    from ijepa.parallel import num_processes, process_rank
+    from ijepa.training import init_state
 
-    device = choose_device(args.device)
+    device = join_processes(choose_device(args.device))
+    check_batch(args)
     dtype = choose_dtype(args.dtype, device)
     config = build_config(args)
     check_folder(args.output_dir)
     (images, held_out), labels = load_images(args)
-    images, held_out = images.to(device), held_out.to(device)
+    images = images.to(device)
     state = init_state(config, device)
-    run = Run(args.output_dir, config)
-    run.resume(state)
+    run = Run(args.output_dir, config, writes=process_rank() == 0)
+    run.resume(state, len(images), args.resume)
     provenance = describe(args, device.type, dtype, len(images))
-    stop: list[int] = []
-    for one in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(one, lambda number, _: stop.append(number))
-    bar = progress_bar(config, state.step, len(images))
-    began = time.monotonic()
+    provenance["processes"] = num_processes()
+    held_out = (held_out.to(device), labels)
     try:
-        for log in train(state, config, images, dtype):
-            bar.update(config.batch_size)
-            bar.set_description(
-                f"epoch {log.epoch}/{config.epochs} loss {log.mean_loss:.4f}", False
-            )
-            if log.end_of_epoch:
-                row = log_row(log, time.monotonic() - began)
-                row |= evaluate(state.target_encoder, held_out, labels, dtype)
-                run.end_epoch(row, state, provenance)
-                began = time.monotonic()
-            if stop:
-                run.seconds += time.monotonic() - began
-                run.save(state)
-                run.finish()
-                print(f"stopped and saved after {state.step} updates", file=sys.stderr)
-                return 130
+        return train_and_save(run, state, images, held_out, dtype, provenance)
     except FloatingPointError as error:
         raise UserError(
             f"{error}; the last saved state is kept", hint="try a lower --lr or --dtype float32"
         ) from error
-    finally:
-        bar.close()
+
+
+def train_and_save(
+    run: Run, state: Any, images: Any, held_out: Any, dtype: Any, provenance: dict[str, Any]
+) -> int:
+    """Train to the end or to a signal, log and save each epoch; the exit code."""
+    from ijepa.parallel import any_process
+    from ijepa.training import evaluate, mean_losses, train
+
+    config = run.config
+    stop: list[int] = []
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, lambda number, _: stop.append(number))
+    began = time.monotonic()
+    with progress_bar(run, state.step, len(images)) as bar:
+        for log in train(state, config, images, dtype):
+            bar.update(config.batch_size)
+            if log.end_of_epoch:
+                losses = mean_losses(state, config, len(images))
+                row = log_row(log, losses, time.monotonic() - began)
+                row |= evaluate(state.target_encoder, *held_out, dtype)
+                run.end_epoch(row, state, provenance)
+                bar.set_description(f"epoch {log.epoch}/{config.epochs} loss {losses[0]:.4f}")
+                began = time.monotonic()
+            if any_process(bool(stop), images.device):
+                run.seconds += time.monotonic() - began
+                run.save(state)
+                run.finish()
+                run.say(f"stopped and saved after {state.step} updates")
+                return 130
     run.finish()
     return 0
 

@@ -16,6 +16,8 @@ ORDER = [
     "files",
     "devices",
     "data",
+    "augmentation",
+    "parallel",
     "model",
     "masking",
     "metrics",

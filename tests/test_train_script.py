@@ -99,8 +99,8 @@ def test_the_log_has_one_row_of_numbers_for_each_epoch(finished):
     rows = read_log(finished)
     assert [float(row["epoch"]) for row in rows] == list(range(1, EPOCHS + 1))
     assert list(rows[0]) == [
-        *("epoch", "loss", "lr", "momentum", "weight_decay", "seconds"),
-        *("heldout_precision_at_5", "effective_rank", "target_std"),
+        *("epoch", "loss", "matching_loss", "lr", "momentum", "weight_decay", "seconds"),
+        *("heldout_precision_at_5", "effective_rank", "target_variance"),
     ]
     values = np.array([[float(value) for value in row.values()] for row in rows])
     assert np.isfinite(values).all()
@@ -245,6 +245,80 @@ def test_a_lost_state_falls_back_to_the_one_before(finished, flags, tmp_path, ca
     assert all(torch.equal(again[name], before[name]) for name in before)
 
 
+def test_a_run_made_longer_in_time_is_the_long_run(tmp_path, flags, finished):
+    longer = [*flags, "--epochs", str(EPOCHS + 2)]
+    straight, changed = tmp_path / "straight", tmp_path / "changed"
+    assert script.main([*longer, "--output-dir", str(straight)]) == 0
+    shutil.copytree(finished, changed)
+    (changed / "state_previous.pt").replace(changed / "state.pt")  # 6 of 9 updates, decay after 7
+    assert script.main([*longer, "--resume", "--output-dir", str(changed)]) == 0
+    one, other = (
+        load_checkpoint(path / "checkpoint_latest.pt").state_dict for path in (straight, changed)
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [{**row, "seconds": ""} for row in read_log(straight)] == [
+        {**row, "seconds": ""} for row in read_log(changed)
+    ]
+
+
+def test_a_run_whose_learning_rate_fell_keeps_its_length(flags, finished, capsys):
+    before = contents(finished)
+    arguments = [*flags, "--epochs", str(EPOCHS + 2), "--output-dir", str(finished)]
+    assert script.main(arguments) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(f"error: the run in {finished} is of 3 epochs; after 9 updates")
+    assert contents(finished) == before
+
+
+def test_collapsed_embeddings_are_told_in_words(tmp_path, flags, capsys, monkeypatch):
+    monkeypatch.setattr("ijepa.training.EARLY_EPOCHS", 1)
+    monkeypatch.setattr("ijepa.training.COLLAPSED_SHARE", 1.0)
+    assert script.main([*flags, "--output-dir", str(tmp_path)]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == EPOCHS - 1
+    assert warnings[0].startswith("warning: the embeddings are collapsing: effective rank")
+
+
+# --- several processes
+
+
+def torchrun(processes, arguments):
+    """Run the script in processes that meet over a socket on loopback."""
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(processes), str(SCRIPT), *arguments),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_two_processes_train_the_model_of_one(tmp_path, flags, finished):
+    result = torchrun(2, [*flags, "--output-dir", str(tmp_path)])
+    assert result.returncode == 0, result.stderr
+    rows = list(zip(read_log(tmp_path), read_log(finished), strict=True))
+    assert len(rows) == EPOCHS
+    for one, other in rows:
+        for name in ("loss", "matching_loss"):
+            assert float(one[name]) == pytest.approx(float(other[name]), abs=1e-4)
+    one, other = (
+        load_checkpoint(path / "checkpoint_latest.pt").state_dict for path in (tmp_path, finished)
+    )
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=2e-3, rtol=0)
+    assert load_checkpoint(tmp_path / "checkpoint_latest.pt").training["processes"] == 2
+    assert result.stderr.count("epoch=1 ") == 1
+
+
+def test_a_batch_that_processes_cannot_share_is_told(tmp_path, flags):
+    result = torchrun(2, [*flags, "--batch-size", "35", "--output-dir", str(tmp_path)])
+    assert result.returncode != 0
+    assert "error: a batch of 35 cannot be shared by 2 processes" in result.stderr
+
+
 # --- bad input
 
 
@@ -257,7 +331,8 @@ def test_a_lost_state_falls_back_to_the_one_before(finished, flags, tmp_path, ca
         (["--batch-size", "109"], "120 images are too few for batches of 109"),
         (["--dataset", "nothing"], "unknown data set 'nothing'"),
         (["--device", "tpu"], "device 'tpu' is not available"),
-        (["--lr", "1e9"], "the loss is nan"),
+        (["--lr", "1e9"], "the loss is no longer a number after 3 updates"),
+        (["--resume"], "there is no run in"),
     ],
 )
 def test_a_mistake_of_the_user_is_two_lines_and_exit_code_1(

@@ -1,0 +1,60 @@
+"""Several processes as one: equal parts of every batch, one gradient for all of them.
+
+Without a process group each function is the identity, and a run is one process.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor, distributed, nn
+
+
+def num_processes() -> int:
+    """Processes of this run, 1 without a process group."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def process_rank() -> int:
+    """Number of this process, from 0."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def own_part(rows: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "b ..."]:
+    """The rows of a batch that this process works on, B / processes of them.
+
+    Raises:
+        ValueError: If the rows cannot be shared out evenly.
+    """
+    if len(rows) % num_processes():
+        raise ValueError(f"{len(rows)} rows for {num_processes()} processes")
+    return rows.chunk(num_processes())[process_rank()]
+
+
+def gather_rows(rows: Shaped[Tensor, "b ..."]) -> Shaped[Tensor, "B ..."]:
+    """The rows of all processes in their order; gradients flow back to where each came from."""
+    if num_processes() == 1:
+        return rows
+    return torch.cat(torch.distributed.nn.functional.all_gather(rows))
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Give every process the mean of all gradients, in one message."""
+    if num_processes() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    flat /= num_processes()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set in at least one process."""
+    if num_processes() == 1:
+        return flag
+    count = torch.tensor(int(flag), device=device)
+    distributed.all_reduce(count)
+    return bool(count)

@@ -1,0 +1,145 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as transforms
+
+from ijepa.augmentation import YIQ, color_jitter, random_resized_crop, rotate_hue, standardize
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (10, 3, 32, 32), generator=generator(), dtype=torch.uint8)
+
+
+def coordinates(count, size=32):
+    """Images whose first channel is the column and whose second is the row."""
+    line = torch.arange(size, dtype=torch.uint8)
+    channels = [line.expand(size, size), line[:, None].expand(size, size), torch.zeros(size, size)]
+    return torch.stack([channel.to(torch.uint8) for channel in channels]).expand(count, -1, -1, -1)
+
+
+def boxes(views, size=32):
+    """Left, right, top, bottom of each view in pixels of the image, from the coordinates shown."""
+    columns, rows = 255 * views[:, 0].double(), 255 * views[:, 1].double()
+    width = (columns[:, 16, 20] - columns[:, 16, 12]) / 8 * size
+    height = (rows[:, 20, 16] - rows[:, 12, 16]) / 8 * size
+    middle_x = (columns[:, 16, 15] + columns[:, 16, 16]) / 2
+    middle_y = (rows[:, 15, 16] + rows[:, 16, 16]) / 2
+    return middle_x, middle_y, width, height
+
+
+def test_crops_have_the_areas_aspects_and_places_asked_for():
+    views = random_resized_crop(coordinates(4000), 0.25, generator())
+    x, y, width, height = (value.numpy() for value in boxes(views))
+    flipped = width < 0
+    assert abs(flipped.mean() - 0.5) < 0.04
+    width = abs(width)
+    area, aspect = width * height / 32**2, width / height
+    assert area.min() == pytest.approx(0.25, abs=0.01)
+    assert area.max() <= 1 + 1e-3
+    assert np.median(area) == pytest.approx(0.625, abs=0.02)  # uniform, all but the widest
+    # A box wider or higher than the image is cut to it, which brings its aspect nearer to 1.
+    small = area < 0.7
+    assert aspect[small].min() == pytest.approx(3 / 4, abs=0.02)
+    assert aspect[small].max() == pytest.approx(4 / 3, abs=0.02)
+    assert np.log(aspect[small]).mean() == pytest.approx(0, abs=0.02)
+    for middle, extent in ((x, width), (y, height)):
+        # Pixel centres are whole numbers, so that the image reaches from -0.5 to 31.5.
+        assert (middle - extent / 2 > -0.5 - 0.02).all()
+        assert (middle + extent / 2 < 31.5 + 0.02).all()
+        free = extent < 28
+        place = (middle - extent / 2 + 0.5)[free] / (32 - extent[free])
+        assert np.histogram(place, 5, (0, 1))[0] / free.sum() == pytest.approx(0.2, abs=0.04)
+
+
+def test_a_crop_of_everything_is_the_image_or_its_mirror(images):
+    views = random_resized_crop(images, 1.0, generator(3))
+    mirrored = 0
+    for image, view in zip(images.float() / 255, views, strict=True):
+        # Aspects other than 1 would not fit: only the sides' cut leaves the whole image.
+        candidates = [(image - view).abs().mean(), (image.flip(2) - view).abs().mean()]
+        mirrored += int(candidates[1] < candidates[0])
+        assert view.shape == image.shape
+    assert 0 < mirrored < 10
+
+
+def test_crops_agree_with_torchvision_on_the_same_box():
+    image = torch.randint(0, 256, (1, 3, 8, 8), generator=generator(), dtype=torch.uint8)
+    smooth = transforms.resize(image, [32, 32], antialias=True)
+    view = random_resized_crop(smooth, 0.25, generator(1))
+    marks = random_resized_crop(coordinates(1), 0.25, generator(1))
+    x, y, width, height = (value.item() for value in boxes(marks))
+    left, top = x - abs(width) / 2 + 0.5, y - height / 2 + 0.5
+    box = transforms.crop(
+        transforms.resize(smooth.float() / 255, [640, 640], antialias=False),
+        *(round(20 * value) for value in (top, left, height, abs(width))),
+    )
+    expected = transforms.resize(box, [32, 32], antialias=True)
+    expected = expected.flip(3) if width < 0 else expected
+    assert (view - expected).abs().mean() < 0.01
+
+
+def test_draws_are_those_of_the_generator(images):
+    first, again = (random_resized_crop(images, 0.25, generator(7)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, random_resized_crop(images, 0.25, generator(8)))
+
+
+def test_jitter_of_strength_zero_is_the_identity(images):
+    view = images.float() / 255
+    torch.testing.assert_close(color_jitter(view, 0.0, 0.0, generator()), view, atol=1e-5, rtol=0)
+
+
+def test_jitter_equals_a_loop_with_the_same_factors(images):
+    view = images.float() / 255
+    seen = color_jitter(view, 0.4, 0.3, generator(5)).numpy()
+    draws = torch.rand(5, 10, 1, 1, 1, generator=generator(5)).squeeze().numpy().astype(float)
+    to_yiq, greys = np.array(YIQ), 0
+    for row in range(10):
+        brightness, contrast, saturation = 1 + 0.4 * (2 * draws[:3, row] - 1)
+        expected = view[row].numpy().astype(float) * brightness
+        expected = expected.mean() + contrast * (expected - expected.mean())
+        grey = expected.mean(axis=0)
+        expected = grey + saturation * (expected - grey)
+        angle = 2 * math.pi * 0.1 * (2 * draws[3, row] - 1)
+        turn = [
+            [1, 0, 0],
+            [0, math.cos(angle), -math.sin(angle)],
+            [0, math.sin(angle), math.cos(angle)],
+        ]
+        turn = np.linalg.inv(to_yiq) @ np.array(turn) @ to_yiq
+        expected = np.clip(np.einsum("ij,jhw->ihw", turn, expected), 0, 1)
+        if draws[4, row] < 0.3:
+            expected, greys = np.broadcast_to(expected.mean(axis=0), expected.shape), greys + 1
+        np.testing.assert_allclose(seen[row], expected, atol=1e-5)
+    assert 0 < greys < 10
+
+
+def test_jitter_leaves_grey_images_grey_and_differs_between_images():
+    grey = torch.linspace(0.2, 0.6, 64).reshape(1, 1, 8, 8).expand(5, 3, -1, -1)
+    seen = color_jitter(grey, 0.4, 0.0, generator())
+    torch.testing.assert_close(seen[:, 0], seen[:, 1])
+    torch.testing.assert_close(seen[:, 0], seen[:, 2])
+    assert len({round(one.mean().item(), 4) for one in seen}) == 5
+
+
+def test_a_turn_of_the_hue_keeps_luma_and_a_full_turn_keeps_all(images):
+    view = images.float() / 255
+    luma = torch.tensor(YIQ[0]).view(3, 1, 1)
+    turned = rotate_hue(view, torch.linspace(-0.4, 0.4, 10))
+    torch.testing.assert_close((turned * luma).sum(1), (view * luma).sum(1), atol=1e-5, rtol=0)
+    assert (turned - view)[0].abs().mean() > 0.1
+    torch.testing.assert_close(rotate_hue(view, torch.ones(10)), view, atol=1e-4, rtol=0)
+    halves = rotate_hue(rotate_hue(view, torch.full((10,), 0.3)), torch.full((10,), -0.3))
+    torch.testing.assert_close(halves, view, atol=1e-5, rtol=0)
+
+
+def test_standardizing_maps_black_to_minus_one_and_white_to_one():
+    ends = torch.tensor([0.0, 0.5, 1.0]).reshape(1, 3, 1, 1)
+    assert standardize(ends).flatten().tolist() == [-1.0, 0.0, 1.0]
