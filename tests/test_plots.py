@@ -330,7 +330,7 @@ def test_training_curves_skip_what_was_not_measured_and_draw_zero():
     ]
     figure = plots.plot_training_curves(rows, CAPTION)
     drawn = {ax.get_title(): ax for ax in figure.findobj(matplotlib.axes.Axes) if ax.lines}
-    assert list(drawn) == ["training loss", "learning rate", "held-out precision@5"]
+    assert list(drawn) == ["prediction loss", "learning rate", "held-out precision@5"]
     (loss, lr, precision) = (ax.lines[0].get_xydata().tolist() for ax in drawn.values())
     assert loss == [[1, 0.5], [2, 0.4]]
     assert lr == [[1, 0.0], [2, 1e-3], [3, 0.0]]
