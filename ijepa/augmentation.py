@@ -73,7 +73,8 @@ def rotate_hue(
     rotation[:, 1, 1] = rotation[:, 2, 2] = angle.cos()
     rotation[:, 2, 1] = angle.sin()
     rotation[:, 1, 2] = -angle.sin()
-    turn = torch.linalg.inv(to_yiq) @ rotation @ to_yiq
+    # inv would wait for an accelerator to learn whether the matrix is singular.
+    turn = torch.linalg.inv_ex(to_yiq).inverse @ rotation @ to_yiq
     return torch.einsum("bij,bjhw->bihw", turn, images)
 
 

@@ -1,6 +1,7 @@
 """Train a small I-JEPA from scratch; stop it at any moment, the same command goes on."""
 
 import argparse
+import atexit
 import csv
 import io
 import os
@@ -346,6 +347,7 @@ def join_processes(device: Any) -> Any:
             )
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(torch.distributed.destroy_process_group)
     return device
 
 
