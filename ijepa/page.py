@@ -19,11 +19,10 @@ from ijepa.charts import retrieval_strip
 from ijepa.class_charts import hatching
 from ijepa.comparison import Comparison
 from ijepa.data import Split
-from ijepa.explorer import Maps, explorable
+from ijepa.explorer import Maps, data_uri, explorable, sprite_sheet
 from ijepa.figures import figures
 from ijepa.markup import Markup, element, join, table
 from ijepa.plots import MODEL_NAMES
-from ijepa.sprites import data_uri, sprite_sheet
 
 SCRIPTS = ("state.js", "map.js", "neighbours.js", "page.js")
 """In the order in which they run."""
@@ -107,7 +106,7 @@ def panel(name: str) -> Markup:
     title = MODEL_NAMES[name]
     return element(
         "section",
-        element("h3", title, element("span", class_="note"), class_=name),
+        element("h3", title, element("span", class_="note")),
         element(
             "div",
             element("canvas", class_="base"),
@@ -119,7 +118,7 @@ def panel(name: str) -> Markup:
             aria_roledescription="scatter plot",
             aria_describedby="keys",
         ),
-        class_="panel",
+        class_=f"panel {name}",
         data_model=name,
     )
 

@@ -175,12 +175,12 @@ def test_a_lasso_in_one_map_selects_the_same_images_in_the_other(opened):
 
 def test_filters_leave_only_what_they_say(opened, example):
     page = opened()
-    page.get_by_role("button", name="cat (400)").click()
+    page.get_by_role("button", name="cat 400").click()
     assert page.locator("#status").inner_text().startswith("400 of 2,000 images shown")
     local, hf = (example.comparison.analyses[name].precisions(5) for name in ("local", "hf"))
     cats = example.split.labels == 2
     assert f"Local model {100 * local[cats].mean():.1f}%" in page.locator("#status").inner_text()
-    page.get_by_label("Only where precision@5 differs").check()
+    page.get_by_label("Only where they disagree").check()
     left = int((cats & (local != hf)).sum())
     assert page.locator("#status").inner_text().startswith(f"{left} of 2,000")
     assert page.locator("#found").inner_text().startswith(f"{left} images")
@@ -255,7 +255,7 @@ def test_an_address_brings_back_what_was_seen(opened, example):
     page = opened(fragment)
     assert page.get_by_role("radio", name="PCA").is_checked()
     assert page.get_by_role("radio", name="Precision@5").is_checked()
-    assert page.get_by_role("button", name="bird (400)").get_attribute("aria-pressed") == "true"
+    assert page.get_by_role("button", name="bird 400").get_attribute("aria-pressed") == "true"
     assert f"image {index}" in page.locator("#chosen").inner_text()
     assert page.locator("#page").inner_text() == "2 of 100"
     expected = {"projection": "pca", "color": "hits", "classes": "1 3", "image": str(index)}
@@ -328,6 +328,41 @@ def test_nothing_is_wider_than_the_screen(opened, width):
     assert min(sizes) >= 250
 
 
+@pytest.mark.parametrize(
+    ("width", "height"), [(1280, 900), (1440, 780), (1920, 1080), (3840, 2160)]
+)
+def test_controls_maps_and_neighbours_fit_on_one_screen(opened, example, width, height):
+    index = example.split.indices[lonely(example)]
+    size = {"width": width, "height": height}
+    page = opened(f"image={index}&color=mutual", viewport=size, reduced_motion="reduce")
+    edges = page.evaluate(
+        """() => {
+            document.querySelector(".stage").scrollIntoView();
+            const edge = (name) => document.querySelector(name).getBoundingClientRect();
+            return [edge(".map").top, edge("#chosen .query").bottom, edge("#tools").top];
+        }"""
+    )
+    assert 0 < edges[0] < edges[1] <= height
+    assert 0 < edges[2] < height / 4
+    for name in ("#tools .segments", "#results .scroll"):
+        cut = page.locator(name).evaluate_all(
+            """(parts) => parts.filter((part) => part.scrollWidth > part.clientWidth
+                || part.offsetWidth > part.parentElement.clientWidth).length"""
+        )
+        assert cut == 0, name
+
+
+def test_a_neighbour_under_the_pointer_is_ringed_on_both_maps(opened, example):
+    page = opened(f"image={example.split.indices[lonely(example)]}")
+    before = [ink(page, name) for name in ("local", "hf")]
+    page.locator("#chosen .local .tile").first.hover()
+    page.wait_for_timeout(100)
+    assert all(ink(page, name) > old for name, old in zip(("local", "hf"), before, strict=True))
+    page.mouse.move(2, 2)
+    page.wait_for_timeout(100)
+    assert [ink(page, name) for name in ("local", "hf")] == before
+
+
 def test_dark_is_dark_and_signs_follow(opened):
     colors = {}
     for scheme in ("light", "dark"):
@@ -340,7 +375,7 @@ def test_dark_is_dark_and_signs_follow(opened):
 
 def test_a_class_named_like_a_script_is_text(opened):
     page = opened()
-    assert page.get_by_role("button", name=f"{HOSTILE} (400)").is_visible()
+    assert page.get_by_role("button", name=f"{HOSTILE} 400").is_visible()
     assert page.locator("script").count() == 2
 
 
@@ -418,7 +453,7 @@ def test_one_model_alone_has_one_map(opened, make_page, tmp_path):
     path.write_text(make_page(models=("local",)).html, encoding="utf-8")
     page = opened(at=path.as_uri())
     assert page.locator(".map").count() == 1
-    assert not page.get_by_label("Only where precision@5 differs").is_visible()
+    assert not page.get_by_label("Only where they disagree").is_visible()
     assert page.locator("#queries .query ol").count() == 8
     page.get_by_role("radio", name="PCA").check()
 

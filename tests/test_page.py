@@ -12,8 +12,8 @@ from PIL import Image
 
 from ijepa import narrative
 from ijepa.class_charts import matrix_panel
+from ijepa.explorer import COLUMNS, TILE, sprite_sheet, thumbnail
 from ijepa.markup import Markup, element
-from ijepa.sprites import COLUMNS, TILE, sprite_sheet, thumbnail
 from ijepa.uncertainty import Estimate
 
 HOSTILE = "<script>alert(1)</script>\"'&</style>"
