@@ -112,7 +112,7 @@ def class_figure(comparison: Comparison, classes: Sequence[str]) -> Markup:
         "Retrieval by class",
         reading + note,
         ("def-precision", "precision@5"),
-        legend({name: ("plain", "hatched")[name == "hf"] for name in bars}),
+        legend({name: ("■ plain", "▨ hatched")[name == "hf"] for name in bars}),
         panels(parts),
         numbers(table(rows + body, "Precision@5 by class")),
     )

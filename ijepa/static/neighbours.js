@@ -117,13 +117,16 @@ function showChosen() {
 }
 
 function search(text) {
-  const row = rowOfIndex.get(Number(text.trim() || "none")) ?? -1;
+  if (!text.trim()) return showQueries();
+  const row = rowOfIndex.get(Number(text)) ?? -1;
   if (row >= 0) {
     choose(row);
     byId("queries").replaceChildren(queryRow(row));
     byId("page").textContent = "one image";
-    byId("found").textContent = `Image ${data.index[row]} of class ${className(row)}; choose an order to list all again.`;
+    for (const button of document.querySelectorAll("[data-page]")) button.disabled = true;
+    byId("found").textContent = `Image ${data.index[row]} of class ${className(row)}; empty the field to list all again.`;
   } else {
     byId("found").textContent = `No image here has the index “${text.trim()}”.`;
   }
+  return undefined;
 }

@@ -165,6 +165,7 @@ function setUpControls() {
     event.preventDefault();
     search(byId("browser").elements.index.value);
   });
+  byId("browser").elements.index.addEventListener("input", ({ target }) => target.value || showQueries());
   byId("browser").elements.sort.addEventListener("change", ({ target }) => {
     Object.assign(state, { sort: target.value, page: 0 });
     update();
