@@ -62,7 +62,7 @@ def explorable(comparison: Comparison, maps: Maps, split: Split) -> dict[str, An
                 "name": MODEL_NAMES[name],
                 "hits": hits(analysis, rows),
                 "neighbors": position[listed[name]].tolist(),
-                "similarities": np.round(analysis.lists.similarities[rows, :5], 3).tolist(),
+                "similarities": rounded(analysis.lists.similarities[rows, :5]),
                 "tsne": on_grid(align(first, tsne.coordinates)),
                 "pca": on_grid(pca.scores[rows, :2]),
                 "notes": {"tsne": tsne_note(tsne), "pca": pca_note(shares)},
@@ -86,6 +86,11 @@ def hits(analysis: Analysis, rows: Int[np.ndarray, " m"]) -> list[int] | None:
     """How many of the five nearest share the class of each image; None where there are no five."""
     precision = analysis.precisions(5)[rows]
     return np.rint(5 * precision).astype(int).tolist() if np.isfinite(precision).all() else None
+
+
+def rounded(similarities: Float[np.ndarray, "m k"]) -> list[list[float]]:
+    """Three digits; in single precision each would be written with seventeen."""
+    return similarities.astype(np.float64).round(3).tolist()
 
 
 def on_grid(points: Float[np.ndarray, "m 2"]) -> list[list[int]]:

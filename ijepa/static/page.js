@@ -110,7 +110,7 @@ function showSelection() {
   clear.id = "clear";
   clear.addEventListener("click", () => select(null));
   const thumbs = make("div", "thumbs");
-  for (const row of rows.slice(0, 60)) {
+  for (const row of rows.slice(0, 40)) {
     const button = make("button");
     button.type = "button";
     button.setAttribute("aria-label", `Image ${data.index[row]}, ${className(row)}`);
@@ -118,7 +118,7 @@ function showSelection() {
     button.addEventListener("click", () => choose(row));
     thumbs.append(button);
   }
-  const more = rows.length > 60 ? ` The first 60 are below.` : "";
+  const more = rows.length > 40 ? " The first 40 are below." : "";
   box.replaceChildren(make("p", "", `${rows.length} selected (${common.join(", ")}). Precision@5: ${means}.${more}`), thumbs, clear);
 }
 
