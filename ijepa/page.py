@@ -21,7 +21,7 @@ from ijepa.comparison import Comparison
 from ijepa.data import Split
 from ijepa.explorer import Maps, data_uri, explorable, sprite_sheet
 from ijepa.figures import figures
-from ijepa.markup import Markup, element, join, table
+from ijepa.markup import Markup, breakable, element, join, table
 from ijepa.plots import MODEL_NAMES
 
 SCRIPTS = ("state.js", "map.js", "neighbours.js", "page.js")
@@ -63,6 +63,7 @@ def page(
         if comparison.num_halves
         else "There are too few images per class for intervals.",
         "compared": compared(facts),
+        "command": facts["run"]["command"],
         "caveats": bullets(caveats),
         "findings": findings(comparison, split.classes),
         "panels": join(*(panel(name) for name in comparison.analyses)),
@@ -133,7 +134,7 @@ def pairs(values: Mapping[str, Any]) -> Markup:
     return element(
         "dl",
         *(
-            element("div", element("dt", name), element("dd", str(value)))
+            element("div", element("dt", name), element("dd", breakable(str(value))))
             for name, value in values.items()
             if value is not None
         ),
@@ -141,21 +142,20 @@ def pairs(values: Mapping[str, Any]) -> Markup:
 
 
 def compared(facts: Mapping[str, Any]) -> Markup:
-    """The models and the data, each on a card."""
+    """The models and the images, each on a card."""
     cards = [
         card(f"{narrative.label(name)} model", name, pairs(about(model)))
         for name, model in facts["models"].items()
     ]
-    data, run = facts["dataset"], facts["run"]
+    data = facts["dataset"]
     images = {
         "Data set": data["name"],
         "Split": data["split"],
         "Images": f"{data['n']:,} of {len(data['classes'])} classes",
         "SHA-256": data["sha256"][:16],
-        "Seed": run["seed"],
-        "Command": run["command"],
+        "Seed": facts["run"]["seed"],
     }
-    return join(*cards, card("Images and run", "data", pairs(images)))
+    return join(*cards, card("Images", "data", pairs(images)))
 
 
 def card(title: str, class_: str, content: Markup) -> Markup:

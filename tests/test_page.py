@@ -17,7 +17,7 @@ from ijepa.markup import Markup, element
 from ijepa.uncertainty import Estimate
 
 HOSTILE = "<script>alert(1)</script>\"'&</style>"
-VOID = {"meta", "img", "input", "br", "link"}
+VOID = {"meta", "img", "input", "br", "link", "wbr"}
 
 
 class Page(HTMLParser):
@@ -200,6 +200,7 @@ def test_neighbours_precision_and_agreement_are_those_of_the_comparison(make_pag
         hits = (labels[np.array(model["neighbors"])] == labels[:30, None]).sum(axis=1)
         assert hits.tolist() == model["hits"]
         np.testing.assert_allclose(model["similarities"], lists.similarities[rows, :5], atol=6e-4)
+        assert max(len(str(v)) for found in model["similarities"] for v in found) <= len("-0.123")
     expected = np.rint(page.comparison.mutual[rows] * 10)
     assert facts["mutual"] == expected.tolist()
 
