@@ -211,7 +211,9 @@ def test_the_browser_is_sorted_by_disagreement_and_found_by_index(opened, exampl
     page.get_by_role("button", name="Show", exact=True).click()
     assert "No image here has the index" in page.locator("#found").inner_text()
     page.get_by_role("textbox").fill("")
+    page.keyboard.press("Enter")
     assert page.locator("#queries .query").count() == 8
+    assert page.locator("#found").inner_text() == "2,000 images"
     page.get_by_label("Sorted by").select_option("index")
     page.get_by_role("button", name="Next").click()
     assert state(page)["sort"] == "index"
