@@ -2,7 +2,8 @@
 
 Words, table and figures are written here and are there without scripts; `static/` holds the frame,
 the style sheet and the scripts that draw the maps. The page may load nothing and run nothing but
-the one script and the one style sheet whose hashes its policy names.
+the one script and the one style sheet whose hashes its policy names. The maps are plain canvas
+without a library: what they need is small, and nothing has to be built or kept up to date.
 """
 
 import base64
