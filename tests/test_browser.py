@@ -246,7 +246,15 @@ def test_everything_can_be_done_by_keyboard(opened):
     page.keyboard.press("Space")
     assert page.evaluate("state.selected.size") == 1
     page.keyboard.press("Enter")
-    assert "image" in state(page)
+    chosen = state(page)["image"]
+    page.keyboard.press("ArrowLeft")
+    for _ in range(2):  # over the other map to the first neighbour, and on from neighbour to it
+        page.keyboard.press("Tab")
+    assert page.evaluate("byId('chosen').contains(document.activeElement)")
+    page.keyboard.press("Enter")
+    assert state(page)["image"] != chosen
+    assert page.evaluate("document.activeElement.className").startswith("tile")
+    page.locator('[data-model="local"] .map').focus()
     page.keyboard.press("+")
     page.keyboard.press("Shift+ArrowLeft")
     assert "view-local" in state(page)

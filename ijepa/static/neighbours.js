@@ -10,6 +10,13 @@ function make(tag, className = "", text = "") {
   return made;
 }
 
+// What is drawn anew keeps the keyboard at the same place among its buttons.
+function refill(box, ...content) {
+  const place = [...box.querySelectorAll("button")].indexOf(document.activeElement);
+  box.replaceChildren(...content);
+  box.querySelectorAll("button")[place]?.focus();
+}
+
 // An img and not a canvas: a browser gives every canvas a layer, which makes a page of many slow.
 function imageAt(address) {
   const image = make("img");
@@ -99,7 +106,7 @@ function showQueries() {
   const pages = Math.max(1, Math.ceil(rows.length / PER_PAGE));
   state.page = Math.min(state.page, pages - 1);
   const first = state.page * PER_PAGE;
-  byId("queries").replaceChildren(...rows.slice(first, first + PER_PAGE).map(queryRow));
+  refill(byId("queries"), ...rows.slice(first, first + PER_PAGE).map(queryRow));
   byId("page").textContent = `${state.page + 1} of ${pages}`;
   for (const button of document.querySelectorAll("[data-page]")) {
     const target = state.page + Number(button.dataset.page);
@@ -113,7 +120,7 @@ function showChosen() {
   const row = active();
   const rings = models.map((model) => `${RINGS[model.key]} ${model.name}`).join(", ");
   const empty = make("p", "empty", `Point at an image on a map, or go to one by arrow keys: here and on the maps its nearest neighbours are shown (${rings}).`);
-  byId("chosen").replaceChildren(row >= 0 ? queryRow(row) : empty);
+  refill(byId("chosen"), row >= 0 ? queryRow(row) : empty);
 }
 
 function search(text) {

@@ -33,7 +33,7 @@ function redraw() {
 
 function choose(row) {
   state.chosen = row;
-  hovered = -1;
+  hovered = pointed = -1;
   if (row >= 0) for (const panel of panels) panel.reveal(row);
   update({ list: false });
 }
@@ -119,7 +119,7 @@ function showSelection() {
     thumbs.append(button);
   }
   const more = rows.length > 40 ? " The first 40 are below." : "";
-  box.replaceChildren(make("p", "", `${rows.length} selected (${common.join(", ")}). Precision@5: ${means}.${more}`), thumbs, clear);
+  refill(box, make("p", "", `${rows.length} selected (${common.join(", ")}). Precision@5: ${means}.${more}`), thumbs, clear);
 }
 
 function say(row) {
@@ -326,7 +326,6 @@ function setUpKeys(panel) {
     else return;
     event.preventDefault();
   });
-  panel.box.addEventListener("blur", () => hover(-1));
 }
 
 // ---- beginning
