@@ -92,7 +92,12 @@ def precision_panel(
 ) -> Markup:
     """A bar per class and model, with its number at the end; HF's bars are hatched."""
     left, right, step = 100, 350, 17 * len(values) + 9
+    bottom = 30 + step * len(names)
     marks = [text(0, 16, title, "panel")]
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x = left + (right - left) * share
+        marks.append(line(x, 26, x, bottom - 6, "grid" if share else "axis"))
+        marks.append(text(x, bottom + 10, f"{share:.0%}", "tick", "middle"))
     for position, name in enumerate(names):
         top = 30 + step * position
         marks.append(text(left - 8, top + step / 2 - 2, short(name), "label small", "end"))
@@ -107,9 +112,7 @@ def precision_panel(
                 marks.append(element("rect", x=left, y=y, width=width, height=13, **hatch))
             shown = number("precision_at_5", value)
             marks.append(text(left + width + 6, y + 11, shown, f"at {model}"))
-    bottom = 30 + step * len(names)
-    marks.append(line(left, 26, left, bottom - 6, "axis"))
-    return drawing(title, bottom, *marks)
+    return drawing(title, bottom + 16, *marks)
 
 
 def difference_panel(title: str, names: Sequence[str], estimates: Sequence[Estimate]) -> Markup:

@@ -1,19 +1,26 @@
-"""What the maps and the neighbour browser of the page know of each image, as JSON values."""
+"""What the maps and the neighbour browser know of each image: numbers as JSON, and its picture."""
 
-from collections.abc import Mapping, Sequence
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
 
 from ijepa.comparison import MUTUAL_K, Analysis, Comparison
 from ijepa.data import Split
 from ijepa.plots import MODEL_NAMES, PcaProjection, TsneProjection, align, class_styles
-from ijepa.sprites import COLUMNS, TILE
 
 GRID = 10_000
 """Steps of a coordinate on the maps: finer than a pixel on any screen."""
+TILE = 32
+"""Side of an image in the sheet, in pixels."""
+COLUMNS = 64
+# CIFAR-10 takes 430 bytes an image at this quality (lossless 1,700) and shows no artefacts.
+QUALITY = 90
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ def explorable(comparison: Comparison, maps: Maps, split: Split) -> dict[str, An
                 "name": MODEL_NAMES[name],
                 "hits": hits(analysis, rows),
                 "neighbors": position[listed[name]].tolist(),
-                "similarities": np.round(analysis.lists.similarities[rows, :5], 3).tolist(),
+                "similarities": rounded(analysis.lists.similarities[rows, :5]),
                 "tsne": on_grid(align(first, tsne.coordinates)),
                 "pca": on_grid(pca.scores[rows, :2]),
                 "notes": {"tsne": tsne_note(tsne), "pca": pca_note(shares)},
@@ -81,6 +88,11 @@ def hits(analysis: Analysis, rows: Int[np.ndarray, " m"]) -> list[int] | None:
     return np.rint(5 * precision).astype(int).tolist() if np.isfinite(precision).all() else None
 
 
+def rounded(similarities: Float[np.ndarray, "m k"]) -> list[list[float]]:
+    """Three digits; in single precision each would be written with seventeen."""
+    return similarities.astype(np.float64).round(3).tolist()
+
+
 def on_grid(points: Float[np.ndarray, "m 2"]) -> list[list[int]]:
     """Points in a square of `GRID` steps, their shape kept, y downwards."""
     low, high = points.min(axis=0), points.max(axis=0)
@@ -99,3 +111,40 @@ def tsne_note(tsne: TsneProjection) -> str:
 def pca_note(shares: Sequence[float]) -> str:
     """What the two axes hold."""
     return f"across: PC1 ({shares[0]:.1%}), up: PC2 ({shares[1]:.1%})"
+
+
+def thumbnail(image: UInt8[np.ndarray, "3 h w"]) -> UInt8[np.ndarray, "side side 3"]:
+    """The image in a square tile: enlarged by whole factors or shrunk, centred on grey."""
+    picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+    longest = max(picture.size)
+    if longest <= TILE:
+        picture = picture.resize(
+            [side * (TILE // longest) for side in picture.size], Image.Resampling.NEAREST
+        )
+    else:
+        picture = picture.resize(
+            [max(1, round(side * TILE / longest)) for side in picture.size],
+            Image.Resampling.LANCZOS,
+        )
+    tile = Image.new("RGB", (TILE, TILE), (128, 128, 128))
+    tile.paste(picture, tuple((TILE - side) // 2 for side in picture.size))
+    return np.asarray(tile)
+
+
+def sprite_sheet(
+    rows: Sequence[int], image_of: Callable[[int], UInt8[np.ndarray, "3 h w"]]
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Thumbnails of these images, `COLUMNS` in a line, in order."""
+    lines = -(-len(rows) // COLUMNS)
+    sheet = np.zeros((lines * TILE, COLUMNS * TILE, 3), dtype=np.uint8)
+    for position, row in enumerate(rows):
+        top, left = (TILE * part for part in divmod(position, COLUMNS))
+        sheet[top : top + TILE, left : left + TILE] = thumbnail(image_of(row))
+    return sheet
+
+
+def data_uri(sheet: UInt8[np.ndarray, "height width 3"]) -> str:
+    """The sheet as a WebP picture inside an address."""
+    file = io.BytesIO()
+    Image.fromarray(sheet).save(file, format="WEBP", quality=QUALITY)
+    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()

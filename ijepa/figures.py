@@ -8,7 +8,7 @@ from jaxtyping import Float
 from ijepa.charts import NAMES, variance_panels
 from ijepa.class_charts import difference_panel, matrix_panel, precision_panel
 from ijepa.comparison import Comparison
-from ijepa.markup import Markup, element, join, table
+from ijepa.markup import Markup, element, table
 from ijepa.narrative import MISSING, interval, number
 from ijepa.plots import PcaProjection, class_similarity
 from ijepa.uncertainty import Estimate
@@ -68,6 +68,14 @@ def panels(parts: Sequence[Markup]) -> Markup:
     return element("div", *parts, class_="panels")
 
 
+def legend(looks: Mapping[str, str]) -> Markup:
+    """How each model is drawn, in its colour and in words."""
+    entries = [
+        element("span", f"{NAMES[name]}: {look}", class_=name) for name, look in looks.items()
+    ]
+    return element("p", *entries, class_="legend")
+
+
 def numbers(*tables: Markup) -> Markup:
     """A figure's numbers, folded."""
     return element("details", element("summary", "The numbers"), *tables)
@@ -104,6 +112,7 @@ def class_figure(comparison: Comparison, classes: Sequence[str]) -> Markup:
         "Retrieval by class",
         reading + note,
         ("def-precision", "precision@5"),
+        legend({name: ("■ plain", "▨ hatched")[name == "hf"] for name in bars}),
         panels(parts),
         numbers(table(rows + body, "Precision@5 by class")),
     )
@@ -202,22 +211,15 @@ def variance_figure(spectra: Mapping[str, PcaProjection]) -> Markup:
             line += [f"{y[k - 1]:.2%}" if known else MISSING]
             line += [f"{y[:k].sum():.1%}" if known else MISSING]
         rows.append(line)
-    legend = element(
-        "p", *(join(sign(name, len(y))) for name, y in shares.items()), class_="legend"
-    )
+    looks = {"local": "● solid", "hf": "■ dashed"}
+    signs = {name: f"{looks[name]}, d = {len(y)}" for name, y in shares.items()}
     return figure(
         "variance",
         "How the variance is spread",
         "A curve that rises early puts its variance into few components; that is a shape, not a "
         "quality. Signs and numbers stand at 10 and 50 components.",
         ("def-variance", "explained variance"),
-        legend,
+        legend(signs),
         panels(variance_panels(spectra)),
         numbers(table(rows, "Share of the variance by number of components")),
     )
-
-
-def sign(name: str, width: int) -> Markup:
-    """A curve's entry in the legend."""
-    look = "● solid" if name == "local" else "■ dashed"
-    return element("span", f"{look}: {NAMES[name]}, d = {width}", class_=name)

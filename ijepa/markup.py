@@ -52,6 +52,11 @@ def join(*content: str) -> Markup:
     return Markup("".join(c if isinstance(c, Markup) else html.escape(c) for c in content))
 
 
+def breakable(text: str) -> Markup:
+    """Text, escaped, that a narrow column breaks after a slash, as one reads paths."""
+    return Markup(html.escape(text).replace("/", "/<wbr>"))
+
+
 def table(rows: list[list[str]], caption: str) -> Markup:
     """Cells as a table, its header first; the first cell of a row is the row's header."""
     head = [element("th", cell, scope="col") for cell in rows[0]]

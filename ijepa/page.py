@@ -2,7 +2,8 @@
 
 Words, table and figures are written here and are there without scripts; `static/` holds the frame,
 the style sheet and the scripts that draw the maps. The page may load nothing and run nothing but
-the one script and the one style sheet whose hashes its policy names.
+the one script and the one style sheet whose hashes its policy names. The maps are plain canvas
+without a library: what they need is small, and nothing has to be built or kept up to date.
 """
 
 import base64
@@ -19,11 +20,10 @@ from ijepa.charts import retrieval_strip
 from ijepa.class_charts import hatching
 from ijepa.comparison import Comparison
 from ijepa.data import Split
-from ijepa.explorer import Maps, explorable
+from ijepa.explorer import Maps, data_uri, explorable, sprite_sheet
 from ijepa.figures import figures
-from ijepa.markup import Markup, element, join, table
+from ijepa.markup import Markup, breakable, element, join, table
 from ijepa.plots import MODEL_NAMES
-from ijepa.sprites import data_uri, sprite_sheet
 
 SCRIPTS = ("state.js", "map.js", "neighbours.js", "page.js")
 """In the order in which they run."""
@@ -64,6 +64,7 @@ def page(
         if comparison.num_halves
         else "There are too few images per class for intervals.",
         "compared": compared(facts),
+        "command": facts["run"]["command"],
         "caveats": bullets(caveats),
         "findings": findings(comparison, split.classes),
         "panels": join(*(panel(name) for name in comparison.analyses)),
@@ -107,7 +108,7 @@ def panel(name: str) -> Markup:
     title = MODEL_NAMES[name]
     return element(
         "section",
-        element("h3", title, element("span", class_="note"), class_=name),
+        element("h3", title, element("span", class_="note")),
         element(
             "div",
             element("canvas", class_="base"),
@@ -119,7 +120,7 @@ def panel(name: str) -> Markup:
             aria_roledescription="scatter plot",
             aria_describedby="keys",
         ),
-        class_="panel",
+        class_=f"panel {name}",
         data_model=name,
     )
 
@@ -134,7 +135,7 @@ def pairs(values: Mapping[str, Any]) -> Markup:
     return element(
         "dl",
         *(
-            element("div", element("dt", name), element("dd", str(value)))
+            element("div", element("dt", name), element("dd", breakable(str(value))))
             for name, value in values.items()
             if value is not None
         ),
@@ -142,21 +143,20 @@ def pairs(values: Mapping[str, Any]) -> Markup:
 
 
 def compared(facts: Mapping[str, Any]) -> Markup:
-    """The models and the data, each on a card."""
+    """The models and the images, each on a card."""
     cards = [
         card(f"{narrative.label(name)} model", name, pairs(about(model)))
         for name, model in facts["models"].items()
     ]
-    data, run = facts["dataset"], facts["run"]
+    data = facts["dataset"]
     images = {
         "Data set": data["name"],
         "Split": data["split"],
         "Images": f"{data['n']:,} of {len(data['classes'])} classes",
         "SHA-256": data["sha256"][:16],
-        "Seed": run["seed"],
-        "Command": run["command"],
+        "Seed": facts["run"]["seed"],
     }
-    return join(*cards, card("Images and run", "data", pairs(images)))
+    return join(*cards, card("Images", "data", pairs(images)))
 
 
 def card(title: str, class_: str, content: Markup) -> Markup:

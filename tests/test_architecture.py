@@ -32,7 +32,6 @@ ORDER = [
     "comparison",
     "narrative",
     "markup",
-    "sprites",
     "charts",
     "class_charts",
     "figures",
@@ -45,7 +44,7 @@ ORDER = [
 BORDERS = {
     "huggingface_hub": {"huggingface"},
     "matplotlib": {"plots", "report"},
-    "PIL": {"data", "huggingface", "sprites"},
+    "PIL": {"data", "explorer", "huggingface"},
     "safetensors": {"huggingface"},
     "sklearn": {"data", "plots"},
     "torchvision": {"data", "encoders"},
@@ -55,7 +54,7 @@ BORDERS = {
 # Tensors end where embeddings begin: what comes after knows arrays alone.
 ARRAYS_ALONE = {
     *("metrics", "agreement", "uncertainty", "plots", "comparison", "narrative"),
-    *("markup", "sprites", "charts", "class_charts", "figures", "explorer", "page"),
+    *("markup", "charts", "class_charts", "figures", "explorer", "page"),
 }
 
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}

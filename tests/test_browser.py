@@ -28,7 +28,11 @@ pytestmark = pytest.mark.browser
 @pytest.fixture(scope="module")
 def chromium():
     sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    binary = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chrome")
+    wanted = os.environ.get("CHROMIUM")
+    names = [wanted] if wanted else ["chromium", "google-chrome"]
+    binary = next(filter(None, map(shutil.which, names)), None)
+    # Whoever names a browser means to test; otherwise a machine may be without.
+    assert binary or not wanted, f"CHROMIUM={wanted} is no program"
     if binary is None:
         pytest.skip("Chromium is not installed (on Debian: apt-get install chromium)")
     with sync_api.sync_playwright() as playwright:
@@ -175,12 +179,12 @@ def test_a_lasso_in_one_map_selects_the_same_images_in_the_other(opened):
 
 def test_filters_leave_only_what_they_say(opened, example):
     page = opened()
-    page.get_by_role("button", name="cat (400)").click()
+    page.get_by_role("button", name="cat 400").click()
     assert page.locator("#status").inner_text().startswith("400 of 2,000 images shown")
     local, hf = (example.comparison.analyses[name].precisions(5) for name in ("local", "hf"))
     cats = example.split.labels == 2
     assert f"Local model {100 * local[cats].mean():.1f}%" in page.locator("#status").inner_text()
-    page.get_by_label("Only where precision@5 differs").check()
+    page.get_by_label("Only where they disagree").check()
     left = int((cats & (local != hf)).sum())
     assert page.locator("#status").inner_text().startswith(f"{left} of 2,000")
     assert page.locator("#found").inner_text().startswith(f"{left} images")
@@ -206,6 +210,10 @@ def test_the_browser_is_sorted_by_disagreement_and_found_by_index(opened, exampl
     page.get_by_role("textbox").fill("99999999")
     page.get_by_role("button", name="Show", exact=True).click()
     assert "No image here has the index" in page.locator("#found").inner_text()
+    page.get_by_role("textbox").fill("")
+    page.keyboard.press("Enter")
+    assert page.locator("#queries .query").count() == 8
+    assert page.locator("#found").inner_text() == "2,000 images"
     page.get_by_label("Sorted by").select_option("index")
     page.get_by_role("button", name="Next").click()
     assert state(page)["sort"] == "index"
@@ -238,7 +246,15 @@ def test_everything_can_be_done_by_keyboard(opened):
     page.keyboard.press("Space")
     assert page.evaluate("state.selected.size") == 1
     page.keyboard.press("Enter")
-    assert "image" in state(page)
+    chosen = state(page)["image"]
+    page.keyboard.press("ArrowLeft")
+    for _ in range(2):  # over the other map to the first neighbour, and on from neighbour to it
+        page.keyboard.press("Tab")
+    assert page.evaluate("byId('chosen').contains(document.activeElement)")
+    page.keyboard.press("Enter")
+    assert state(page)["image"] != chosen
+    assert page.evaluate("document.activeElement.className").startswith("tile")
+    page.locator('[data-model="local"] .map').focus()
     page.keyboard.press("+")
     page.keyboard.press("Shift+ArrowLeft")
     assert "view-local" in state(page)
@@ -255,7 +271,7 @@ def test_an_address_brings_back_what_was_seen(opened, example):
     page = opened(fragment)
     assert page.get_by_role("radio", name="PCA").is_checked()
     assert page.get_by_role("radio", name="Precision@5").is_checked()
-    assert page.get_by_role("button", name="bird (400)").get_attribute("aria-pressed") == "true"
+    assert page.get_by_role("button", name="bird 400").get_attribute("aria-pressed") == "true"
     assert f"image {index}" in page.locator("#chosen").inner_text()
     assert page.locator("#page").inner_text() == "2 of 100"
     expected = {"projection": "pca", "color": "hits", "classes": "1 3", "image": str(index)}
@@ -328,6 +344,41 @@ def test_nothing_is_wider_than_the_screen(opened, width):
     assert min(sizes) >= 250
 
 
+@pytest.mark.parametrize(
+    ("width", "height"), [(1280, 900), (1440, 780), (1920, 1080), (3840, 2160)]
+)
+def test_controls_maps_and_neighbours_fit_on_one_screen(opened, example, width, height):
+    index = example.split.indices[lonely(example)]
+    size = {"width": width, "height": height}
+    page = opened(f"image={index}&color=mutual", viewport=size, reduced_motion="reduce")
+    edges = page.evaluate(
+        """() => {
+            document.querySelector(".stage").scrollIntoView();
+            const edge = (name) => document.querySelector(name).getBoundingClientRect();
+            return [edge(".map").top, edge("#chosen .query").bottom, edge("#tools").top];
+        }"""
+    )
+    assert 0 < edges[0] < edges[1] <= height
+    assert 0 < edges[2] < height / 4
+    for name in ("#tools .segments", "#results .scroll"):
+        cut = page.locator(name).evaluate_all(
+            """(parts) => parts.filter((part) => part.scrollWidth > part.clientWidth
+                || part.offsetWidth > part.parentElement.clientWidth).length"""
+        )
+        assert cut == 0, name
+
+
+def test_a_neighbour_under_the_pointer_is_ringed_on_both_maps(opened, example):
+    page = opened(f"image={example.split.indices[lonely(example)]}")
+    before = [ink(page, name) for name in ("local", "hf")]
+    page.locator("#chosen .local .tile").first.hover()
+    page.wait_for_timeout(100)
+    assert all(ink(page, name) > old for name, old in zip(("local", "hf"), before, strict=True))
+    page.mouse.move(2, 2)
+    page.wait_for_timeout(100)
+    assert [ink(page, name) for name in ("local", "hf")] == before
+
+
 def test_dark_is_dark_and_signs_follow(opened):
     colors = {}
     for scheme in ("light", "dark"):
@@ -340,7 +391,7 @@ def test_dark_is_dark_and_signs_follow(opened):
 
 def test_a_class_named_like_a_script_is_text(opened):
     page = opened()
-    assert page.get_by_role("button", name=f"{HOSTILE} (400)").is_visible()
+    assert page.get_by_role("button", name=f"{HOSTILE} 400").is_visible()
     assert page.locator("script").count() == 2
 
 
@@ -418,7 +469,7 @@ def test_one_model_alone_has_one_map(opened, make_page, tmp_path):
     path.write_text(make_page(models=("local",)).html, encoding="utf-8")
     page = opened(at=path.as_uri())
     assert page.locator(".map").count() == 1
-    assert not page.get_by_label("Only where precision@5 differs").is_visible()
+    assert not page.get_by_label("Only where they disagree").is_visible()
     assert page.locator("#queries .query ol").count() == 8
     page.get_by_role("radio", name="PCA").check()
 
@@ -446,7 +497,8 @@ def test_printing_opens_what_is_folded_and_uses_light_colours(opened):
     assert page.locator("details:not([open])").count() == 0
     ground = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
     assert ground == "rgb(255, 255, 255)"
-    assert not page.locator("#tools").is_visible()
+    assert not page.locator("#tools .segments").first.is_visible()
+    assert page.locator("#chips").is_visible()  # on paper the legend of the classes
     assert page.locator(".map img").count() == 2
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.locator(".map img").count() == 0
@@ -496,15 +548,15 @@ def frames(events):
     return np.array(tasks)
 
 
-def trace_of_hovering_panning_and_zooming(browser, page, path):
+def middle_of_a_map(page):
     box = page.locator('[data-model="hf"] .map')
     box.scroll_into_view_if_needed()
     frame = box.bounding_box()
-    x, y = frame["x"] + frame["width"] / 2, frame["y"] + frame["height"] / 2
-    page.mouse.move(x, y)
-    page.wait_for_timeout(500)
-    categories = ["toplevel", "devtools.timeline", "__metadata"]
-    browser.start_tracing(page=page, path=path, categories=categories)
+    return frame["x"] + frame["width"] / 2, frame["y"] + frame["height"] / 2
+
+
+def hover_pan_and_zoom(page):
+    x, y = middle_of_a_map(page)
     for step in range(40):
         page.mouse.move(x + 120 * np.cos(step), y + 100 * np.sin(1.7 * step))
         time.sleep(0.02)
@@ -518,27 +570,46 @@ def trace_of_hovering_panning_and_zooming(browser, page, path):
         page.mouse.wheel(0, -40 if step < 10 else 40)
         time.sleep(0.02)
     page.keyboard.up("Control")
+
+
+def select_filter_and_switch(page):
+    x, y = middle_of_a_map(page)
+    page.get_by_role("radio", name="Lasso").check()
+    page.mouse.move(x - 150, y)
+    page.mouse.down()
+    for step in range(40):
+        page.mouse.move(x - 150 * np.cos(step / 6.4), y - 150 * np.sin(step / 6.4))
+        time.sleep(0.02)
+    page.mouse.up()
+    for name in ("PCA", "Precision@5", "t-SNE", "Class", "Pan"):
+        page.get_by_role("radio", name=name, exact=True).check()
+        page.wait_for_timeout(500)
+    for name in ("cat 400", "All classes 2000", "Clear selection"):
+        page.get_by_role("button", name=name).click()
+        page.wait_for_timeout(100)
+
+
+def traced(browser, page, path, explore):
+    categories = ["toplevel", "devtools.timeline", "__metadata"]
+    browser.start_tracing(page=page, path=path, categories=categories)
+    explore(page)
     browser.stop_tracing()
-    return frames(json.loads(path.read_text())["traceEvents"])
+    times = frames(json.loads(path.read_text())["traceEvents"])
+    assert len(times) > 60
+    return times
 
 
-def test_no_frame_of_hovering_panning_or_zooming_takes_fifty_milliseconds(
-    chromium, address, tmp_path
-):
+def test_no_frame_takes_fifty_milliseconds(chromium, address, tmp_path):
     page = chromium.new_context(viewport={"width": 1280, "height": 900}).new_page()
     page.goto(address)
     page.wait_for_selector("body[data-ready]")
-    longest = []
+    path, longest = tmp_path / "trace.json", []
+    assert traced(chromium, page, path, select_filter_and_switch)[:, 1].max() < FRAME_MS
     # A frame that waits for other programs of a busy machine says nothing about the page: its
-    # processor time must hold every time, its wall time in the best of five tries.
-    for attempt in range(5):
-        times = trace_of_hovering_panning_and_zooming(
-            chromium, page, tmp_path / f"trace-{attempt}.json"
-        )
-        assert len(times) > 60
+    # processor time must hold every time, its wall time in the best of ten tries.
+    while len(longest) < 10 and min(longest, default=FRAME_MS) >= FRAME_MS:
+        times = traced(chromium, page, path, hover_pan_and_zoom)
         assert times[:, 1].max() < FRAME_MS
         longest.append(times[:, 0].max())
-        if longest[-1] < FRAME_MS:
-            break
     assert min(longest) < FRAME_MS, longest
     page.context.close()

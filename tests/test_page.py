@@ -12,12 +12,12 @@ from PIL import Image
 
 from ijepa import narrative
 from ijepa.class_charts import matrix_panel
+from ijepa.explorer import COLUMNS, TILE, sprite_sheet, thumbnail
 from ijepa.markup import Markup, element
-from ijepa.sprites import COLUMNS, TILE, sprite_sheet, thumbnail
 from ijepa.uncertainty import Estimate
 
 HOSTILE = "<script>alert(1)</script>\"'&</style>"
-VOID = {"meta", "img", "input", "br", "link"}
+VOID = {"meta", "img", "input", "br", "link", "wbr"}
 
 
 class Page(HTMLParser):
@@ -200,6 +200,7 @@ def test_neighbours_precision_and_agreement_are_those_of_the_comparison(make_pag
         hits = (labels[np.array(model["neighbors"])] == labels[:30, None]).sum(axis=1)
         assert hits.tolist() == model["hits"]
         np.testing.assert_allclose(model["similarities"], lists.similarities[rows, :5], atol=6e-4)
+        assert max(len(str(v)) for found in model["similarities"] for v in found) <= len("-0.123")
     expected = np.rint(page.comparison.mutual[rows] * 10)
     assert facts["mutual"] == expected.tolist()
 
@@ -208,7 +209,8 @@ def test_maps_keep_the_shape_of_the_projection(example):
     model = data_of(example.html)["models"][0]
     points = np.array(model["pca"], dtype=float) * (1, -1)
     scores = example.maps.pca["local"].scores
-    assert np.corrcoef(points[:, 0], scores[:, 0])[0, 1] == pytest.approx(1, abs=1e-6)
+    for axis in (0, 1):  # y grows downwards on a screen
+        assert np.corrcoef(points[:, axis], scores[:, axis])[0, 1] == pytest.approx(1, abs=1e-6)
     assert np.ptp(points[:, 1]) / np.ptp(points[:, 0]) == pytest.approx(
         np.ptp(scores[:, 1]) / np.ptp(scores[:, 0]), rel=1e-3
     )

@@ -1,3 +1,5 @@
+import html
+import json
 import re
 import shlex
 import subprocess
@@ -6,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from ijepa.files import sha256
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+EXAMPLE = (ROOT / "comparison_results" / "digits.html").read_text()
 REPORT = (ROOT / "comparison_results" / "report.md").read_text()
 
 
@@ -62,4 +67,15 @@ def test_the_snippet_for_continuous_integration_is_in_the_workflow():
 def test_nothing_committed_holds_a_path_of_the_machine_that_made_it():
     texts = [README, REPORT, (ROOT / "comparison_results" / "metrics.json").read_text()]
     texts.append((ROOT / "checkpoints_300ep" / "README.md").read_text())
+    texts.append(EXAMPLE)
     assert not any(str(Path.home()) in text or "/tmp/" in text for text in texts)
+
+
+def test_the_committed_page_is_small_and_of_the_checkpoint_that_ships():
+    assert len(EXAMPLE.encode()) < 1_500_000
+    metrics = json.loads(
+        html.unescape(re.search(r'<pre id="metrics"[^>]*>(.*?)</pre>', EXAMPLE, re.DOTALL)[1])
+    )
+    assert metrics["dataset"]["name"] == "digits"
+    shipped = sha256(ROOT / "checkpoints_300ep" / "checkpoint_latest.pt")
+    assert metrics["models"]["local"]["sha256"] == shipped, "make example"

@@ -104,7 +104,9 @@ class Panel {
     const { clientWidth: width, clientHeight: height } = this.box;
     const ratio = Math.min(devicePixelRatio || 1, 2);
     if (width === this.width && height === this.height && ratio === this.ratio) return;
-    Object.assign(this, { width, height, ratio });
+    // Sizes that go with the text grow with it on large screens.
+    const unit = parseFloat(getComputedStyle(document.documentElement).fontSize) / 16;
+    Object.assign(this, { width, height, ratio, unit });
     for (const g of [this.base, this.over]) {
       g.canvas.width = Math.round(width * ratio);
       g.canvas.height = Math.round(height * ratio);
@@ -199,18 +201,18 @@ class Panel {
   drawImages(shown, kindOf) {
     const kinds = signs(this.model)[0];
     for (const [row, x, y] of shown) {
+      const half = 13 * this.unit;
       this.base.fillStyle = kinds[kindOf(row)][1];
-      this.base.fillRect(x - 15, y - 15, 30, 30);
-      drawImage(this.base, row, x - 13, y - 13, 26);
-      drawSign(this.base, kinds[kindOf(row)], x + 13, y + 13, 4.5);
+      this.base.fillRect(x - half - 2, y - half - 2, 2 * half + 4, 2 * half + 4);
+      drawImage(this.base, row, x - half, y - half, 2 * half);
+      drawSign(this.base, kinds[kindOf(row)], x + half, y + half, half / 3);
     }
   }
 
   drawNames(shown) {
-    if (data.classes.length > 20 || this.view.zoom > 6) return;
+    if (data.classes.length > 20 || this.view.zoom > 6 || state.selected) return;
     const spread = new Map();
     for (const [row, x, y] of shown) {
-      if (state.selected && !state.selected.has(row)) continue;
       const label = data.label[row];
       if (!spread.has(label)) spread.set(label, [[], []]);
       spread.get(label)[0].push(x);
@@ -219,7 +221,7 @@ class Panel {
     const middle = (values) => values.sort((a, b) => a - b)[values.length >> 1];
     const g = this.base;
     Object.assign(g, { textAlign: "center", textBaseline: "middle", lineJoin: "round", lineWidth: 4 });
-    g.font = `650 13px ${color("sans")}`;
+    g.font = `650 ${13 * this.unit}px ${color("sans")}`;
     const taken = [];
     for (const [label, [xs, ys]] of spread) {
       let [x, y] = [middle(xs), middle(ys)];
@@ -227,7 +229,7 @@ class Panel {
       const half = g.measureText(name).width / 2 + 3;
       x = Math.min(Math.max(x, half), this.width - half);
       // A name on another gives way downwards.
-      while (taken.some(([u, v, w]) => Math.abs(u - x) < w + half && Math.abs(v - y) < 17)) y += 6;
+      while (taken.some(([u, v, w]) => Math.abs(u - x) < w + half && Math.abs(v - y) < 17 * this.unit)) y += 6;
       taken.push([x, y, half]);
       g.strokeStyle = color("sheet");
       g.strokeText(name, x, y);
@@ -291,11 +293,28 @@ class Panel {
     g.beginPath();
     g.arc(x, y, 9, 0, 7);
     g.stroke();
-    if (x < 0 || y < 0 || x > this.width || y > this.height) return;
-    const [left, top] = [x + 78 > this.width ? x - 74 : x + 14, Math.min(Math.max(y - 30, 4), this.height - 64)];
+    if (pointed >= 0) {
+      g.beginPath();
+      g.arc(...this.place(pointed), 15, 0, 7);
+      g.stroke();
+    }
+    if (x > 0 && y > 0 && x < this.width && y < this.height) this.drawPicture(g, row, x, y);
+  }
+
+  // Beside the image's sign, where the picture hides the fewest neighbours.
+  drawPicture(g, row, x, y) {
+    const side = 48 * this.unit;
+    const near = models.flatMap((model) => model.neighbors[row]).filter((id) => id < points).map((id) => this.place(id));
+    const hidden = ([left, top]) =>
+      near.filter(([u, v]) => u > left - 9 && u < left + side + 9 && v > top - 9 && v < top + side + 9).length;
+    const spots = [[14, -side / 2], [-side - 14, -side / 2], [-side / 2, -side - 14], [-side / 2, 14]]
+      .map(([dx, dy]) => [x + dx, y + dy])
+      .filter(([left, top]) => left > 2 && top > 2 && left + side < this.width - 2 && top + side < this.height - 2);
+    if (!spots.length) return;
+    const [left, top] = spots.reduce((best, spot) => (hidden(spot) < hidden(best) ? spot : best));
     g.fillStyle = color("ink");
-    g.fillRect(left - 2, top - 2, 64, 64);
-    drawImage(g, row, left, top, 60);
+    g.fillRect(left - 2, top - 2, side + 4, side + 4);
+    drawImage(g, row, left, top, side);
   }
 
   nearest(x, y, reach) {

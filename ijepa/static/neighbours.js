@@ -1,12 +1,20 @@
 // Rows of a query with its neighbours in both models, and the browser that lists them.
 
 const PER_PAGE = 8;
+const RINGS = { local: "○", hf: "□" }; // as on the maps
 
 function make(tag, className = "", text = "") {
   const made = document.createElement(tag);
   if (className) made.className = className;
   if (text) made.textContent = text;
   return made;
+}
+
+// What is drawn anew keeps the keyboard at the same place among its buttons.
+function refill(box, ...content) {
+  const place = [...box.querySelectorAll("button")].indexOf(document.activeElement);
+  box.replaceChildren(...content);
+  box.querySelectorAll("button")[place]?.focus();
 }
 
 // An img and not a canvas: a browser gives every canvas a layer, which makes a page of many slow.
@@ -30,8 +38,13 @@ function neighborTile(query, model, rank) {
   const words = `, ${right ? "right class" : "wrong class"}, image ${data.index[id]}${both ? ", listed by both models" : ""}`;
   tile.append(make("span", "unseen", words));
   tile.title = `image ${data.index[id]}: ${className(id)}`;
-  if (id < points) tile.addEventListener("click", () => choose(id));
-  else tile.disabled = true;
+  if (id >= points) {
+    tile.disabled = true;
+    return tile;
+  }
+  tile.addEventListener("click", () => choose(id));
+  for (const type of ["pointerenter", "focus"]) tile.addEventListener(type, () => point(id));
+  for (const type of ["pointerleave", "blur"]) tile.addEventListener(type, () => point(-1));
   return tile;
 }
 
@@ -41,22 +54,22 @@ function queryRow(query) {
   const image = make("div", "image");
   const words = make("div");
   words.append(make("p", "", className(query)), make("p", "note", `image ${data.index[query]}`));
-  if (query !== state.chosen) {
-    const button = make("button", "", "Find on maps");
-    button.type = "button";
-    button.setAttribute("aria-label", `Find on maps: image ${data.index[query]}`);
-    button.addEventListener("click", () => {
-      choose(query);
-      byId("explore").scrollIntoView({ block: "start" });
-    });
-    words.append(button);
-  }
+  const button = make("button", "", "Find on maps");
+  button.type = "button";
+  button.setAttribute("aria-label", `Find on maps: image ${data.index[query]}`);
+  button.addEventListener("click", () => {
+    choose(query);
+    byId("explore").scrollIntoView({ block: "start" });
+  });
+  words.append(button);
   image.append(imageOf(query), words);
   row.append(image);
   for (const model of models) {
     const side = make("div", model.key);
-    const title = make("h3", "", `${model.name} `);
-    title.append(make("span", "", `precision@5: ${fraction(hits(model, query))}`));
+    const title = make("h3");
+    const ring = make("span", "ring", RINGS[model.key]);
+    ring.setAttribute("aria-hidden", "true");
+    title.append(ring, ` ${model.name} `, make("span", "", `precision@5: ${fraction(hits(model, query))}`));
     const list = make("ol");
     for (let rank = 0; rank < model.neighbors[query].length; rank++) {
       const item = make("li");
@@ -93,7 +106,7 @@ function showQueries() {
   const pages = Math.max(1, Math.ceil(rows.length / PER_PAGE));
   state.page = Math.min(state.page, pages - 1);
   const first = state.page * PER_PAGE;
-  byId("queries").replaceChildren(...rows.slice(first, first + PER_PAGE).map(queryRow));
+  refill(byId("queries"), ...rows.slice(first, first + PER_PAGE).map(queryRow));
   byId("page").textContent = `${state.page + 1} of ${pages}`;
   for (const button of document.querySelectorAll("[data-page]")) {
     const target = state.page + Number(button.dataset.page);
@@ -105,18 +118,22 @@ function showQueries() {
 
 function showChosen() {
   const row = active();
-  const empty = make("p", "empty", "Point at an image on a map, or move to one with the arrow keys, to see its neighbours in each model.");
-  byId("chosen").replaceChildren(row >= 0 ? queryRow(row) : empty);
+  const rings = models.map((model) => `${RINGS[model.key]} ${model.name}`).join(", ");
+  const empty = make("p", "empty", `Point at an image on a map, or go to one by arrow keys: here and on the maps its nearest neighbours are shown (${rings}).`);
+  refill(byId("chosen"), row >= 0 ? queryRow(row) : empty);
 }
 
 function search(text) {
-  const row = rowOfIndex.get(Number(text.trim() || "none")) ?? -1;
+  if (!text.trim()) return showQueries();
+  const row = rowOfIndex.get(Number(text)) ?? -1;
   if (row >= 0) {
     choose(row);
     byId("queries").replaceChildren(queryRow(row));
     byId("page").textContent = "one image";
-    byId("found").textContent = `Image ${data.index[row]} of class ${className(row)}; choose an order to list all again.`;
+    for (const button of document.querySelectorAll("[data-page]")) button.disabled = true;
+    byId("found").textContent = `Image ${data.index[row]} of class ${className(row)}; empty the field to list all again.`;
   } else {
     byId("found").textContent = `No image here has the index “${text.trim()}”.`;
   }
+  return undefined;
 }

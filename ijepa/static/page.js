@@ -1,7 +1,7 @@
 // The controls, the pointer and the keys; every change goes through update().
 
 readFragment(isState(location.hash) ? location.hash.slice(1) : "");
-let hovered = -1;
+let [hovered, pointed] = [-1, -1];
 const active = () => (hovered >= 0 ? hovered : state.chosen);
 let panels = [];
 
@@ -33,7 +33,7 @@ function redraw() {
 
 function choose(row) {
   state.chosen = row;
-  hovered = -1;
+  hovered = pointed = -1;
   if (row >= 0) for (const panel of panels) panel.reveal(row);
   update({ list: false });
 }
@@ -43,6 +43,12 @@ function hover(row) {
   hovered = row;
   for (const panel of panels) panel.drawOver();
   showChosen();
+}
+
+// A neighbour under the pointer is shown on the maps.
+function point(row) {
+  pointed = row;
+  for (const panel of panels) panel.drawOver();
 }
 
 function select(rows) {
@@ -62,10 +68,8 @@ function signImage(kind) {
 
 function showLegend() {
   const parts = [];
-  if (state.color === "class") {
-    parts.push(make("span", "", "Colour and sign: the class."));
-  } else {
-    const [top, words] = state.color === "hits" ? [5, "right among the panel's five nearest:"] : [10, "shared by both models among the ten nearest:"];
+  if (state.color !== "class") {
+    const [top, words] = state.color === "hits" ? [5, "Of five neighbours, right:"] : [10, "Of ten neighbours, shared:"];
     parts.push(make("span", "", words));
     for (let value = 0; value <= top; value += top / 5) {
       const part = make("span", "", `${value}`);
@@ -73,7 +77,6 @@ function showLegend() {
       parts.push(part);
     }
   }
-  parts.push(make("span", "", paired ? "Around an image: ○ and solid lines, local neighbours; □ and dashed lines, HF." : "Around an image: ○ and lines, its neighbours."));
   byId("legend").replaceChildren(...parts);
 }
 
@@ -107,7 +110,7 @@ function showSelection() {
   clear.id = "clear";
   clear.addEventListener("click", () => select(null));
   const thumbs = make("div", "thumbs");
-  for (const row of rows.slice(0, 60)) {
+  for (const row of rows.slice(0, 40)) {
     const button = make("button");
     button.type = "button";
     button.setAttribute("aria-label", `Image ${data.index[row]}, ${className(row)}`);
@@ -115,8 +118,8 @@ function showSelection() {
     button.addEventListener("click", () => choose(row));
     thumbs.append(button);
   }
-  const more = rows.length > 60 ? ` The first 60 are below.` : "";
-  box.replaceChildren(make("p", "", `${rows.length} selected (${common.join(", ")}). Precision@5: ${means}.${more}`), thumbs, clear);
+  const more = rows.length > 40 ? " The first 40 are below." : "";
+  refill(box, make("p", "", `${rows.length} selected (${common.join(", ")}). Precision@5: ${means}.${more}`), thumbs, clear);
 }
 
 function say(row) {
@@ -129,14 +132,14 @@ function say(row) {
 function setUpControls() {
   const present = new Map();
   for (let row = 0; row < points; row++) present.set(data.label[row], (present.get(data.label[row]) ?? 0) + 1);
-  const chip = (text, label) => {
+  const chip = (text, count, label) => {
     const button = make("button");
     button.type = "button";
     if (label !== undefined) {
       button.dataset.label = label;
       button.append(signImage([data.markers[label], data.colors[label]]));
     }
-    button.append(make("span", "", text));
+    button.append(make("span", "", `${text} `), make("span", "count", count));
     button.addEventListener("click", () => {
       if (label === undefined) state.classes.clear();
       else if (!state.classes.delete(label)) state.classes.add(label);
@@ -146,7 +149,7 @@ function setUpControls() {
     return button;
   };
   const labels = [...present.keys()].sort((a, b) => a - b);
-  byId("chips").replaceChildren(chip("All classes"), ...labels.map((label) => chip(`${data.classes[label]} (${present.get(label)})`, label)));
+  byId("chips").replaceChildren(chip("All classes", points), ...labels.map((label) => chip(data.classes[label], present.get(label), label)));
   byId("browser").elements.sort.append(...Object.entries(SORTS).map(([value, name]) => new Option(name, value)));
   byId("tools").addEventListener("change", ({ target }) => {
     if (target.name === "disagree") state.disagree = target.checked;
@@ -162,6 +165,7 @@ function setUpControls() {
     event.preventDefault();
     search(byId("browser").elements.index.value);
   });
+  byId("browser").elements.index.addEventListener("input", ({ target }) => target.value || showQueries());
   byId("browser").elements.sort.addEventListener("change", ({ target }) => {
     Object.assign(state, { sort: target.value, page: 0 });
     update();
@@ -322,7 +326,6 @@ function setUpKeys(panel) {
     else return;
     event.preventDefault();
   });
-  panel.box.addEventListener("blur", () => hover(-1));
 }
 
 // ---- beginning
