@@ -287,6 +287,11 @@ def caveats(comparison: Any, loaded: list[Any], maps: Any) -> list[str]:
     if (perplexity := next(iter(maps.values())).perplexity) < 30:
         notes.append(f"t-SNE perplexity lowered from 30 to {perplexity:.1f} for {n} images")
     for name, analysis in comparison.analyses.items():
+        if comparison.num_halves and comparison.metrics[name]["effective_rank"].value > n / 2:
+            notes.append(
+                f"the effective rank of the {name} embeddings is above half the number of images, "
+                "which bounds it: no interval"
+            )
         notes += collapse_warning(comparison, name, analysis.embeddings.shape[1])
     return notes
 

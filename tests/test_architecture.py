@@ -29,6 +29,7 @@ ORDER = [
     "embeddings",
     "comparison",
     "narrative",
+    "markdown",
     "markup",
     "sprites",
     "charts",
@@ -52,7 +53,7 @@ BORDERS = {
 }
 # Tensors end where embeddings begin: what comes after knows arrays alone.
 ARRAYS_ALONE = {
-    *("metrics", "agreement", "uncertainty", "plots", "comparison", "narrative"),
+    *("metrics", "agreement", "uncertainty", "plots", "comparison", "narrative", "markdown"),
     *("markup", "sprites", "charts", "class_charts", "figures", "explorer", "page"),
 }
 
