@@ -77,27 +77,33 @@ def intervals(world, n, seed):
         name: comparison.deviations(a, by_class[name], parts) for name, a in analyses.items()
     }
     values = {name: comparison.measure(a) for name, a in analyses.items()}
-    differences = comparison.differences(analyses, values, deviating, seed[-1])
+    changes = comparison.changes(values, deviating)
     pair = comparison.paired_deviations(analyses, by_class, parts)
-    classes = comparison.per_class(analyses, pair, seed[-1])
-    agreed = comparison.mutual_per_image(analyses).mean()
+    gains = analyses["hf"].precisions(5) - analyses["local"].precisions(5)
+    agreed = comparison.mutual_per_image(analyses)
     rows = {}
     for metric, label in METRIC_LABELS.items():
         value, deviation = values["local"][metric], deviating["local"][metric]
         rows[f"{label}, one model"] = [comparison.with_interval(value, deviation)]
-        rows[f"{label}, paired difference"] = [differences[metric]["estimate"]]
-    rows["P@5, ratio of two models"] = [differences["precision_at_5"]["ratio"]]
-    rows["P@5 in one class, paired difference"] = [row["difference"] for row in classes]
+        rows[f"{label}, paired difference"] = [changes[metric]["estimate"]]
+    rows["P@5, ratio of two models"] = [changes["precision_at_5"]["ratio"]]
+    rows["P@5 in one class, paired difference"] = of_classes(gains, labels, pair["precision_at_5"])
     common = comparison.overall(pair["mutual_knn"], labels)
-    rows["mutual 10-NN"] = [comparison.with_interval(float(agreed), common)]
-    rows["mutual 10-NN in one class"] = [row["mutual_knn"] for row in classes]
+    rows["mutual 10-NN"] = [comparison.with_interval(float(agreed.mean()), common)]
+    rows["mutual 10-NN in one class"] = of_classes(agreed, labels, pair["mutual_knn"])
     return rows
 
 
-def study(n, num_simulations, seed):
-    """Lines of the table for samples of n images."""
-    world = World(seed)
-    simulations = [intervals(world, n, (seed, n, i)) for i in range(num_simulations)]
+def of_classes(scores, labels, deviating):
+    """Estimates of the mean score of each class."""
+    return [
+        comparison.with_interval(float(scores[labels == label].mean()), deviating[:, label])
+        for label in range(NUM_CLASSES)
+    ]
+
+
+def lines(simulations, n):
+    """Lines of the table from the simulations of n images."""
     for row in simulations[0]:
         found = [estimates[row] for estimates in simulations]
         values, errors = (
@@ -109,7 +115,7 @@ def study(n, num_simulations, seed):
         covered = ((ends[..., 0] <= truth) & (truth <= ends[..., 1])).mean()
         ratio = np.sqrt(np.square(errors).mean() / values.var(axis=0, ddof=1).mean())
         yield (
-            f"| {row} | {n} | {num_simulations} | {truth.mean():.4f} | {ratio:.2f} "
+            f"| {row} | {n} | {len(simulations)} | {truth.mean():.4f} | {ratio:.2f} "
             f"| {covered:.1%} |"
         )
 
@@ -124,7 +130,9 @@ def main():
     print("| interval | n | simulations | truth | SE / true SD | coverage |")
     print("| --- | --- | --- | --- | --- | --- |")
     for n, num_simulations in zip(args.sizes, args.simulations, strict=True):
-        for line in study(n, num_simulations, args.seed):
+        world = World(args.seed)
+        found = [intervals(world, n, (args.seed, n, i)) for i in range(num_simulations)]
+        for line in lines(found, n):
             print(line, flush=True)
 
 

@@ -335,13 +335,10 @@ def ratio(local: float, hf: float) -> float:
     return local / hf if hf > 0 and local >= 0 else NAN
 
 
-def differences(
-    analyses: Mapping[str, Analysis],
-    values: Mapping[str, Mapping[str, float]],
-    deviating: Mapping[str, Deviations],
-    seed: int,
+def changes(
+    values: Mapping[str, Mapping[str, float]], deviating: Mapping[str, Deviations]
 ) -> dict[str, dict[str, Any]]:
-    """Take hf - local and local / hf of every metric; for P@5 and P@1 test single images too."""
+    """Take hf - local and local / hf of every metric."""
     result: dict[str, dict[str, Any]] = {}
     for metric in METRICS:
         local, hf = (values[name][metric] for name in ("local", "hf"))
@@ -355,6 +352,17 @@ def differences(
             "estimate": with_interval(hf - local, change),
             "ratio": with_interval(quotient, relative),
         }
+    return result
+
+
+def differences(
+    analyses: Mapping[str, Analysis],
+    values: Mapping[str, Mapping[str, float]],
+    deviating: Mapping[str, Deviations],
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """Changes of every metric; for P@5 and P@1 also tests on single images."""
+    result = changes(values, deviating)
     precisions = [analyses[name].precisions(5) for name in ("local", "hf")]
     result["precision_at_5"] |= precision_tests(*precisions, seed)
     first = [analyses[name].first_is_right() for name in ("local", "hf")]

@@ -263,8 +263,8 @@ def variance_finding(comparison: Comparison) -> str:
         rank = m["effective_rank"]
         parts.append(
             f"{label(name)}: {interval('variance_10pc', m['variance_10pc'])} of the variance in 10 "
-            f"PCs, {interval('variance_50pc', m['variance_50pc'])} in 50; 80 % of it take "
-            f"{whole(m['components_80'].value)} PCs; effective rank "
+            f"PCs, {interval('variance_50pc', m['variance_50pc'])} in 50; "
+            f"PCs for 80 %: {whole(m['components_80'].value)}; effective rank "
             f"{interval('effective_rank', rank)} of {width}"
             + (f" ({100 * rank.value / width:.0f}%)." if math.isfinite(rank.value) else ".")
         )
@@ -381,7 +381,7 @@ def neighbors_in_common(comparison: Comparison) -> str:
     if low > class_only:
         return text + ", so they agree on more than the classes."
     if low > chance:
-        return text + ", so they agree beyond chance, and beyond the classes nothing can be shown."
+        return text + (", so they agree beyond chance; whether on more than classes is open.")
     return text + ", so no agreement beyond chance can be shown."
 
 
@@ -454,7 +454,7 @@ def conclusions(comparison: Comparison) -> list[str]:
         f"{words} {', '.join(shown[word])}" for word, words in CONCLUDED.items() if shown[word]
     ]
     if parts:
-        found.append(f"Of the numbers in the table {'; '.join(parts)}.")
+        found.append(f"In the table, {'; '.join(parts)}.")
     found.append(neighbors_in_common(comparison))
     return found
 
