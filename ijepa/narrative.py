@@ -300,8 +300,8 @@ def spread(comparison: Comparison) -> str:
     """Which model uses more dimensions."""
     difference = comparison.differences["effective_rank"]["estimate"]
     text = {
-        "higher": "The HF model is more spread out",
-        "lower": "The local model is more spread out",
+        "higher": "The HF model uses more dimensions",
+        "lower": "The local model uses more dimensions",
         "unclear": "No difference in effective rank can be shown",
         "unknown": "Without an interval, no verdict on effective rank is given",
     }[verdict(difference)]

@@ -142,11 +142,13 @@ def neighbors_within(
     position = np.cumsum(keep) - 1
     neighbors = lists.neighbors[images]
     chosen = keep[neighbors]
-    chosen &= np.cumsum(chosen, axis=1, dtype=np.int16) <= k
-    if (chosen.sum(axis=1) < k).any():
+    counts = chosen.sum(axis=1)
+    if (counts < k).any():
         return nearest_neighbors(lists.embeddings[images], k)
-    similarities = lists.similarities[images][chosen]
-    return position[neighbors[chosen]].reshape(-1, k), similarities.reshape(-1, k)
+    # Where in the flattened lists each image's first k chosen neighbours stand.
+    starts = np.cumsum(counts) - counts
+    first = np.flatnonzero(chosen)[starts[:, None] + np.arange(k)]
+    return position[neighbors.ravel()[first]], lists.similarities[images].ravel()[first]
 
 
 def class_means(

@@ -114,8 +114,8 @@ CLAIMS = {
         "unknown": "no verdict on 10 PCs",
     },
     spread: {
-        "higher": "The HF model is more spread out",
-        "lower": "The local model is more spread out",
+        "higher": "The HF model uses more dimensions",
+        "lower": "The local model uses more dimensions",
         "unclear": "No difference in effective rank can be shown",
         "unknown": "no verdict on effective rank",
     },
