@@ -238,6 +238,7 @@ def test_silhouettes_near_zero_are_explained(pair, value, overlap):
             Estimate(0.35, 0.02, (0.3, 0.4)),
             "so they agree beyond chance; whether on more than classes is open",
         ),
+        (Estimate(0.45, 0.05, (0.35, 0.55)), "so they agree beyond chance; whether on more"),
         (Estimate(0.21, 0.02, (0.17, 0.25)), "no agreement beyond chance can be shown"),
         (Estimate(0.95, NAN, (NAN, NAN)), "without an interval this is no verdict"),
         (Estimate(NAN, NAN, (NAN, NAN)), "too few images for mutual 10-NN"),
