@@ -36,19 +36,21 @@ from ijepa.metrics import (
     validate_embeddings,
 )
 from ijepa.uncertainty import (
+    KNN_K,
     NUM_HALVES,
     Estimate,
     NeighborLists,
     can_halve,
     estimate,
+    half_deviations,
     half_samples,
     jackknife_blocks,
     list_neighbors,
     mutual_knn_halves,
     neighbor_halves,
-    neighbors_within,
+    overall,
     silhouette_halves,
-    spectrum_replicates,
+    spectrum_deviations,
 )
 
 NAN = float("nan")
@@ -78,9 +80,13 @@ class Analysis:
             return np.full(len(self.labels), NAN)
         return precision_at_k(self.lists.neighbors, self.labels, k)
 
+    def first_is_right(self) -> Bool[np.ndarray, " n"]:
+        """Whether the nearest neighbour of each image has its class."""
+        return self.precisions(1) == 1
+
     def knn_correct(self) -> Bool[np.ndarray, " n"]:
         """Whether the vote of the 20 nearest others (or all, if fewer) names the right class."""
-        k = min(20, self.lists.neighbors.shape[1])
+        k = min(KNN_K, self.lists.neighbors.shape[1])
         return knn_correct(self.lists.neighbors, self.lists.similarities, self.labels, k)
 
     def hubness(self) -> tuple[float, float, float]:
@@ -142,15 +148,57 @@ def measure(analysis: Analysis) -> dict[str, float]:
     return {name: metric(analysis) for name, metric in METRICS.items()}
 
 
-def values_on_halves(
-    a: Analysis, halves: Bool[np.ndarray, "B n"], seed: int
-) -> dict[str, Float[np.ndarray, " _"]]:
-    """The metrics that have an interval, on every half of the images or jackknife replicate."""
+@dataclass(frozen=True)
+class Resampling:
+    """The parts of the images on which all models of a run are measured again."""
+
+    halves: Bool[np.ndarray, "B n"]
+    blocks: Int[np.ndarray, " n"]
+
+
+def resample(labels: Int[np.ndarray, " n"], seed: int) -> Resampling | None:
+    """Halves and blocks drawn by the seed; None where a class has too few images."""
+    if not can_halve(labels):
+        return None
+    return Resampling(half_samples(labels, NUM_HALVES, seed), jackknife_blocks(labels, seed))
+
+
+Deviations = Mapping[str, Float[np.ndarray, " r *_"]]
+"""By metric, for `estimate`, also by class; empty where there are no intervals."""
+
+
+def class_deviations(a: Analysis, parts: Resampling | None) -> Deviations:
+    """Deviations by class of the metrics of neighbours."""
+    if parts is None:
+        return {}
+    on_halves = neighbor_halves(a.lists, a.labels, parts.halves)
+    return {name: half_deviations(values) for name, values in on_halves.items()}
+
+
+def deviations(a: Analysis, by_class: Deviations, parts: Resampling | None) -> Deviations:
+    """Deviations of all metrics that have an interval."""
+    if parts is None:
+        return {}
+    silhouettes = {
+        name: half_deviations(silhouette_halves(a.embeddings, a.labels, parts.halves, metric))
+        for name, metric in (("silhouette", "euclidean"), ("silhouette_cosine", "cosine"))
+    }
+    neighbors = {name: overall(values, a.labels) for name, values in by_class.items()}
+    return neighbors | silhouettes | spectrum_deviations(a.embeddings, parts.blocks)
+
+
+def paired_deviations(
+    analyses: Mapping[str, Analysis], by_class: Mapping[str, Deviations], parts: Resampling | None
+) -> Deviations:
+    """Deviations by class of hf - local in P@5 and of what the models have in common."""
+    if parts is None:
+        return {}
+    local, hf = (analyses[name] for name in ("local", "hf"))
+    on_halves = mutual_knn_halves(local.lists, hf.lists, local.labels, parts.halves, MUTUAL_K)
+    metric = "precision_at_5"
     return {
-        **neighbor_halves(a.lists, a.labels, halves),
-        "silhouette": silhouette_halves(a.embeddings, a.labels, halves, "euclidean"),
-        "silhouette_cosine": silhouette_halves(a.embeddings, a.labels, halves, "cosine"),
-        **spectrum_replicates(a.embeddings, jackknife_blocks(a.labels, seed)),
+        metric: by_class["hf"][metric] - by_class["local"][metric],
+        "mutual_knn": half_deviations(on_halves),
     }
 
 
@@ -173,8 +221,10 @@ class Comparison:
     metrics: dict[str, dict[str, Estimate]]
     """By model, then metric; `se` and `ci95` are NaN where there is no interval."""
     references: dict[str, dict[str, float]]
+    gains: dict[str, Estimate]
+    """By reference: precision@5 of the local model less that of the reference."""
     differences: dict[str, dict[str, Any]]
-    """By metric: an `estimate` of hf - local, and tests where there are any."""
+    """By metric: an `estimate` of hf - local, the `ratio` local / hf, tests where there are any."""
     per_class: list[dict[str, Any]]
     agreement: dict[str, Any]
     mutual: Float[np.ndarray, " n"] | None
@@ -212,32 +262,47 @@ def compare(
         if len(X) != len(labels):
             raise ValueError(f"{name} has {len(X)} rows for {len(labels)} labels")
     analyses = {name: analyze(X, labels, name) for name, X in embeddings.items()}
-    halves = half_samples(labels, NUM_HALVES, seed) if can_halve(labels) else None
-    on_halves = {
-        name: values_on_halves(a, halves, seed) if halves is not None else {}
-        for name, a in analyses.items()
-    }
-    values = {name: measure(a) for name, a in analyses.items()}
+    baselines = {name: analyze(X, labels, name) for name, X in references.items()}
+    values = {name: measure(a) for name, a in {**baselines, **analyses}.items()}
+    parts = resample(labels, seed)
+    by_class = {name: class_deviations(a, parts) for name, a in {**baselines, **analyses}.items()}
+    deviating = {name: deviations(a, by_class[name], parts) for name, a in analyses.items()}
     paired = len(analyses) == 2
+    pair = paired_deviations(analyses, by_class, parts) if paired else {}
     return Comparison(
         analyses=analyses,
         metrics={
             name: {
-                metric: with_interval(value, on_halves[name].get(metric))
+                metric: with_interval(value, deviating[name].get(metric))
                 for metric, value in values[name].items()
             }
             for name in analyses
         },
-        references={name: measure(analyze(X, labels, name)) for name, X in references.items()},
-        differences=differences(analyses, values, on_halves, seed) if paired else {},
-        per_class=per_class_differences(analyses, halves, seed) if paired else [],
-        agreement=agreement(analyses, halves, seed) if paired else {},
+        references={name: values[name] for name in baselines},
+        gains={name: gain(values, by_class, labels, name) for name in baselines},
+        differences=differences(analyses, values, deviating, seed) if paired else {},
+        per_class=per_class(analyses, pair, seed) if paired else [],
+        agreement=agreement(analyses, pair, seed) if paired else {},
         mutual=mutual_per_image(analyses) if paired else None,
         chance_precision=chance_precision(labels),
         seeds=seed_spread(values["local"], other_seeds, labels),
-        num_halves=0 if halves is None else len(halves),
+        num_halves=len(parts.halves) if parts else 0,
         seed=seed,
     )
+
+
+def gain(
+    values: Mapping[str, Mapping[str, float]],
+    by_class: Mapping[str, Deviations],
+    labels: Int[np.ndarray, " n"],
+    reference: str,
+) -> Estimate:
+    """P@5 of the local model less that of a reference, on the same images."""
+    metric = "precision_at_5"
+    change = None
+    if metric in by_class["local"]:
+        change = overall(by_class["local"][metric] - by_class[reference][metric], labels)
+    return with_interval(values["local"][metric] - values[reference][metric], change)
 
 
 def seed_spread(
@@ -258,83 +323,99 @@ def seed_spread(
     }
 
 
-def with_interval(value: float, half_values: Float[np.ndarray, " B"] | None) -> Estimate:
-    """The estimate of a value; without usable half values its interval is NaN."""
-    if half_values is None or not math.isfinite(value) or not np.isfinite(half_values).all():
+def with_interval(value: float, deviating: Float[np.ndarray, " r"] | None) -> Estimate:
+    """The estimate of a value; without usable deviations its interval is NaN."""
+    if deviating is None or not math.isfinite(value) or not np.isfinite(deviating).all():
         return Estimate(value, NAN, (NAN, NAN))
-    return estimate(value, half_values)
+    return estimate(value, deviating)
+
+
+def ratio(local: float, hf: float) -> float:
+    """Local over hf; NaN where that says nothing: below zero more would read as better."""
+    return local / hf if hf > 0 and local >= 0 else NAN
+
+
+def changes(
+    values: Mapping[str, Mapping[str, float]], deviating: Mapping[str, Deviations]
+) -> dict[str, dict[str, Any]]:
+    """Take hf - local and local / hf of every metric."""
+    result: dict[str, dict[str, Any]] = {}
+    for metric in METRICS:
+        local, hf = (values[name][metric] for name in ("local", "hf"))
+        quotient = ratio(local, hf)
+        change = relative = None
+        if metric in deviating["local"]:
+            change = deviating["hf"][metric] - deviating["local"][metric]
+            # A quotient changes with its parts as its derivative says: the delta method.
+            relative = (deviating["local"][metric] - quotient * deviating["hf"][metric]) / hf
+        result[metric] = {
+            "estimate": with_interval(hf - local, change),
+            "ratio": with_interval(quotient, relative),
+        }
+    return result
 
 
 def differences(
     analyses: Mapping[str, Analysis],
     values: Mapping[str, Mapping[str, float]],
-    on_halves: Mapping[str, Mapping[str, Float[np.ndarray, " B"]]],
+    deviating: Mapping[str, Deviations],
     seed: int,
 ) -> dict[str, dict[str, Any]]:
-    """Take hf - local of every metric; for P@5 and P@1 also what single images say."""
-    result: dict[str, dict[str, Any]] = {}
-    for metric in METRICS:
-        pair = [on_halves[name].get(metric) for name in ("local", "hf")]
-        change = None if pair[0] is None or pair[1] is None else pair[1] - pair[0]
-        difference = values["hf"][metric] - values["local"][metric]
-        result[metric] = {"estimate": with_interval(difference, change)}
-    local, hf = (analyses[name].precisions(5) for name in ("local", "hf"))
-    if np.isfinite(local).all():
-        result["precision_at_5"] |= {
-            "sign_flip_p": sign_flip_p(hf - local, seed=seed),
-            "wins": int((hf > local).sum()),
-            "ties": int((hf == local).sum()),
-            "losses": int((hf < local).sum()),
-        }
-    first = [analyses[name].precisions(1) == 1 for name in ("local", "hf")]
+    """Changes of every metric; for P@5 and P@1 also tests on single images."""
+    result = changes(values, deviating)
+    precisions = [analyses[name].precisions(5) for name in ("local", "hf")]
+    result["precision_at_5"] |= precision_tests(*precisions, seed)
+    first = [analyses[name].first_is_right() for name in ("local", "hf")]
     result["precision_at_1"]["mcnemar_p"] = mcnemar_exact_p(*first)
     return result
 
 
-def per_class_differences(
-    analyses: Mapping[str, Analysis], halves: Bool[np.ndarray, "B n"] | None, seed: int
+def precision_tests(
+    local: Float[np.ndarray, " n"], hf: Float[np.ndarray, " n"], seed: int
+) -> dict[str, Any]:
+    """Sign-flip p and the images on which hf wins, ties and loses; nothing without five others."""
+    if not np.isfinite(local).all():
+        return {}
+    return {
+        "sign_flip_p": sign_flip_p(hf - local, seed=seed),
+        "wins": int((hf > local).sum()),
+        "ties": int((hf == local).sum()),
+        "losses": int((hf < local).sum()),
+    }
+
+
+def per_class(
+    analyses: Mapping[str, Analysis], pair: Deviations, seed: int
 ) -> list[dict[str, Any]]:
-    """P@5 of both models by class, the difference, and a sign-flip p corrected after Holm."""
+    """By class: P@5 of both models, difference, tests and mutual kNN; p-values also after Holm."""
     labels = analyses["local"].labels
     local, hf = (analyses[name].precisions(5) for name in ("local", "hf"))
     if not np.isfinite(local).all():
         return []
-    on_halves = precision_halves_by_class(analyses, halves) if halves is not None else {}
+    first = [analyses[name].first_is_right() for name in ("local", "hf")]
+    mutual = mutual_per_image(analyses)
     rows = []
-    for label in np.unique(labels):
+    for column, label in enumerate(np.unique(labels)):
         own = labels == label
-        difference = hf[own] - local[own]
+        change = float((hf[own] - local[own]).mean())
+        common = NAN if mutual is None else float(mutual[own].mean())
+        deviating = {metric: values[:, column] for metric, values in pair.items()}
         rows.append(
             {
                 "label": int(label),
                 "n": int(own.sum()),
                 "local": float(local[own].mean()),
                 "hf": float(hf[own].mean()),
-                "difference": with_interval(float(difference.mean()), on_halves.get(int(label))),
-                "sign_flip_p": sign_flip_p(difference, seed=seed),
+                "difference": with_interval(change, deviating.get("precision_at_5")),
+                **precision_tests(local[own], hf[own], seed),
+                "mcnemar_p": mcnemar_exact_p(first[0][own], first[1][own]),
+                "mutual_knn": with_interval(common, deviating.get("mutual_knn")),
             }
         )
-    corrected = holm(np.array([row["sign_flip_p"] for row in rows]))
-    for row, p in zip(rows, corrected, strict=True):
-        row["holm_p"] = float(p)
+    for test, corrected in (("sign_flip_p", "holm_p"), ("mcnemar_p", "mcnemar_holm_p")):
+        for row, p in zip(rows, holm(np.array([row[test] for row in rows])), strict=True):
+            row[corrected] = float(p)
     return rows
-
-
-def precision_halves_by_class(
-    analyses: Mapping[str, Analysis], halves: Bool[np.ndarray, "B n"]
-) -> dict[int, Float[np.ndarray, " B"]]:
-    """Difference of P@5 on every half, by the class of the query."""
-    labels = analyses["local"].labels
-    classes = np.unique(labels)
-    result = {int(label): np.empty(len(halves)) for label in classes}
-    for index, keep in enumerate(halves):
-        local, hf = (
-            precision_at_k(neighbors_within(analyses[name].lists, keep, 5)[0], labels[keep], 5)
-            for name in ("local", "hf")
-        )
-        for label in classes:
-            result[int(label)][index] = (hf - local)[labels[keep] == label].mean()
-    return result
 
 
 def mutual_per_image(analyses: Mapping[str, Analysis]) -> Float[np.ndarray, " n"] | None:
@@ -343,22 +424,18 @@ def mutual_per_image(analyses: Mapping[str, Analysis]) -> Float[np.ndarray, " n"
     return mutual_knn(*lists, MUTUAL_K) if lists[0].shape[1] >= MUTUAL_K else None
 
 
-def agreement(
-    analyses: Mapping[str, Analysis], halves: Bool[np.ndarray, "B n"] | None, seed: int
-) -> dict[str, Any]:
+def agreement(analyses: Mapping[str, Analysis], pair: Deviations, seed: int) -> dict[str, Any]:
     """How alike the two models see the images, each number beside its chance level."""
     local, hf = (analyses[name] for name in ("local", "hf"))
     labels = local.labels
     n, counts = len(labels), np.bincount(labels)
     mutual = mutual_per_image(analyses)
-    on_halves = (
-        mutual_knn_halves(local.lists, hf.lists, halves, MUTUAL_K) if halves is not None else None
-    )
+    common = overall(pair["mutual_knn"], labels) if pair else None
     class_only = np.minimum(MUTUAL_K / np.maximum(counts - 1, 1), 1.0)[labels].mean()
     demeaned = [demean_by_class(a.embeddings, labels) for a in (local, hf)]
     null = cka_null(local.embeddings, hf.embeddings, labels, seed=seed)
     return {
-        "mutual_knn": with_interval(NAN if mutual is None else float(mutual.mean()), on_halves),
+        "mutual_knn": with_interval(NAN if mutual is None else float(mutual.mean()), common),
         "mutual_knn_chance": MUTUAL_K / (n - 1) if n > MUTUAL_K else NAN,
         "mutual_knn_class_only": float(class_only) if n > MUTUAL_K else NAN,
         "cka": linear_cka(local.embeddings, hf.embeddings),

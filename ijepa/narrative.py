@@ -1,16 +1,16 @@
 """The report in words: sentences chosen by rules from the numbers of one run.
 
-A sentence claims a difference only when the 95 % interval of hf - local leaves out zero; without an
-interval it states numbers and no verdict. Nothing here is typed in by hand that a run can measure.
+A sentence claims a difference only when its 95 % interval leaves out zero; without an interval it
+states numbers and no verdict. Nothing here is typed in by hand that a run can measure.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
-from ijepa.comparison import HEADLINES, Comparison, neighbor_confusion
+from ijepa.agreement import MAX_SPEARMAN_IMAGES
+from ijepa.comparison import HEADLINES, Comparison, neighbor_confusion, ratio
 from ijepa.uncertainty import Estimate
 
 ROWS = {
@@ -20,38 +20,68 @@ ROWS = {
     "silhouette": "Silhouette score",
     "precision_at_5": "NN precision@5",
 }
-PERCENT = ("variance_10pc", "variance_50pc", "precision_at_5")
+PERCENT = (
+    "variance_10pc",
+    "variance_50pc",
+    "precision_at_1",
+    "precision_at_5",
+    "mutual_knn",
+    "ratio",
+)
+DIGITS = {"embedding_dim": 0, "effective_rank": 1, "ratio": 0}
 MISSING = "n/a"
+CONCLUDED = {
+    "higher": "higher with the HF model:",
+    "lower": "higher with the local model:",
+    "unclear": "no difference can be shown in:",
+}
+MODELS = ("local", "hf")
+TOO_FEW = "With fewer than six images there are no five nearest neighbours to judge by."
+SIGNIFICANT = 0.05
 INTERVALS = (
     "Brackets hold 95 % intervals over images: from stratified half-samples for silhouette and "
     "precision, from a block jackknife for variance and effective rank."
 )
 
 
-def number(metric: str, value: float, sign: str = "") -> str:
-    """A value as printed: percent with one digit for shares, three digits otherwise."""
+def number(metric: str, value: float, sign: str = "", extra: int = 0) -> str:
+    """A value as printed: percent with one digit for shares, three digits for most others.
+
+    Args:
+        metric: Decides on percent and digits.
+        value: What to print.
+        sign: "+" to print the sign of positive values also.
+        extra: Digits beyond the usual.
+    """
     if not math.isfinite(value):
         return MISSING
-    if metric == "embedding_dim":
-        return f"{value:.0f}"
     percent = metric in PERCENT
+    digits = DIGITS.get(metric, 1 if percent else 3) + extra
     # Adding 0 turns a negative zero, left by rounding, into a plain one.
-    value = round(100 * value, 1) + 0.0 if percent else round(value, 3) + 0.0
-    return f"{value:{sign}.1f}%" if percent else f"{value:{sign}.3f}"
+    value = round(100 * value if percent else value, digits) + 0.0
+    return f"{value:{sign}.{digits}f}" + ("%" if percent else "")
 
 
 def interval(metric: str, estimate: Estimate, sign: str = "") -> str:
     """The value and, where there is one, its 95 % interval in brackets."""
-    shown = number(metric, estimate.value, sign)
     if not math.isfinite(estimate.se):
-        return shown
-    low, high = (number(metric, bound, sign).rstrip("%") for bound in estimate.ci95)
-    return f"{shown} [{low}, {high}]"
+        return number(metric, estimate.value, sign)
+    extra = extra_digits(metric, estimate.se)
+    low, high = (number(metric, bound, sign, extra).rstrip("%") for bound in estimate.ci95)
+    return f"{number(metric, estimate.value, sign, extra)} [{low}, {high}]"
 
 
-def ratio(local: float, hf: float) -> float:
-    """Local over hf; NaN where that says nothing: below zero more would read as better."""
-    return local / hf if hf > 0 and local >= 0 else float("nan")
+def extra_digits(metric: str, se: float) -> int:
+    """Digits beyond the usual that show a standard error: at most three, none for an error of 0."""
+    percent = metric in PERCENT
+    scaled = 100 * se if percent else se
+    usual = DIGITS.get(metric, 1 if percent else 3)
+    return min(max(math.ceil(-math.log10(scaled)) - usual, 0), 3) if scaled > 0 else 0
+
+
+def gap(metric: str, difference: Estimate) -> str:
+    """A difference with its interval: shares differ by points, not by percent."""
+    return interval(metric, difference, "+").replace("%", " points")
 
 
 def verdict(difference: Estimate) -> str:
@@ -102,17 +132,6 @@ def table(comparison: Comparison) -> list[list[str]]:
     return rows
 
 
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Cells as a Markdown table; bars and line breaks in cells are escaped."""
-    safe = [
-        [cell.replace("|", "\\|").replace("\n", " ").replace("\r", " ") for cell in row]
-        for row in rows
-    ]
-    lines = ["| " + " | ".join(row) + " |" for row in safe]
-    lines.insert(1, "|" + " --- |" * len(safe[0]))
-    return "\n".join(lines)
-
-
 def console_table(rows: Sequence[Sequence[str]]) -> str:
     """Cells as aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -130,36 +149,56 @@ def console_table(rows: Sequence[Sequence[str]]) -> str:
 def retrieval_finding(comparison: Comparison) -> str:
     """Who retrieves better, and what that means beside chance and the references."""
     local = comparison.metrics["local"]["precision_at_5"]
+    if not math.isfinite(local.value):
+        return TOO_FEW
     text = (
         f"Of the five nearest neighbours of an image, {interval('precision_at_5', local)} share "
-        f"its class with the local model; chance is {100 * comparison.chance_precision:.1f}%"
+        f"its class with the local model; chance is {100 * comparison.chance_precision:.1f}%. "
+        f"{references_finding(comparison)}"
     )
-    for name, metrics in comparison.references.items():
-        text += (
-            f", {name.replace('_', ' ')} give {number('precision_at_5', metrics['precision_at_5'])}"
-        )
-    text += "."
     if "hf" not in comparison.metrics:
         return text
     hf = comparison.metrics["hf"]["precision_at_5"]
     facts = comparison.differences["precision_at_5"]
-    difference = facts["estimate"]
-    shown = interval("precision_at_5", difference, "+")
+    shown = gap("precision_at_5", facts["estimate"])
     text += f" With the HF model it is {interval('precision_at_5', hf)}"
     text += {
-        "higher": f": the HF model retrieves better, by {shown}.",
-        "lower": f": the local model retrieves better; HF - local is {shown}.",
+        "higher": f": the HF model retrieves better (HF - local {shown}).",
+        "lower": f": the local model retrieves better (HF - local {shown}).",
         "unclear": f"; HF - local is {shown}, so no difference can be shown at "
         f"n = {count(comparison)}.",
         "unknown": "; there are too few images for an interval, so this is no verdict.",
-    }[verdict(difference)]
-    if "wins" in facts:
-        text += (
-            f" Image by image the HF model does better on {facts['wins']}, as well on "
-            f"{facts['ties']} and worse on {facts['losses']} "
-            f"(sign-flip p = {facts['sign_flip_p']:.4g})."
+    }[verdict(facts["estimate"])]
+    first = [
+        number("precision_at_1", comparison.metrics[m]["precision_at_1"].value) for m in MODELS
+    ]
+    return text + (
+        f" Image by image the HF model does better on {facts['wins']}, as well on {facts['ties']} "
+        f"and worse on {facts['losses']} (sign-flip p = {facts['sign_flip_p']:.2g}). The nearest "
+        f"neighbour alone is right for {first[0]} with the local and {first[1]} with the HF model "
+        f"(exact McNemar p = {comparison.differences['precision_at_1']['mcnemar_p']:.2g})."
+    )
+
+
+def references_finding(comparison: Comparison) -> str:
+    """Whether the local model retrieves better than each reference."""
+    sentences = []
+    for name, estimate in comparison.gains.items():
+        reference = number("precision_at_5", comparison.references[name]["precision_at_5"])
+        shown = gap("precision_at_5", estimate)
+        more = interval("precision_at_5", estimate).replace("%", " points")
+        words = name.replace("_", " ")
+        sentences.append(
+            {
+                "higher": f"The local model is better than {words} ({reference}) by {more}.",
+                "lower": f"The local model is worse than {words} ({reference}): local - {words} "
+                f"is {shown}.",
+                "unclear": f"No difference between the local model and {words} ({reference}) can "
+                f"be shown ({shown}).",
+                "unknown": f"{words.capitalize()} give {reference}.",
+            }[verdict(estimate)]
         )
-    return text
+    return " ".join(sentences)
 
 
 def question(comparison: Comparison) -> str:
@@ -173,7 +212,7 @@ def answer(comparison: Comparison) -> str:
     """One sentence on precision@5, with a winner only where the interval leaves out zero."""
     local = comparison.metrics["local"]["precision_at_5"]
     if not math.isfinite(local.value):
-        return "With fewer than six images there are no five nearest neighbours to judge by."
+        return TOO_FEW
     others = " and ".join(
         f"{name.replace('_', ' ')} {number('precision_at_5', metrics['precision_at_5'])}"
         for name, metrics in comparison.references.items()
@@ -185,15 +224,15 @@ def answer(comparison: Comparison) -> str:
     hf = comparison.metrics["hf"]["precision_at_5"]
     shown = [number("precision_at_5", value) for value in (local.value, hf.value)]
     difference = comparison.differences["precision_at_5"]["estimate"]
-    gap = interval("precision_at_5", difference, "+").replace("%", "")
+    change = gap("precision_at_5", difference)
     first = {
         "higher": f"The HF model: {shown[1]} of an image's five nearest neighbours share its class,"
-        f" against {shown[0]} with the local model (HF - local {gap} points)",
+        f" against {shown[0]} with the local model (HF - local {change})",
         "lower": f"The local model: {shown[0]} of an image's five nearest neighbours share its "
-        f"class, against {shown[1]} with the HF model (HF - local {gap} points)",
+        f"class, against {shown[1]} with the HF model (HF - local {change})",
         "unclear": f"No difference can be shown: {shown[0]} of an image's five nearest neighbours "
         f"share its class with the local model and {shown[1]} with the HF model "
-        f"(HF - local {gap} points)",
+        f"(HF - local {change})",
         "unknown": "There are too few images for a verdict: of an image's five nearest neighbours "
         f"{shown[0]} share its class with the local model and {shown[1]} with the HF model",
     }[verdict(difference)]
@@ -202,14 +241,18 @@ def answer(comparison: Comparison) -> str:
 
 def efficiency_finding(comparison: Comparison) -> str:
     """What share of the HF model's retrieval the local dimensions buy."""
-    head = summary(comparison)
-    if "hf" not in head or not math.isfinite(head["ratio"]["precision_at_5"]):
-        return "This run has one model alone, so there is no ratio to report."
-    return (
-        f"The local model reaches {100 * head['ratio']['precision_at_5']:.0f}% of the HF model's "
-        f"precision@5 with {100 * head['ratio']['embedding_dim']:.0f}% of its dimensions "
-        f"({head['local']['embedding_dim']} against {head['hf']['embedding_dim']})."
-    )
+    head, facts = summary(comparison), comparison.differences["precision_at_5"]
+    widths = [int(head[name]["embedding_dim"]) for name in MODELS]
+    if not math.isfinite(facts["estimate"].value):
+        return TOO_FEW
+    if not math.isfinite(facts["ratio"].value):
+        return "With the HF model no neighbour shares the class of its image: there is no ratio."
+    share = interval("ratio", facts["ratio"])
+    text = f"The local model reaches {share} of the HF model's precision@5 "
+    if widths[0] == widths[1]:
+        return text + f"with as many dimensions ({widths[0]})."
+    share = number("ratio", widths[0] / widths[1])
+    return text + f"with {share} of its dimensions ({widths[0]} against {widths[1]})."
 
 
 def variance_finding(comparison: Comparison) -> str:
@@ -222,22 +265,47 @@ def variance_finding(comparison: Comparison) -> str:
             f"{label(name)}: {interval('variance_10pc', m['variance_10pc'])} of the variance in 10 "
             f"PCs, {interval('variance_50pc', m['variance_50pc'])} in 50; "
             f"PCs for 80 %: {whole(m['components_80'].value)}; effective rank "
-            f"{rank.value:.1f} of {width} ({100 * rank.value / width:.0f}%)."
+            f"{interval('effective_rank', rank)} of {width}"
+            + (f" ({100 * rank.value / width:.0f}%)." if math.isfinite(rank.value) else ".")
         )
-    text = " ".join(parts)
     if "hf" in comparison.metrics:
-        difference = comparison.differences["variance_10pc"]["estimate"]
-        text += {
-            "higher": " The HF model puts more of its variance into 10 PCs",
-            "lower": " The local model puts more of its variance into 10 PCs",
-            "unclear": " No difference in 10 PCs can be shown",
-            "unknown": " Without an interval, no verdict on 10 PCs is given",
-        }[verdict(difference)]
-        text += f" (HF - local {interval('variance_10pc', difference, '+')})."
-    return text + (
-        " Explained variance describes a shape and not a quality: raw pixels reach "
+        parts += [concentration(comparison), spread(comparison)]
+    parts.append(
+        "Explained variance describes a shape and not a quality: raw pixels reach "
         f"{number('variance_10pc', comparison.references['pixels']['variance_10pc'])} in 10 PCs."
     )
+    return " ".join(parts)
+
+
+def concentration(comparison: Comparison) -> str:
+    """Which model puts more of its variance into few directions, and of how many they are few."""
+    difference = comparison.differences["variance_10pc"]["estimate"]
+    text = {
+        "higher": "The HF model puts more of its variance into 10 PCs",
+        "lower": "The local model puts more of its variance into 10 PCs",
+        "unclear": "No difference in 10 PCs can be shown",
+        "unknown": "Without an interval, no verdict on 10 PCs is given",
+    }[verdict(difference)]
+    text += f" (HF - local {gap('variance_10pc', difference)})"
+    widths = [analysis.embeddings.shape[1] for analysis in comparison.analyses.values()]
+    if widths[0] == widths[1] or min(widths) < 10:
+        return text + "."
+    shares = [f"{1000 / width:.1f}%" for width in widths]
+    return (
+        text + f"; they are {shares[0]} of the local and {shares[1]} of the HF model's dimensions."
+    )
+
+
+def spread(comparison: Comparison) -> str:
+    """Which model uses more dimensions."""
+    difference = comparison.differences["effective_rank"]["estimate"]
+    text = {
+        "higher": "The HF model uses more dimensions",
+        "lower": "The local model uses more dimensions",
+        "unclear": "No difference in effective rank can be shown",
+        "unknown": "Without an interval, no verdict on effective rank is given",
+    }[verdict(difference)]
+    return text + f" (effective rank, HF - local {gap('effective_rank', difference)})."
 
 
 def separability_finding(comparison: Comparison) -> str:
@@ -249,14 +317,20 @@ def separability_finding(comparison: Comparison) -> str:
     text = f"Mean silhouette with the true labels, from -1 to 1, higher is better: {shown}."
     if "hf" in comparison.metrics:
         difference = comparison.differences["silhouette"]["estimate"]
-        shown = interval("silhouette", difference, "+")
+        shown = gap("silhouette", difference)
         text += {
-            "higher": f" The HF model separates the classes better (by {shown}).",
+            "higher": f" The HF model separates the classes better (HF - local {shown}).",
             "lower": f" The local model separates the classes better (HF - local {shown}).",
-            "unclear": f" No difference can be shown at n = {count(comparison)} ({shown}).",
+            "unclear": f" No difference can be shown at n = {count(comparison)} "
+            f"(HF - local {shown}).",
             "unknown": " Without an interval this is no verdict.",
         }[verdict(difference)]
-    if all(m["silhouette"].value < 0.1 for m in comparison.metrics.values()):
+    cosine = ", ".join(
+        f"{label(name)} {interval('silhouette', numbers['silhouette_cosine'])}"
+        for name, numbers in comparison.metrics.items()
+    )
+    text += f" By cosine instead of Euclidean distance: {cosine}."
+    if all(abs(m["silhouette"].value) < 0.1 for m in comparison.metrics.values()):
         text += " Values this near to 0 mean classes that overlap, however good the neighbours are."
     return text
 
@@ -278,7 +352,7 @@ def confusion_finding(comparison: Comparison, classes: Sequence[str]) -> str:
         best = present[hits[present].argmax()]
         parts.append(
             f"{label(name)}: the purest neighbourhoods are those of {literal(classes[best])} "
-            f"({100 * hits[best]:.0f}%)"
+            f"({100 * hits[best]:.0f}% of the five neighbours are of the same class)"
             + (f"; neighbours stray most from {pairs}." if pairs else "; none stray.")
         )
     return " ".join(parts)
@@ -286,47 +360,126 @@ def confusion_finding(comparison: Comparison, classes: Sequence[str]) -> str:
 
 def agreement_finding(comparison: Comparison) -> str:
     """Whether the two models see the same neighbours and the same geometry."""
+    return f"{neighbors_in_common(comparison)} {geometry_in_common(comparison)}".rstrip()
+
+
+def neighbors_in_common(comparison: Comparison) -> str:
+    """Mutual 10-NN beside chance and the level of the classes, with a verdict from its interval."""
     facts = comparison.agreement
-    mutual = facts["mutual_knn"]
+    mutual, chance = facts["mutual_knn"], facts["mutual_knn_chance"]
+    class_only = facts["mutual_knn_class_only"]
+    if not math.isfinite(mutual.value):
+        return "There are too few images for mutual 10-NN."
     text = (
-        f"The models share {100 * mutual.value:.1f}% of their 10 nearest neighbours"
-        if math.isfinite(mutual.value)
-        else "There are too few images for mutual 10-NN"
+        f"The models share {interval('mutual_knn', mutual)} of their 10 nearest neighbours; "
+        f"{number('mutual_knn', chance)} would be chance and {number('mutual_knn', class_only)} "
+        "the level of two models that agree on the classes and on nothing else"
     )
-    if math.isfinite(mutual.se):
-        low, high = (100 * bound for bound in mutual.ci95)
-        chance, class_only = facts["mutual_knn_chance"], facts["mutual_knn_class_only"]
-        text += f" [{low:.1f}, {high:.1f}]; {100 * chance:.1f}% would be chance and "
-        text += f"{100 * class_only:.1f}% the level of two models that agree on classes alone"
-        text += (
-            ", so they agree on more than classes."
-            if mutual.ci95[0] > class_only
-            else ", so no agreement beyond the classes is shown."
-        )
-    else:
-        text += "."
+    if not math.isfinite(mutual.se):
+        return text + "; without an interval this is no verdict."
+    low = mutual.ci95[0]
+    if low > class_only:
+        return text + ", so they agree on more than the classes."
+    if low > chance:
+        return text + (", so they agree beyond chance; whether on more than classes is open.")
+    return text + ", so no agreement beyond chance can be shown."
+
+
+def geometry_in_common(comparison: Comparison) -> str:
+    """CKA beside its permutation null, and the rank correlation of similarities."""
+    facts, text = comparison.agreement, ""
     cka, demeaned, null = facts["cka"], facts["cka_class_demeaned"], facts["cka_null_p99"]
     if math.isfinite(cka):
-        text += f" Debiased linear CKA is {cka:.3f}"
-        text += f", {demeaned:.3f} within classes" if math.isfinite(demeaned) else ""
-        text += (
-            f"; shuffling images inside their classes gives at most {null:.3f} in 99 % of cases."
+        text = (
+            f"Debiased linear CKA of the two geometries is {number('cka', cka)}; shuffling images "
+            f"inside their classes gives at most {number('cka', null)} in 99 % of cases, so "
         )
-    return text
+        text += (
+            "they have more than the classes in common."
+            if cka > null
+            else "nothing beyond the classes is shown to be in common."
+        )
+    if math.isfinite(demeaned):
+        text += f" With the class means taken out CKA is {number('cka', demeaned)}."
+    rho = facts["similarity_spearman"]
+    if math.isfinite(rho):
+        used = min(count(comparison), MAX_SPEARMAN_IMAGES)
+        text += (
+            f" The cosine similarities of all pairs of {used} images have a Spearman correlation "
+            f"of {number('similarity_spearman', rho)}."
+        )
+    return text.strip()
+
+
+def classes_finding(comparison: Comparison, classes: Sequence[str]) -> str:
+    """On which classes a model is better, all looked at together."""
+    better: dict[str, list[str]] = {"higher": [], "lower": []}
+    for row in comparison.per_class:
+        found = verdict(row["difference"])
+        if found in better and row["holm_p"] < SIGNIFICANT:
+            better[found].append(literal(classes[row["label"]]))
+    total = len(comparison.per_class)
+    rest = total - sum(map(len, better.values()))
+    parts = [
+        f"the {model} model retrieves better on {', '.join(names)}"
+        for model, names in (("HF", better["higher"]), ("local", better["lower"]))
+        if names
+    ]
+    if not comparison.num_halves:
+        parts = ["there are too few images per class for a verdict"]
+    elif not parts:
+        parts = ["no difference can be shown on any class"]
+    elif rest:
+        parts.append(f"no difference can be shown on the other {rest}")
+    return (
+        f"Of {total} classes looked at together: {'; '.join(parts)}. A difference counts when its "
+        f"interval leaves out 0 and its sign-flip p, corrected after Holm, is below {SIGNIFICANT}."
+    )
+
+
+def conclusions(comparison: Comparison) -> list[str]:
+    """What can be said in the end, a sentence each."""
+    found = [answer(comparison)]
+    if found == [TOO_FEW]:
+        return found
+    found.append(references_finding(comparison))
+    if "hf" not in comparison.metrics:
+        return found
+    found.append(efficiency_finding(comparison))
+    shown: dict[str, list[str]] = {"higher": [], "lower": [], "unclear": []}
+    for metric in HEADLINES:
+        word = verdict(comparison.differences[metric]["estimate"])
+        shown.get(word, []).append(ROWS[metric])
+    parts = [
+        f"{words} {', '.join(shown[word])}" for word, words in CONCLUDED.items() if shown[word]
+    ]
+    if parts:
+        found.append(f"In the table, {'; '.join(parts)}.")
+    found.append(neighbors_in_common(comparison))
+    return found
 
 
 def seeds_finding(comparison: Comparison) -> str:
     """What another training seed changes, beside what other images would change."""
-    parts = []
-    for metric in HEADLINES:
-        spread = comparison.seeds[metric]
-        parts.append(
-            f"{ROWS[metric]}: mean {number(metric, spread.mean)}, standard deviation "
-            f"{number(metric, spread.sd)} over trainings, standard error "
-            f"{number(metric, comparison.metrics['local'][metric].se)} over images"
-        )
-    trainings = len(comparison.seeds["precision_at_5"].values)
-    return f"Over {trainings} trainings of the local model: {'; '.join(parts)}."
+    spread = comparison.seeds["precision_at_5"]
+    error = comparison.metrics["local"]["precision_at_5"].se
+    trainings = len(spread.values)
+    text = (
+        f"Over {trainings} trainings of the local model precision@5 is "
+        f"{number('precision_at_5', spread.mean)} in the mean, with a standard deviation of "
+        f"{points(spread.sd)} over trainings"
+    )
+    if math.isfinite(error):
+        text += f"; the standard error over images is {points(error)}"
+    text += ". The intervals hold the latter alone."
+    if trainings < 5:
+        text += f" {trainings} trainings know the deviation only roughly."
+    return text
+
+
+def points(share: float) -> str:
+    """A deviation of a share."""
+    return number("precision_at_5", share, extra=1).replace("%", " points")
 
 
 def headline_lines(comparison: Comparison) -> list[str]:
@@ -370,78 +523,3 @@ def literal(text: str) -> str:
     for character in "\\`*_[]<>|#&":
         single_line = single_line.replace(character, "\\" + character)
     return single_line
-
-
-def per_class_table(comparison: Comparison, classes: Sequence[str]) -> str:
-    """P@5 by class with the Holm-corrected test."""
-    rows = [["Class", "n", "Local", "HF", "HF - local [95 %]", "Holm p"]]
-    rows += [
-        [
-            " ".join(classes[row["label"]].split()),
-            str(row["n"]),
-            number("precision_at_5", row["local"]),
-            number("precision_at_5", row["hf"]),
-            interval("precision_at_5", row["difference"], "+"),
-            f"{row['holm_p']:.4g}",
-        ]
-        for row in comparison.per_class
-    ]
-    return markdown_table(rows)
-
-
-def markdown(comparison: Comparison, facts: Mapping[str, Any], caveats: Sequence[str]) -> str:
-    """The whole report.
-
-    Args:
-        comparison: The numbers.
-        facts: `dataset`, `models` and `run` as in metrics.json.
-        caveats: Sentences that limit what the numbers mean.
-    """
-    dataset, models = facts["dataset"], facts["models"]
-    paired = "hf" in comparison.metrics
-    lines = ["# I-JEPA embeddings: " + ("local against Hugging Face" if paired else "local"), ""]
-    lines += ["## Overview", ""]
-    lines += [
-        f"{dataset['n']} images of {literal(dataset['name'])} ({dataset['split']} split), "
-        f"{len(dataset['classes'])} classes, embedded by:",
-        "",
-    ]
-    lines += [f"- **{label(name)}**: {describe(model)}" for name, model in models.items()]
-    lines += ["", "## Quantitative results", "", markdown_table(table(comparison)), ""]
-    lines += [INTERVALS, ""]
-    if not comparison.num_halves:
-        lines[-2] = "There are too few images per class for intervals."
-    lines += ["## Read with it", "", *(f"- {caveat}" for caveat in caveats), ""]
-    sections = {
-        "Representation efficiency": efficiency_finding(comparison),
-        "Variance structure": variance_finding(comparison),
-        "Class separability": separability_finding(comparison),
-        "What the embeddings confuse": confusion_finding(comparison, dataset["classes"]),
-        "Nearest neighbour retrieval": retrieval_finding(comparison),
-    }
-    if paired:
-        sections["Agreement of the two models"] = agreement_finding(comparison)
-    lines += ["## Key findings", ""]
-    for position, (title, text) in enumerate(sections.items(), start=1):
-        lines += [f"### {position}. {title}", "", text, ""]
-    if comparison.seeds:
-        lines += ["## Spread over training seeds", "", seeds_finding(comparison), ""]
-    if comparison.per_class:
-        lines += ["## Precision@5 by class", ""]
-        lines += [per_class_table(comparison, dataset["classes"]), ""]
-    lines += ["## Files", "", "`metrics.json` holds every number, `per_image.csv` every image.", ""]
-    lines += ["## Reproduction", "", "```bash", facts["run"]["command"], "```", ""]
-    return "\n".join(lines)
-
-
-def describe(model: Mapping[str, Any]) -> str:
-    """One model in a line."""
-    text = f"`{model['source']}`, {model['embedding_dim']} dimensions, "
-    text += f"{model['parameters'] / 1e6:.1f} million parameters, input {model['input_size']} px"
-    if model.get("weights"):
-        text += f", {model['weights']} encoder"
-    if model.get("epochs") is not None:
-        text += f", trained for {model['epochs']} epochs"
-        if model.get("planned_epochs") not in (None, model["epochs"]):
-            text += f" of {model['planned_epochs']} planned"
-    return text + f", {model['dtype']}"

@@ -22,7 +22,8 @@ from ijepa.comparison import Comparison, neighbor_confusion
 from ijepa.data import Split
 from ijepa.explorer import Maps
 from ijepa.files import sha256, write_atomically, write_text
-from ijepa.narrative import markdown, summary
+from ijepa.markdown import markdown
+from ijepa.narrative import summary
 from ijepa.page import page
 
 SCHEMA_VERSION = 1
@@ -91,9 +92,10 @@ def draw(
 
     queries = disagreements(comparison, seed)
     if len(queries):
-        title = f"Where precision@5 differs most, in both directions: {where}"
+        title = f"Where one model alone is right: {where}"
         how = (
-            f"At most {NUM_DISAGREEMENTS} queries each way, ties in an order drawn by seed {seed}."
+            f"Nearest neighbour of the right class in one model alone; at most {NUM_DISAGREEMENTS} "
+            f"each way, by difference in precision@5, ties in an order drawn by seed {seed}."
         )
         yield "nn_disagreement.png", draw_neighbors(comparison, queries, split, caption(title, how))
 
@@ -106,15 +108,20 @@ def draw_queries(labels: Int[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " 
 
 
 def disagreements(comparison: Comparison, seed: int) -> Int[np.ndarray, " q"]:
-    """The images whose P@5 differs most: first where hf is better, then where local is."""
+    """Images on which one model alone is right: first those of hf, then those of local.
+
+    Right is a nearest neighbour of the same class. Chosen are those whose P@5 differs most, among
+    equals in an order drawn by the seed.
+    """
     if len(comparison.analyses) < 2:
         return np.array([], dtype=np.int64)
-    local, hf = (comparison.analyses[name].precisions(5) for name in ("local", "hf"))
-    order = np.random.default_rng(seed).permutation(len(local))
-    chosen = []
-    for gain in (hf - local, local - hf):
-        best = order[np.argsort(-gain[order], kind="stable")][:NUM_DISAGREEMENTS]
-        chosen += [row for row in best if gain[row] > 0]
+    order = np.random.default_rng(seed).permutation(len(comparison.analyses["local"].labels))
+    chosen: list[int] = []
+    for better, worse in (("hf", "local"), ("local", "hf")):
+        winner, loser = (comparison.analyses[name] for name in (better, worse))
+        alone = order[winner.first_is_right()[order] & ~loser.first_is_right()[order]]
+        gain = winner.precisions(5)[alone] - loser.precisions(5)[alone]
+        chosen += alone[np.argsort(-gain, kind="stable")][:NUM_DISAGREEMENTS].tolist()
     return np.array(chosen, dtype=np.int64)
 
 
@@ -157,6 +164,7 @@ def per_image_csv(
     for name, analysis in comparison.analyses.items():
         columns[f"precision_at_5_{name}"] = blank_nan(analysis.precisions(5))
         columns[f"silhouette_{name}"] = blank_nan(analysis.silhouettes["euclidean"])
+        columns[f"silhouette_cosine_{name}"] = blank_nan(analysis.silhouettes["cosine"])
         columns[f"neighbors_{name}"] = [
             " ".join(map(str, split.indices[found])) for found in analysis.lists.neighbors[:, :5]
         ]
@@ -217,6 +225,7 @@ def metrics_json(
             },
         },
         "references": comparison.references,
+        "gains": comparison.gains,
         "training_seeds": comparison.seeds,
     }
     result = plain(content, "", undefined)
@@ -225,7 +234,7 @@ def metrics_json(
         *(
             f"{path.removeprefix('.')} is not defined for this sample"
             for path in undefined
-            if not path.endswith(("se", "ci95[0]", "ci95[1]"))
+            if not path.endswith(("se", "ci95[0]", "ci95[1]", "ratio.value"))
         ),
     ]
     result["artifacts"] = list(artifacts)

@@ -1,22 +1,32 @@
 """Standard errors and 95 % intervals from parts of the images.
 
-Each statistic is recomputed on random halves of the images, drawn without replacement inside every
-class; copies of an image, as a bootstrap makes them, would retrieve each other. For halves of n the
-standard deviation over the halves is the standard error at n, with no further factor. Only this
-deviation is used: most statistics are shifted on a half. With the same halves for both models, the
-half values of a difference are the differences of the half values. Statistics of the spectrum have
-a block jackknife instead, with the same blocks for both models.
+Statistics of neighbours and distances are recomputed on random halves of the images, drawn without
+replacement inside every class; copies of an image, as a bootstrap makes them, would retrieve each
+other. Every half is paired with the images that it leaves out, and half the difference of a pair is
+one deviation of the statistic: McCarthy 1969, "Pseudo-Replication: Half Samples", Review of the
+International Statistical Institute 37. A pair are two independent samples, so that the mean square
+of the deviations is half the variance at n / 2 images whatever the statistic. For means over images
+this is the variance at n; what depends on r images jointly is overstated by 2**(r - 1), where the
+spread of single halves would overstate it by 2**r - 1. In a half every image stands for two, and k
+neighbours become k / 2, so that a neighbourhood is as wide as it is among all images.
+
+Statistics of the spectrum have a block jackknife instead: a half has too few images for each
+dimension, its spectrum is another one. The models of a run share their halves and blocks, so that
+the deviations of a difference are the differences of the deviations.
 
 The intervals hold for new images of the same classes. They leave out the variance between training
 runs: one checkpoint is one draw.
 
-Dimension key: n images, d width, B halves, h images of a half, m listed neighbours, g blocks.
+Dimension key: n images, d width, B halves, h images of a half, C classes, m listed neighbours,
+g blocks, r deviations.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy.special import stdtrit
 
 from ijepa.agreement import mutual_knn
 from ijepa.metrics import (
@@ -26,16 +36,16 @@ from ijepa.metrics import (
     gram_eigenvalues,
     knn_correct,
     nearest_neighbors,
-    precision_at_k,
     silhouette_of_subsets,
 )
 
 NUM_HALVES = 200
 # Fewer images of a class than this leave its half too small for a standard deviation.
 MIN_IMAGES_PER_CLASS = 20
-# Half of 128 listed neighbours are expected to be kept; fewer than 20 have a chance of about 1e-15.
-LIST_LENGTH = 128
 PRECISION_KS = (1, 5, 10, 20)
+KNN_K = 20
+# Half of 64 listed neighbours are expected to be kept; fewer than 10 have a chance of about 1e-9.
+LIST_LENGTH = 64
 VARIANCE_COMPONENTS = (10, 50)
 # Thirty blocks know a standard error to 13 %; each costs an eigendecomposition.
 NUM_BLOCKS = 30
@@ -50,22 +60,22 @@ class Estimate:
     ci95: tuple[float, float]
 
 
-def estimate(value: float, half_values: Float[np.ndarray, " B"]) -> Estimate:
-    """Normal interval around the statistic of all images.
+def estimate(value: float, deviations: Float[np.ndarray, " r"]) -> Estimate:
+    """Interval around the statistic of all images.
 
-    Args:
-        value: The statistic.
-        half_values: Its values on the halves, or its jackknife replicates.
+    The standard error is the root mean square of the deviations, and the interval as wide as
+    Student's t with one degree of freedom less than there are deviations asks for: 1.98 standard
+    errors on either side for 100 pairs of halves, 2.05 for 30 blocks.
     """
-    se = float(np.std(half_values, ddof=1))
-    return Estimate(value, se, (value - 1.96 * se, value + 1.96 * se))
+    se = float(np.sqrt(np.mean(np.square(deviations))))
+    margin = float(stdtrit(len(deviations) - 1, 0.975)) * se
+    return Estimate(value, se, (value - margin, value + margin))
 
 
 def can_halve(labels: Int[np.ndarray, " n"]) -> bool:
-    """Whether every class, and the whole, has enough images for intervals from halves."""
+    """Whether there are two classes at least, each with enough images for intervals from halves."""
     counts = np.unique(labels, return_counts=True)[1]
-    enough_neighbors = len(labels) // 2 > max(PRECISION_KS)
-    return bool(len(counts) > 1 and counts.min() >= MIN_IMAGES_PER_CLASS and enough_neighbors)
+    return bool(len(counts) > 1 and counts.min() >= MIN_IMAGES_PER_CLASS)
 
 
 def half_samples(
@@ -73,29 +83,38 @@ def half_samples(
 ) -> Bool[np.ndarray, "B n"]:
     """Random halves, True for the kept images, with half of each class in every one.
 
-    A class of odd size keeps the smaller or the larger half; in each draw as many classes round up
-    as down, or one fewer, chosen at random.
+    Rows 2i and 2i + 1 are a pair: each keeps what the other leaves out. A class of odd size keeps
+    the smaller or the larger half; in each draw as many classes round up as down, or one fewer,
+    chosen at random.
 
     Raises:
-        ValueError: The images are too few, see `can_halve`.
+        ValueError: The images are too few, see `can_halve`, or the number of halves is odd.
     """
     if not can_halve(labels):
-        smallest = np.unique(labels, return_counts=True)[1].min()
+        counts = np.unique(labels, return_counts=True)[1]
         raise ValueError(
-            f"halves need 2 classes of at least {MIN_IMAGES_PER_CLASS} images and "
-            f"{2 * max(PRECISION_KS) + 2} images, got {smallest} in one class of {len(labels)}"
+            f"halves need 2 classes of at least {MIN_IMAGES_PER_CLASS} images, "
+            f"got {len(counts)} of at least {counts.min()}"
         )
+    if num_halves % 2:
+        raise ValueError(f"halves come in pairs, got {num_halves}")
     generator = np.random.default_rng(seed)
     classes, counts = np.unique(labels, return_counts=True)
     members = [np.flatnonzero(labels == label) for label in classes]
     odd = np.flatnonzero(counts % 2)
     keep = np.zeros((num_halves, len(labels)), bool)
-    for half in keep:
+    for half in keep[::2]:
         sizes = counts // 2
         sizes[generator.permutation(odd)[: len(odd) // 2]] += 1
         for images, size in zip(members, sizes, strict=True):
             half[generator.choice(images, size, replace=False)] = True
+    keep[1::2] = ~keep[::2]
     return keep
+
+
+def half_deviations(half_values: Float[np.ndarray, " B *C"]) -> Float[np.ndarray, " r *C"]:
+    """For `estimate`: half the difference between the values of each half and its partner."""
+    return (half_values[0::2] - half_values[1::2]) / 2
 
 
 @dataclass(frozen=True)
@@ -123,36 +142,67 @@ def neighbors_within(
     position = np.cumsum(keep) - 1
     neighbors = lists.neighbors[images]
     chosen = keep[neighbors]
-    chosen &= np.cumsum(chosen, axis=1, dtype=np.int16) <= k
-    if (chosen.sum(axis=1) < k).any():
+    counts = chosen.sum(axis=1)
+    if (counts < k).any():
         return nearest_neighbors(lists.embeddings[images], k)
-    similarities = lists.similarities[images][chosen]
-    return position[neighbors[chosen]].reshape(-1, k), similarities.reshape(-1, k)
+    # Where in the flattened lists each image's first k chosen neighbours stand.
+    starts = np.cumsum(counts) - counts
+    first = np.flatnonzero(chosen)[starts[:, None] + np.arange(k)]
+    return position[neighbors.ravel()[first]], lists.similarities[images].ravel()[first]
+
+
+def class_means(
+    scores: Float[np.ndarray, " h"], codes: Int[np.ndarray, " h"]
+) -> Float[np.ndarray, " C"]:
+    """Mean score of each class, numbered from 0."""
+    return np.bincount(codes, scores) / np.bincount(codes)
+
+
+def overall(
+    by_class: Float[np.ndarray, "B C"], labels: Int[np.ndarray, " n"]
+) -> Float[np.ndarray, " B"]:
+    """Means over images from the means of their classes, in the order of the sorted labels."""
+    return by_class @ np.unique(labels, return_counts=True)[1] / len(labels)
+
+
+def half_precision(hits: Bool[np.ndarray, "h m"], k: int) -> Float[np.ndarray, " h"]:
+    """Share of hits among the first k / 2 neighbours; of an odd k the last one counts half."""
+    whole, odd = divmod(k, 2)
+    return (2 * hits[:, :whole].sum(axis=1) + hits[:, whole : whole + odd].sum(axis=1)) / k
 
 
 def neighbor_halves(
     lists: NeighborLists, labels: Int[np.ndarray, " n"], halves: Bool[np.ndarray, "B n"]
-) -> dict[str, Float[np.ndarray, " B"]]:
-    """Values on the halves of `precision_at_k`, k in `PRECISION_KS`, and of `knn_accuracy`."""
-    names = [*(f"precision_at_{k}" for k in PRECISION_KS), "knn_accuracy"]
-    values = {name: np.empty(len(halves)) for name in names}
-    for index, keep in enumerate(halves):
-        neighbors, similarities = neighbors_within(lists, keep, max(PRECISION_KS))
-        for k in PRECISION_KS:
-            precision = precision_at_k(neighbors, labels[keep], k).mean()
-            values[f"precision_at_{k}"][index] = precision
-        values["knn_accuracy"][index] = knn_correct(neighbors, similarities, labels[keep]).mean()
-    return values
+) -> dict[str, Float[np.ndarray, "B C"]]:
+    """Class means on the halves of precision@k, k in `PRECISION_KS`, and of kNN accuracy."""
+    codes = np.unique(labels, return_inverse=True)[1]
+    values: dict[str, list[Float[np.ndarray, " C"]]] = {}
+    for keep in halves:
+        own = codes[keep]
+        neighbors, similarities = neighbors_within(lists, keep, max(KNN_K, *PRECISION_KS) // 2)
+        hits = own[neighbors] == own[:, None]
+        scores = {f"precision_at_{k}": half_precision(hits, k) for k in PRECISION_KS}
+        correct = knn_correct(neighbors, similarities, own, KNN_K // 2)
+        scores["knn_accuracy"] = correct.astype(np.float64)
+        for name, score in scores.items():
+            values.setdefault(name, []).append(class_means(score, own))
+    return {name: np.array(rows) for name, rows in values.items()}
 
 
 def mutual_knn_halves(
-    lists_a: NeighborLists, lists_b: NeighborLists, halves: Bool[np.ndarray, "B n"], k: int = 10
-) -> Float[np.ndarray, " B"]:
-    """Values of the mean mutual kNN on the halves."""
-    pairs = (
-        (neighbors_within(lists, keep, k)[0] for lists in (lists_a, lists_b)) for keep in halves
-    )
-    return np.array([mutual_knn(a, b, k).mean() for a, b in pairs])
+    lists_a: NeighborLists,
+    lists_b: NeighborLists,
+    labels: Int[np.ndarray, " n"],
+    halves: Bool[np.ndarray, "B n"],
+    k: int = 10,
+) -> Float[np.ndarray, "B C"]:
+    """Class means on the halves of mutual kNN; k is even."""
+    codes = np.unique(labels, return_inverse=True)[1]
+    values = []
+    for keep in halves:
+        a, b = (neighbors_within(lists, keep, k // 2)[0] for lists in (lists_a, lists_b))
+        values.append(class_means(mutual_knn(a, b, k // 2), codes[keep]))
+    return np.array(values)
 
 
 def silhouette_halves(
@@ -175,29 +225,45 @@ def jackknife_blocks(labels: Int[np.ndarray, " n"], seed: int = 0) -> Int[np.nda
     return blocks
 
 
-def spectrum_replicates(
+def spectrum_deviations(
     X: Float[np.ndarray, "n d"], blocks: Int[np.ndarray, " n"]
 ) -> dict[str, Float[np.ndarray, " g"]]:
-    """Jackknife replicates of explained variance and of the centred effective rank.
+    """Jackknife deviations of explained variance and of the centred effective rank.
 
-    For `estimate`, in place of half values: the statistic without each block, its deviations
-    stretched so that the standard deviation of the replicates is the jackknife standard error. A
-    half has too few images for each dimension: its spectrum is another one, with another spread.
-    Efron 1982, "The Jackknife, the Bootstrap and Other Resampling Plans".
+    For `estimate`: how far the statistic without each block lies from their mean, stretched so that
+    the root mean square is the jackknife standard error. Efron 1982, "The Jackknife, the Bootstrap
+    and Other Resampling Plans". An effective rank above half the number of images has NaN instead:
+    so near to its bound it measures the number of images, and a jackknife overstates its error
+    about twofold.
     """
-    points = center_columns(X)
-    whole, num_blocks = points.T @ points, int(blocks.max()) + 1
+    points, num_blocks = center_columns(X), int(blocks.max()) + 1
     values: dict[str, list[float]] = {f"variance_{k}pc": [] for k in VARIANCE_COMPONENTS}
     values["effective_rank"] = []
-    for block in range(num_blocks):
-        left_out = points[blocks == block]
-        # The columns of all images sum to 0, so that those of the others sum to -offset.
-        offset, num_left = left_out.sum(axis=0), len(points) - len(left_out)
-        gram = whole - left_out.T @ left_out - np.outer(offset, offset) / num_left
-        spectrum = gram_eigenvalues(gram, len(points))
+    for gram in grams_without_blocks(points, blocks):
+        spectrum = gram_eigenvalues(gram, max(points.shape))
         for k in VARIANCE_COMPONENTS:
             values[f"variance_{k}pc"].append(explained_variance(spectrum, k))
         values["effective_rank"].append(effective_rank_of_spectrum(spectrum))
-    stretch = (num_blocks - 1) / np.sqrt(num_blocks)
-    replicates = {name: np.array(series) for name, series in values.items()}
-    return {name: r.mean() + stretch * (r - r.mean()) for name, r in replicates.items()}
+    if np.mean(values["effective_rank"]) > len(points) / 2:
+        values["effective_rank"] = [float("nan")] * num_blocks
+    stretch = np.sqrt(num_blocks - 1)
+    return {name: stretch * (np.array(r) - np.mean(r)) for name, r in values.items()}
+
+
+def grams_without_blocks(
+    points: Float[np.ndarray, "n d"], blocks: Int[np.ndarray, " n"]
+) -> Iterator[Float[np.ndarray, "s s"]]:
+    """Yield, block by block, the smaller Gram matrix of the other images, centred on their mean."""
+    n, d = points.shape
+    whole = points.T @ points if d <= n else points @ points.T
+    for block in range(blocks.max() + 1):
+        if d <= n:
+            left_out = points[blocks == block]
+            # The columns of all images sum to 0, so that those of the others sum to -offset.
+            offset, num_left = left_out.sum(axis=0), n - len(left_out)
+            yield whole - left_out.T @ left_out - np.outer(offset, offset) / num_left
+        else:
+            others = np.flatnonzero(blocks != block)
+            gram = whole[np.ix_(others, others)]
+            gram = gram - gram.mean(axis=0)
+            yield gram - gram.mean(axis=1, keepdims=True)

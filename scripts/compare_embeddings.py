@@ -259,6 +259,8 @@ def extract_all(args: argparse.Namespace, loaded: list[Any], split: Any) -> dict
 
 def caveats(comparison: Any, loaded: list[Any], maps: Any) -> list[str]:
     """What a reader must know before believing a number."""
+    from math import isfinite
+
     n = len(comparison.analyses["local"].labels)
     notes = [
         "the intervals cover images, not training: "
@@ -287,6 +289,12 @@ def caveats(comparison: Any, loaded: list[Any], maps: Any) -> list[str]:
     if (perplexity := next(iter(maps.values())).perplexity) < 30:
         notes.append(f"t-SNE perplexity lowered from 30 to {perplexity:.1f} for {n} images")
     for name, analysis in comparison.analyses.items():
+        rank = comparison.metrics[name]["effective_rank"]
+        if comparison.num_halves and isfinite(rank.value) and not isfinite(rank.se):
+            notes.append(
+                f"the effective rank of the {name} embeddings is above half the number of images, "
+                "which bounds it: no interval"
+            )
         notes += collapse_warning(comparison, name, analysis.embeddings.shape[1])
     return notes
 

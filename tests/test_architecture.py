@@ -31,6 +31,7 @@ ORDER = [
     "embeddings",
     "comparison",
     "narrative",
+    "markdown",
     "markup",
     "charts",
     "class_charts",
@@ -53,7 +54,7 @@ BORDERS = {
 }
 # Tensors end where embeddings begin: what comes after knows arrays alone.
 ARRAYS_ALONE = {
-    *("metrics", "agreement", "uncertainty", "plots", "comparison", "narrative"),
+    *("metrics", "agreement", "uncertainty", "plots", "comparison", "narrative", "markdown"),
     *("markup", "charts", "class_charts", "figures", "explorer", "page"),
 }
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from importlib import util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from sklearn.metrics import silhouette_score
 from sklearn.neighbors import NearestNeighbors
 
 from ijepa.checkpoint import load_checkpoint, save_checkpoint
+from ijepa.comparison import compare
 from ijepa.huggingface import export_huggingface
 from ijepa.model import VisionTransformer, ViTConfig
 
@@ -102,6 +104,7 @@ def test_metrics_json_follows_the_schema(finished):
         "metrics",
         "comparison",
         "references",
+        "gains",
         "training_seeds",
         "caveats",
         "artifacts",
@@ -252,6 +255,16 @@ def test_several_checkpoints_give_the_spread_over_seeds(models, other_seed, tmp_
     alone = json.loads((tmp_path / "alone" / "metrics.json").read_text())
     assert spread["values"][1] == alone["summary"]["local"]["precision_at_5"]
     assert alone["training_seeds"] == {}
+
+
+def test_an_effective_rank_near_its_bound_is_a_caveat():
+    X = np.random.default_rng(0).normal(size=(60, 200)).astype(np.float32)
+    comparison = compare({"local": X}, {"pixels": X[:, :8]}, np.arange(60) % 2, seed=0)
+    description = {"epochs": 9, "planned_epochs": 9, "source": "x.pt"}
+    loaded = [SimpleNamespace(description=description)]
+    maps = {"local": SimpleNamespace(perplexity=30)}
+    found = load_script().caveats(comparison, loaded, maps)
+    assert any("effective rank of the local embeddings is above half" in c for c in found)
 
 
 def test_a_checkpoint_given_twice_is_no_second_seed(models, tmp_path, capsys):

@@ -1,10 +1,18 @@
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, spearmanr
+from statsmodels.stats.multitest import multipletests
 
+from ijepa.agreement import cka_null, demean_by_class, linear_cka
 from ijepa.comparison import METRICS, analyze, compare, neighbor_confusion
 from ijepa.errors import UserError
 from ijepa.uncertainty import NUM_HALVES
+
+WITH_INTERVALS = {
+    *(f"precision_at_{k}" for k in (1, 5, 10, 20)),
+    *("knn_accuracy", "silhouette", "silhouette_cosine"),
+    *("variance_10pc", "variance_50pc", "effective_rank"),
+}
 
 
 def cloud(width, per_class=25, seed=0):
@@ -24,6 +32,43 @@ def pair():
 def test_every_metric_of_the_table_is_there_for_every_model_and_reference(pair):
     for numbers in [*pair.metrics.values(), *pair.references.values(), pair.differences]:
         assert list(numbers) == list(METRICS)
+
+
+def test_intervals_are_where_the_coverage_study_has_them():
+    X, labels = cloud(60, per_class=50)
+    Y, _ = cloud(70, per_class=50, seed=1)
+    wide = compare({"local": X, "hf": Y}, {}, labels, seed=0)
+    for numbers in wide.metrics.values():
+        found = {name for name, estimate in numbers.items() if np.isfinite(estimate.se)}
+        assert found == WITH_INTERVALS
+    found = {name for name, f in wide.differences.items() if np.isfinite(f["estimate"].se)}
+    assert found == WITH_INTERVALS
+
+
+def test_ratios_are_local_over_hf_with_the_error_of_the_delta_method(pair):
+    for metric in ("precision_at_5", "knn_accuracy", "effective_rank"):
+        local, hf = (pair.metrics[name][metric] for name in ("local", "hf"))
+        difference, ratio = (pair.differences[metric][key] for key in ("estimate", "ratio"))
+        assert ratio.value == pytest.approx(local.value / hf.value)
+        # Var(L - rH) from the variances of L, H and H - L.
+        shared = (local.se**2 + hf.se**2 - difference.se**2) / 2
+        variance = local.se**2 + ratio.value**2 * hf.se**2 - 2 * ratio.value * shared
+        assert ratio.se == pytest.approx(np.sqrt(variance) / hf.value)
+
+
+def test_a_ratio_below_zero_is_not_defined():
+    X, labels = cloud(8)
+    scattered = np.random.default_rng(3).normal(size=(75, 2)).astype(np.float32)
+    facts = compare({"local": X, "hf": scattered}, {}, labels, seed=0).differences["silhouette"]
+    assert np.isfinite(facts["estimate"].se)
+    assert np.isnan([facts["ratio"].value, facts["ratio"].se]).all()
+
+
+def test_gains_are_the_difference_from_each_reference(pair):
+    X, labels = pair.analyses["local"].embeddings, pair.analyses["local"].labels
+    expected = compare({"local": X[:, :4], "hf": X}, {}, labels, seed=0)
+    assert pair.gains == {"pixels": expected.differences["precision_at_5"]["estimate"]}
+    assert compare({"local": X}, {"pixels": X}, labels, seed=0).gains["pixels"].ci95 == (0, 0)
 
 
 def test_differences_are_hf_minus_local(pair):
@@ -52,10 +97,17 @@ def test_a_model_against_itself_differs_by_exactly_nothing():
     same = compare({"local": X, "hf": X.copy()}, {}, labels, seed=0)
     for facts in same.differences.values():
         assert np.isnan(facts["estimate"].value) or facts["estimate"].value == 0
+        assert facts["estimate"].se == 0 or np.isnan(facts["estimate"].se)
         assert facts.get("sign_flip_p", 1) == facts.get("mcnemar_p", 1) == 1
     assert same.differences["precision_at_5"]["ties"] == len(labels)
-    assert same.agreement["mutual_knn"].value == 1
-    assert same.agreement["cka"] == pytest.approx(1)
+    assert same.differences["precision_at_5"]["ratio"].ci95 == (1, 1)
+    assert same.agreement["mutual_knn"].ci95 == (1, 1)
+    assert same.agreement["cka"] == same.agreement["cka_class_demeaned"] == pytest.approx(1)
+    assert same.agreement["similarity_spearman"] == pytest.approx(1)
+    for row in same.per_class:
+        assert row["difference"].ci95 == (0, 0)
+        assert row["mutual_knn"].ci95 == (1, 1)
+        assert row["sign_flip_p"] == row["holm_p"] == row["mcnemar_holm_p"] == 1
 
 
 def test_wins_ties_and_losses_and_mcnemar_count_images(pair):
@@ -75,8 +127,47 @@ def test_classes_average_to_the_whole(pair):
     assert np.mean([row["hf"] for row in pair.per_class]) == pytest.approx(
         pair.metrics["hf"]["precision_at_5"].value
     )
-    assert all(row["holm_p"] >= row["sign_flip_p"] for row in pair.per_class)
     assert all(np.isfinite(row["difference"].se) for row in pair.per_class)
+    assert np.mean([row["mutual_knn"].value for row in pair.per_class]) == pytest.approx(
+        pair.agreement["mutual_knn"].value
+    )
+    for key in ("wins", "ties", "losses"):
+        assert sum(row[key] for row in pair.per_class) == pair.differences["precision_at_5"][key]
+
+
+def test_tests_by_class_are_those_of_the_class_alone_and_corrected_together(pair):
+    first = [pair.analyses[name].precisions(1) == 1 for name in ("local", "hf")]
+    for row in pair.per_class:
+        own = pair.analyses["local"].labels == row["label"]
+        only = [(first[i] & ~first[1 - i] & own).sum() for i in (0, 1)]
+        expected = binomtest(int(only[0]), int(sum(only))).pvalue if sum(only) else 1
+        assert row["mcnemar_p"] == pytest.approx(expected)
+    for test, corrected in (("sign_flip_p", "holm_p"), ("mcnemar_p", "mcnemar_holm_p")):
+        expected = multipletests([row[test] for row in pair.per_class], method="holm")[1]
+        assert [row[corrected] for row in pair.per_class] == pytest.approx(expected)
+
+
+def test_agreement_by_class_counts_common_neighbours(pair):
+    lists = [pair.analyses[name].lists.neighbors[:, :10] for name in ("local", "hf")]
+    common = np.array([len({*a} & {*b}) / 10 for a, b in zip(*lists, strict=True)])
+    for row in pair.per_class:
+        own = pair.analyses["local"].labels == row["label"]
+        assert row["mutual_knn"].value == pytest.approx(common[own].mean())
+        assert row["mutual_knn"].se > 0
+
+
+def test_agreement_holds_each_number_of_its_definition(pair):
+    X, Y = (pair.analyses[name].embeddings for name in ("local", "hf"))
+    labels = pair.analyses["local"].labels
+    assert pair.agreement["cka"] == linear_cka(X, Y)
+    demeaned = [demean_by_class(Z, labels) for Z in (X, Y)]
+    assert pair.agreement["cka_class_demeaned"] == linear_cka(*demeaned)
+    null = np.sort(cka_null(X, Y, labels, seed=0))
+    assert null[197] <= pair.agreement["cka_null_p99"] <= null[198]
+    unit = [Z / np.linalg.norm(Z.astype(float), axis=1, keepdims=True) for Z in (X, Y)]
+    upper = np.triu_indices(len(X), k=1)
+    expected = spearmanr(*((Z @ Z.T)[upper] for Z in unit)).statistic
+    assert pair.agreement["similarity_spearman"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_chance_levels_follow_from_the_counts(pair):
@@ -85,8 +176,9 @@ def test_chance_levels_follow_from_the_counts(pair):
     assert pair.chance_precision == pytest.approx(24 / 74)
 
 
-def test_random_encoders_agree_by_chance_and_the_interval_says_so():
-    rng = np.random.default_rng(5)
+@pytest.mark.parametrize("seed", [5, 6])
+def test_random_encoders_agree_by_chance_and_the_interval_says_so(seed):
+    rng = np.random.default_rng(seed)
     labels = np.repeat(np.arange(4), 100)
     X, Y = (rng.normal(size=(400, width)).astype(np.float32) for width in (16, 64))
     agreement = compare({"local": X, "hf": Y}, {}, labels, seed=0).agreement
@@ -100,6 +192,7 @@ def test_fewer_than_20_images_of_a_class_have_numbers_and_no_interval():
     small = compare({"local": X}, {}, labels, seed=0)
     assert small.num_halves == 0
     assert all(np.isnan(value.se) for value in small.metrics["local"].values())
+    assert all(np.isnan(value.ci95).all() for value in small.metrics["local"].values())
     assert np.isfinite(small.metrics["local"]["precision_at_5"].value)
 
 

@@ -94,9 +94,10 @@ def test_per_image_rows_read_back_as_the_numbers(run):
     for name in ("local", "hf"):
         shown = [float(row[f"precision_at_5_{name}"]) for row in rows]
         assert np.mean(shown) == pytest.approx(comparison.metrics[name]["precision_at_5"].value)
-        shown = [float(row[f"silhouette_{name}"]) for row in rows]
-        expected = comparison.metrics[name]["silhouette"].value
-        assert np.mean(shown) == pytest.approx(expected, abs=1e-6)
+        for metric in ("silhouette", "silhouette_cosine"):
+            shown = [float(row[f"{metric}_{name}"]) for row in rows]
+            expected = comparison.metrics[name][metric].value
+            assert np.mean(shown) == pytest.approx(expected, abs=1e-6)
         neighbors = [list(map(int, row[f"neighbors_{name}"].split())) for row in rows]
         expected = comparison.analyses[name].lists.neighbors[:, :5] + 100
         np.testing.assert_array_equal(neighbors, expected)
@@ -104,13 +105,47 @@ def test_per_image_rows_read_back_as_the_numbers(run):
     assert np.mean(shown) == pytest.approx(comparison.agreement["mutual_knn"].value)
 
 
-def test_disagreements_go_both_ways_and_really_differ(run):
+def test_on_disagreements_one_model_alone_is_right_and_most_clearly(run):
     comparison = run[0]
-    local, hf = (comparison.analyses[name].precisions(5) for name in ("local", "hf"))
-    gains = (hf - local)[disagreements(comparison, 0)]
-    assert (gains[:4] > 0).all()
-    assert (gains[4:] < 0).all()
-    assert gains[:4].min() >= np.sort(hf - local)[-4]
+    local, hf = (comparison.analyses[name] for name in ("local", "hf"))
+    chosen = disagreements(comparison, 0)
+    assert len(chosen) == 8
+    for rows, winner, loser in ((chosen[:4], hf, local), (chosen[4:], local, hf)):
+        alone = (winner.precisions(1) == 1) & (loser.precisions(1) == 0)
+        assert alone[rows].all()
+        gains = winner.precisions(5) - loser.precisions(5)
+        assert gains[rows].tolist() == np.sort(gains[alone])[::-1][:4].tolist()
+    assert chosen.tolist() != disagreements(comparison, 1).tolist()
+
+
+def test_a_model_against_itself_disagrees_nowhere(run):
+    local = run[0].analyses["local"].embeddings
+    labels = run[0].analyses["local"].labels
+    assert len(disagreements(compare({"local": local, "hf": local}, {}, labels, 0), 0)) == 0
+    assert len(disagreements(compare({"local": local}, {}, labels, 0), 0)) == 0
+
+
+def test_metrics_hold_every_number_of_the_comparison(run, facts):
+    comparison = run[0]
+    found = json.loads(report.metrics_json(comparison, facts, [], []))
+    assert found["schema_version"] == 1
+    for name, numbers in comparison.metrics.items():
+        assert found["metrics"][name].keys() == numbers.keys()
+        shown = found["metrics"][name]["precision_at_5"]
+        assert shown == {
+            "value": numbers["precision_at_5"].value,
+            "se": numbers["precision_at_5"].se,
+            "ci95": list(numbers["precision_at_5"].ci95),
+        }
+    facts = found["comparison"]["differences"]["precision_at_5"]
+    assert facts.keys() == {"estimate", "ratio", "sign_flip_p", "wins", "ties", "losses"}
+    assert "mcnemar_p" in found["comparison"]["differences"]["precision_at_1"]
+    assert found["comparison"]["agreement"].keys() == comparison.agreement.keys()
+    assert found["comparison"]["agreement"]["cka_null_p99"] == comparison.agreement["cka_null_p99"]
+    assert found["comparison"]["per_class"][1]["mutual_knn"]["se"] > 0
+    assert found["gains"]["pixels"] == {"value": 0, "se": 0, "ci95": [0, 0]}
+    confusion = np.array(found["comparison"]["neighbor_confusion"]["hf"])
+    np.testing.assert_allclose(confusion.sum(axis=1), 1)
 
 
 def test_queries_come_from_the_seed_and_one_of_each_class():
