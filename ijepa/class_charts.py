@@ -7,12 +7,14 @@ import numpy as np
 from jaxtyping import Float
 
 from ijepa.charts import WIDTH, drawing, line, text
-from ijepa.markup import Markup, element
+from ijepa.markup import Markup, Number, element
 from ijepa.narrative import number
 from ijepa.uncertainty import Estimate
 
 MAX_NAME = 13
 """Characters of a class name beside a row."""
+BAR = 250
+"""Length of a bar of 100 %."""
 MAX_NUMBERED = 12
 """Classes whose numbers fit into the cells of a matrix."""
 
@@ -88,31 +90,37 @@ def matrix_panel(
 
 
 def precision_panel(
-    title: str, names: Sequence[str], values: Mapping[str, Sequence[float]]
+    title: str, names: Sequence[str], estimates: Mapping[str, Sequence[Estimate]]
 ) -> Markup:
-    """A bar per class and model, with its number at the end; HF's bars are hatched."""
-    left, right, step = 100, 350, 17 * len(values) + 9
+    """A bar per class and model, with interval and number at its end; HF's bars are hatched."""
+    left, step = 100, 17 * len(estimates) + 9
     bottom = 30 + step * len(names)
     marks = [text(0, 16, title, "panel")]
     for share in (0, 0.25, 0.5, 0.75, 1):
-        x = left + (right - left) * share
+        x = left + BAR * share
         marks.append(line(x, 26, x, bottom - 6, "grid" if share else "axis"))
         marks.append(text(x, bottom + 10, f"{share:.0%}", "tick", "middle"))
     for position, name in enumerate(names):
         top = 30 + step * position
         marks.append(text(left - 8, top + step / 2 - 2, short(name), "label small", "end"))
-        for offset, model in enumerate(values):
-            value, y = values[model][position], top + 17 * offset
-            width = (right - left) * (value if math.isfinite(value) else 0)
-            marks.append(
-                element("rect", x=left, y=y, width=width, height=13, class_=f"bar {model}")
-            )
-            if model == "hf":
-                hatch = {"fill": "url(#hatch)", "class_": "hatch"}
-                marks.append(element("rect", x=left, y=y, width=width, height=13, **hatch))
-            shown = number("precision_at_5", value)
-            marks.append(text(left + width + 6, y + 11, shown, f"at {model}"))
+        for offset, model in enumerate(estimates):
+            marks += bar(model, estimates[model][position], left, top + 17 * offset)
     return drawing(title, bottom + 16, *marks)
+
+
+def bar(model: str, estimate: Estimate, left: Number, top: Number) -> list[Markup]:
+    """A bar of a share; the interval has a halo, because half of it lies on the bar."""
+    width = BAR * estimate.value if math.isfinite(estimate.value) else 0
+    marks = [element("rect", x=left, y=top, width=width, height=13, class_=f"bar {model}")]
+    if model == "hf":
+        hatch = {"fill": "url(#hatch)", "class_": "hatch"}
+        marks.append(element("rect", x=left, y=top, width=width, height=13, **hatch))
+    end = left + width
+    if math.isfinite(estimate.se):
+        low, end = (left + BAR * min(max(bound, 0.0), 1.0) for bound in estimate.ci95)
+        marks += [line(low, top + 6.5, end, top + 6.5, look) for look in ("halo", "span")]
+    shown = number("precision_at_5", estimate.value)
+    return [*marks, text(end + 6, top + 11, shown, f"at {model}")]
 
 
 def difference_panel(title: str, names: Sequence[str], estimates: Sequence[Estimate]) -> Markup:

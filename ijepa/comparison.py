@@ -226,6 +226,8 @@ class Comparison:
     differences: dict[str, dict[str, Any]]
     """By metric: an `estimate` of hf - local, the `ratio` local / hf, tests where there are any."""
     per_class: list[dict[str, Any]]
+    class_precision: dict[str, list[Estimate]]
+    """By model: precision@5 of each class that occurs, in the order of the labels."""
     agreement: dict[str, Any]
     mutual: Float[np.ndarray, " n"] | None
     """Share of common 10-NN per image."""
@@ -282,6 +284,7 @@ def compare(
         gains={name: gain(values, by_class, labels, name) for name in baselines},
         differences=differences(analyses, values, deviating, seed) if paired else {},
         per_class=per_class(analyses, pair, seed) if paired else [],
+        class_precision={name: class_precision(a, by_class[name]) for name, a in analyses.items()},
         agreement=agreement(analyses, pair, seed) if paired else {},
         mutual=mutual_per_image(analyses) if paired else None,
         chance_precision=chance_precision(labels),
@@ -415,6 +418,16 @@ def per_class(
     for test, corrected in (("sign_flip_p", "holm_p"), ("mcnemar_p", "mcnemar_holm_p")):
         for row, p in zip(rows, holm(np.array([row[test] for row in rows])), strict=True):
             row[corrected] = float(p)
+    return rows
+
+
+def class_precision(a: Analysis, by_class: Deviations) -> list[Estimate]:
+    """P@5 of each class that occurs."""
+    precision = a.precisions(5)
+    rows = []
+    for column, label in enumerate(np.unique(a.labels)):
+        deviating = by_class["precision_at_5"][:, column] if by_class else None
+        rows.append(with_interval(float(precision[a.labels == label].mean()), deviating))
     return rows
 
 

@@ -9,7 +9,7 @@ from ijepa.charts import NAMES, variance_panels
 from ijepa.class_charts import difference_panel, matrix_panel, precision_panel
 from ijepa.comparison import Comparison
 from ijepa.markup import Markup, element, table
-from ijepa.narrative import MISSING, interval, number
+from ijepa.narrative import MISSING, interval
 from ijepa.plots import PcaProjection, class_similarity
 from ijepa.uncertainty import Estimate
 
@@ -85,21 +85,20 @@ def class_figure(comparison: Comparison, classes: Sequence[str]) -> Markup:
     """Precision@5 by class, and the differences with their intervals."""
     labels = next(iter(comparison.analyses.values())).labels
     present = np.unique(labels)
-    values = {
-        name: [float(analysis.precisions(5)[labels == label].mean()) for label in present]
-        for name, analysis in comparison.analyses.items()
-    }
     found = {row["label"]: row["difference"] for row in comparison.per_class}
     order, note = shown_classes([found.get(int(label)) for label in present])
     names = [" ".join(classes[present[i]].split()) for i in order]
-    bars = {name: [column[i] for i in order] for name, column in values.items()}
+    bars = {
+        name: [estimates[i] for i in order]
+        for name, estimates in comparison.class_precision.items()
+    }
     parts = [precision_panel("Precision@5 by class", names, bars)]
     rows = [["Class", *(NAMES[name] for name in bars)]]
     told = [
-        [number("precision_at_5", v) for v in line] for line in zip(*bars.values(), strict=True)
+        [interval("precision_at_5", e) for e in line] for line in zip(*bars.values(), strict=True)
     ]
     body = [[name, *line] for name, line in zip(names, told, strict=True)]
-    reading = "Longer bars are better; every bar starts at 0 and 100% is full width."
+    reading = "Longer bars are better; the thin line at a bar's end is its 95 % interval."
     if found:
         estimates = [found[int(present[i])] for i in order]
         parts.append(difference_panel("HF - local, points, 95 % interval", names, estimates))

@@ -218,6 +218,7 @@ def metrics_json(
         "comparison": {
             "differences": comparison.differences,
             "per_class": comparison.per_class,
+            "class_precision": comparison.class_precision,
             "agreement": comparison.agreement,
             "neighbor_confusion": {
                 name: neighbor_confusion(analysis, len(facts["dataset"]["classes"])).tolist()

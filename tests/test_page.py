@@ -269,3 +269,20 @@ def test_the_answer_names_a_winner_only_when_the_interval_leaves_out_zero(
     assert said.startswith(words)
     assert said.count(".\n") == 0
     assert "nan" not in said
+
+
+def test_bars_of_the_classes_carry_their_intervals(make_page):
+    page = make_page()
+    parsed = Page(page.html)
+    figure = parsed.by_id("by-class")
+    found = [e for e in parsed.elements if e["tag"] == "line" and figure in e["within"]]
+    spans = [e["attrs"] for e in found if e["attrs"]["class"] == "span"]
+    expected = [
+        e for pair in zip(*page.comparison.class_precision.values(), strict=True) for e in pair
+    ]
+    assert len(spans) == len(expected) == 6
+    for span, estimate in zip(spans, expected, strict=True):
+        drawn = [(float(span[end]) - 100) / 250 for end in ("x1", "x2")]
+        assert drawn == pytest.approx(np.clip(estimate.ci95, 0, 1), abs=1e-4)
+    alone = Page(make_page(models=("local",)).html)
+    assert len([e for e in alone.all("line") if e["attrs"]["class"] == "span"]) == 3
