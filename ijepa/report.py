@@ -32,6 +32,8 @@ MAX_POINTS = 5000
 MAX_QUERIES = 10
 NUM_DISAGREEMENTS = 4
 """Queries shown in each direction of disagreement."""
+NOT_ALWAYS_MADE = ("embeddings_hf.npz", "nn_disagreement.png")
+"""Files that need two models, the second one also an image on which they disagree."""
 
 Figures = Iterator[tuple[str, Figure]]
 
@@ -257,6 +259,8 @@ def write_report(
 ) -> list[Path]:
     """Write every file of a comparison except the embeddings; `metrics.json` comes last.
 
+    What an earlier run left in the folder and this one does not make is removed.
+
     Raises:
         UserError: If a file cannot be written.
     """
@@ -273,8 +277,11 @@ def write_report(
     text = markdown(comparison, facts, caveats)
     write("report.md", lambda path: write_text(path, text))
 
+    # The caller has saved these.
+    saved = [folder / f"embeddings_{name}.npz" for name in comparison.analyses]
+
     def metrics() -> str:
-        files = [*sorted(folder.glob("embeddings_*.npz")), *written]
+        files = [*(path for path in saved if path.exists()), *written]
         return metrics_json(comparison, facts, caveats, [artifact(path) for path in files])
 
     pca = {name: plots.project_pca(a.embeddings, 2) for name, a in comparison.analyses.items()}
@@ -283,4 +290,7 @@ def write_report(
     write("report.html", lambda path: write_text(path, html))
     content = metrics()
     write("metrics.json", lambda path: write_text(path, content))
+    for name in NOT_ALWAYS_MADE:
+        if folder / name not in [*saved, *written]:
+            (folder / name).unlink(missing_ok=True)
     return written

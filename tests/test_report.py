@@ -75,6 +75,23 @@ def test_artifacts_are_the_files_with_their_hashes_and_sizes(run, facts, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in written}
 
 
+def test_files_of_an_earlier_run_that_this_one_does_not_make_are_neither_kept_nor_named(
+    run, facts, tmp_path
+):
+    comparison, maps, split = run
+    for name in ("embeddings_hf.npz", "nn_disagreement.png", "mine.txt"):
+        (tmp_path / name).write_bytes(b"of an earlier run")
+    X = comparison.analyses["local"].embeddings
+    references = {"pixels": X, "random_weights": X}
+    alone = compare({"local": X}, references, split.labels, comparison.seed)
+    write_report(tmp_path, alone, {"local": maps["local"]}, split, facts, [])
+    left = {path.name for path in tmp_path.iterdir()}
+    assert "mine.txt" in left
+    assert not left & {"embeddings_hf.npz", "nn_disagreement.png"}
+    named = json.loads((tmp_path / "metrics.json").read_text())["artifacts"]
+    assert {one["path"] for one in named} <= left
+
+
 def test_the_same_run_writes_the_same_bytes(run, facts, tmp_path):
     comparison, maps, split = run
     folders = [tmp_path / "a", tmp_path / "b"]
