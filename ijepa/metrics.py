@@ -355,7 +355,10 @@ def _sum_distances(
 ) -> Float[np.ndarray, "C n"]:
     """Sums of each image's Euclidean distances to the images of each class."""
     order = np.argsort(codes, kind="stable")
-    points, codes = center_columns(X[order]), codes[order]
+    points, codes = X[order].astype(np.float64), codes[order]
+    # A shift leaves distances as they are and keeps a common offset out of the subtraction below.
+    # By the median of a hundred rows, because one huge row would draw a mean away from all others.
+    points -= np.median(X[:: max(1, len(X) // 100)], axis=0)
     squares = np.square(points).sum(axis=1)
     sums = np.zeros((codes[-1] + 1, len(X)))
     # Small tiles stay in the processor's cache through all the steps below.

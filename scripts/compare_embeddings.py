@@ -1,6 +1,8 @@
 """Compare the embeddings of a local I-JEPA encoder and a Hugging Face I-JEPA on the same images."""
 
 import argparse
+import atexit
+import os
 import shlex
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +235,17 @@ def check_seeds(local: Any, others: list[Any]) -> None:
                 )
 
 
+def join_processes() -> None:
+    """Under torchrun, join its processes, which share the extraction."""
+    if "WORLD_SIZE" not in os.environ:
+        return
+    from torch import distributed
+
+    # A process whose chunks are all in the cache waits for those that compute theirs.
+    distributed.init_process_group("gloo", timeout=timedelta(days=7))
+    atexit.register(distributed.destroy_process_group)
+
+
 def extract_all(args: argparse.Namespace, loaded: list[Any], split: Any) -> dict[str, Any]:
     """Embed the sample with every encoder, through the cache unless it is off."""
     from functools import partial
@@ -240,14 +254,17 @@ def extract_all(args: argparse.Namespace, loaded: list[Any], split: Any) -> dict
 
     from ijepa.data import fingerprint
     from ijepa.embeddings import cache_folder, extract
+    from ijepa.parallel import process_rank
 
-    progress = partial(tqdm, unit=" images", delay=2, file=sys.stderr)
+    first = process_rank() == 0
+    progress = partial(tqdm, unit=" images", delay=2, file=sys.stderr, disable=not first)
     cache = None if args.no_cache else args.output_dir / ".cache"
     split_hash = fingerprint(split)
     results = {}
     for encoder in loaded:
         folder = cache_folder(cache, encoder, split_hash) if cache else None
-        if cache and folder and not folder.exists() and list(cache.glob(f"{encoder.name}-*")):
+        old = folder and not folder.exists() and list(folder.parent.glob(f"{encoder.name}-*"))
+        if old and first:
             print(
                 f"cached {encoder.name} embeddings are of other weights, settings or images: "
                 "computing anew",
@@ -334,13 +351,18 @@ def compare_run(args: argparse.Namespace) -> None:
         from ijepa.comparison import compare
         from ijepa.embeddings import save_embeddings
         from ijepa.narrative import console_table, headline_lines, table
+        from ijepa.parallel import first_process_first, process_rank
         from ijepa.report import project, write_report
-    with watch.stage("load_images"):
+
+        join_processes()
+    with watch.stage("load_images"), first_process_first():
         split = load_images(args)
-    with watch.stage("load_models"):
+    with watch.stage("load_models"), first_process_first():
         loaded = load_encoders(args)
     with watch.stage("extract"):
         results = extract_all(args, loaded, split)
+    if process_rank() > 0:
+        return
     with watch.stage("compare"):
         values = {name: result.values for name, result in results.items()}
         models = {name: values[name] for name in ("local", "hf") if name in values}
