@@ -100,7 +100,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         args.hf_model = bundled("hf") if args.offline else HUB_MODEL
     args.local_checkpoint = args.local_checkpoint or [Path(bundled("checkpoint_latest.pt"))]
     words = sys.argv[1:] if arguments is None else arguments
-    args.command = shlex.join(["python", "scripts/compare_embeddings.py", *words])
+    count = os.environ.get("LOCAL_WORLD_SIZE")
+    launcher = ["torchrun", "--nproc-per-node", count] if count else ["python"]
+    args.command = shlex.join([*launcher, "scripts/compare_embeddings.py", *words])
     return args
 
 
