@@ -188,6 +188,8 @@ def fidelity(args):
             f"random ViT-H of {args.depth} blocks, {args.huge_images} images: smallest cosine of "
             f"bfloat16 to float32 {smallest_cosine(exact, fast):.6f}"
         )
+    if not args.images:
+        return
     split = balanced_sample(load_split("cifar10", args.data_dir, "test", True), args.images, 0)
     exact, fast = embeddings_in_both(
         lambda dtype: load_local_encoder(CHECKPOINT, "target", CPU, dtype),

@@ -5,8 +5,9 @@
 Ours and scikit-learn's run by turns in one process on the same synthetic float32 embeddings of ten
 classes. Times are CPU seconds of the process over all threads, so that other programs on the
 machine do not count: with one thread (`OMP_NUM_THREADS=1`) they are the wall time of an idle core.
-Medians, the median ratio ours / scikit-learn, the largest difference between both answers, and the
-peak memory of the process after our first run (data included) are printed as a Markdown table.
+Medians, the median ratio ours / scikit-learn, the largest difference between both answers and, for
+the first size, the peak memory of the process after our first run (data included) are printed as a
+Markdown table. The system tells only the highest peak of a process, so each size needs its own.
 """
 
 import argparse
@@ -42,14 +43,11 @@ def ours(X, labels):
     yield precision_at_k(nearest_neighbors(X, 5)[0], labels, 5).mean()
 
 
-def peer(X, labels):
+def peer(X, labels, metrics, neighbors):
     """The same by scikit-learn."""
-    from sklearn.metrics import silhouette_score
-    from sklearn.neighbors import NearestNeighbors
-
-    yield silhouette_score(X, labels, metric="euclidean")
-    yield silhouette_score(X, labels, metric="cosine")
-    found = NearestNeighbors(n_neighbors=5, metric="cosine").fit(X).kneighbors()[1]
+    yield metrics.silhouette_score(X, labels, metric="euclidean")
+    yield metrics.silhouette_score(X, labels, metric="cosine")
+    found = neighbors.NearestNeighbors(n_neighbors=5, metric="cosine").fit(X).kneighbors()[1]
     yield (labels[found] == labels[:, None]).mean()
 
 
@@ -65,14 +63,18 @@ def timed(work):
 
 
 def measure(n, d, repeats):
-    """Print the lines of one size."""
+    """Print the lines of one size; its peak memory is known before scikit-learn has run."""
+    peak = None if "sklearn.metrics" not in sys.modules else ""
     X, labels = sample(n, d)
-    mine, theirs, difference, peak = [], [], [0.0] * len(WORK), 0.0
+    mine, theirs, difference = [], [], [0.0] * len(WORK)
     for _ in range(repeats):
         seconds, values = timed(ours(X, labels))
-        peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if peak is None:
+            peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f}"
         mine.append([*seconds, sum(seconds)])
-        seconds, expected = timed(peer(X, labels))
+        from sklearn import metrics, neighbors  # after our peak, before its clock starts
+
+        seconds, expected = timed(peer(X, labels, metrics, neighbors))
         theirs.append([*seconds, sum(seconds)])
         gaps = [abs(a - b) for a, b in zip(values, expected, strict=True)]
         difference = [max(a, b) for a, b in zip(difference, gaps, strict=True)]
@@ -80,7 +82,7 @@ def measure(n, d, repeats):
         a, b = [row[column] for row in mine], [row[column] for row in theirs]
         ratio = statistics.median(x / y for x, y in zip(a, b, strict=True))
         gap = f"{difference[column]:.1e}" if column < len(WORK) else ""
-        memory = "" if column < len(WORK) else f"{peak:.2f}"
+        memory = "" if column < len(WORK) else peak
         print(
             f"| {n} | {d} | {name} | {statistics.median(a):.2f} | {statistics.median(b):.2f} "
             f"| {ratio:.2f} | {gap} | {memory} |",
