@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxtyping import Float
 from ijepa.data import Split
 from ijepa.encoders import FrozenEncoder
 from ijepa.files import write_atomically
+from ijepa.parallel import gather_objects, num_processes, process_rank
 
 CHUNK = 128
 """Images per cache file: at most this many are computed again after an interruption."""
@@ -54,6 +56,9 @@ def extract(
 ) -> Embeddings:
     """Embed every image of the split in order.
 
+    Several processes take chunks in turn, each through the cache. Process 0 gets all rows, in the
+    same bytes as one process would; the others get their own.
+
     Args:
         encoder: What to embed with.
         split: The images.
@@ -64,8 +69,10 @@ def extract(
     """
     chunks: list[np.ndarray] = []
     computed, seconds = 0, 0.0
-    with progress(total=len(split), desc=encoder.name) as bar:
-        for start in range(0, len(split), CHUNK):
+    own = range(0, len(split), CHUNK)[process_rank() :: num_processes()]
+    num_images = sum(min(CHUNK, len(split) - start) for start in own)
+    with progress(total=num_images, desc=encoder.name) as bar:
+        for start in own:
             rows = range(start, min(start + CHUNK, len(split)))
             file = cache / f"{start:09d}.npz" if cache else None
             values = read_chunk(file, len(rows), encoder.embed_dim) if file else None
@@ -78,8 +85,15 @@ def extract(
                     write_chunk(file, values)
             chunks.append(values)
             bar.update(len(rows))
+    shares, counts, times = zip(*gather_objects((chunks, computed, seconds)), strict=True)
+    turns = chain.from_iterable(zip_longest(*shares))
+    # The empty start is all there is for a process without a chunk.
+    nothing = np.empty((0, encoder.embed_dim), np.float32)
+    computed, seconds = sum(counts), max(times)
     return Embeddings(
-        np.concatenate(chunks), computed / seconds if computed else None, not computed
+        np.concatenate([nothing, *(chunk for chunk in turns if chunk is not None)]),
+        computed / seconds if computed else None,
+        not computed,
     )
 
 

@@ -8,6 +8,7 @@ Dimension key: n images, d width of an embedding, k neighbours of an image, C cl
 b subsets of the images, t images of one tile.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -38,13 +39,15 @@ def center_columns(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
     """Float64 copy of the embeddings with zero column means."""
     wide = X.astype(np.float64)
     # Float64 sums of equal float32 values are exact: a constant column becomes exactly zero.
-    return wide - wide.mean(axis=0)
+    wide -= wide.mean(axis=0)
+    return wide
 
 
 def unit_rows(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
     """Float64 copy of the embeddings with rows of length 1."""
     wide = X.astype(np.float64)
-    return wide / np.linalg.norm(wide, axis=1, keepdims=True)
+    wide /= np.linalg.norm(wide, axis=1, keepdims=True)
+    return wide
 
 
 def gram_eigenvalues(gram: Float[np.ndarray, "m m"], n: int) -> Float[np.ndarray, " m"]:
@@ -149,34 +152,124 @@ def nearest_neighbors(
     rows = unit_rows(X).astype(np.float32, order="C") + np.float32(0)
     row_bytes = rows.view(f"V{4 * rows.shape[1]}").ravel()
     _, first, group = np.unique(row_bytes, return_index=True, return_inverse=True)
-    distinct, order = rows[first], np.argsort(group, kind="stable")
-    neighbors, similarities = np.empty((n, k), np.int64), np.empty((n, k), np.float32)
-    step = max(1, TILE_ENTRIES // n)
-    for start in range(0, n, step):
-        images = order[start : start + step]
-        low, high = group[images[0]], group[images[-1]] + 1
-        tile = (distinct[low:high] @ distinct.T)[group[images] - low][:, group]  # (t, n)
-        tile[np.arange(len(images)), images] = -np.inf
-        neighbors[images], similarities[images] = _largest(tile, k)
-    return neighbors, similarities
+    # One more than asked for: the image itself is among them and leaves at the end.
+    keys = _search(rows[first], first, k + 1)
+    if len(first) < n:
+        keys = _with_duplicates(keys, group, k + 1)
+    images = _positions(keys)[group]
+    own = images == np.arange(n)[:, None]
+    own[:, -1] |= ~own.any(axis=1)
+    others = (n, k)
+    return images[~own].reshape(others), _similarities(keys)[group][~own].reshape(others)
 
 
-def _largest(
-    tile: Float[np.ndarray, "t n"], k: int
-) -> tuple[Int[np.ndarray, "t k"], Float[np.ndarray, "t k"]]:
-    """Positions and values of the k largest float32 entries per row, by (-value, position)."""
-    # A partition by value alone drops ties at its border in any order. One integer key holds both:
-    # the float's bits in numeric order above, the position counted backwards below.
-    keys = _ordered_bits(tile.view(np.int32)).astype(np.int64) << 32
-    last = tile.shape[1] - 1
-    keys |= last - np.arange(last + 1)
-    keys = np.sort(np.partition(keys, last + 1 - k, axis=1)[:, -k:], axis=1)[:, ::-1]
-    return last - (keys & 0xFFFFFFFF), _ordered_bits((keys >> 32).astype(np.int32)).view(np.float32)
+def _search(
+    Z: Float[np.ndarray, "t d"], positions: Int[np.ndarray, " t"], k: int
+) -> Int[np.ndarray, "t m"]:
+    """Keys of the k largest products (or all, if fewer) of each row with all rows, best first."""
+    best = np.full((len(Z), min(k, len(Z))), _NOTHING)
+    for rows, columns in _tile_pairs(len(Z), math.isqrt(TILE_ENTRIES // 2)):
+        tile = Z[rows] @ Z[columns].T
+        best[rows] = _merge(best[rows], tile, positions[columns])
+        if rows != columns:  # every product serves both of its images
+            best[columns] = _merge(best[columns], tile.T, positions[rows])
+    return best[:, ::-1]
 
 
-def _ordered_bits(bits: Int[np.ndarray, "t n"]) -> Int[np.ndarray, "t n"]:
+def _tile_pairs(n: int, side: int) -> Iterator[tuple[slice, slice]]:
+    """Square tiles that cover a symmetric n x n matrix on and above its diagonal."""
+    tiles = [slice(at, min(at + side, n)) for at in range(0, n, max(side, 1))]
+    return ((rows, columns) for i, rows in enumerate(tiles) for columns in tiles[i:])
+
+
+def _merge(
+    best: Int[np.ndarray, "t m"], tile: Float[np.ndarray, "t u"], positions: Int[np.ndarray, " u"]
+) -> Int[np.ndarray, "t m"]:
+    """The largest keys, ascending, of those found so far and those of a tile of similarities."""
+    worst = best[:, 0]
+    if worst[0] == _NOTHING:
+        found = _keys(tile, positions)
+    else:
+        # Only what reaches the worst one so far can enter, and after a few tiles that is little.
+        rows, columns = _where(tile >= _similarities(worst)[:, None])
+        found = _padded(_keys(tile[rows, columns], positions[columns]), rows, len(tile))
+    return np.sort(np.concatenate([best, found], axis=1), axis=1)[:, -best.shape[1] :]
+
+
+def _where(mask: Bool[np.ndarray, "t u"]) -> tuple[Int[np.ndarray, " f"], Int[np.ndarray, " f"]]:
+    """Rows and columns that are True, in order of rows; `np.nonzero` is five times slower."""
+    if mask.flags.c_contiguous:
+        rows, columns = np.divmod(np.flatnonzero(mask), mask.shape[1])
+        return rows, columns
+    columns, rows = np.divmod(np.flatnonzero(mask.T), mask.shape[0])
+    order = np.argsort(rows, kind="stable")
+    return rows[order], columns[order]
+
+
+# A similarity and a position in one integer, ordered by (similarity, -position): the float's bits
+# in numeric order above, the position counted backwards below. Sorting by value alone would order
+# ties at random.
+_NOTHING = np.iinfo(np.int64).min
+_LAST = 2**32 - 1
+
+
+def _keys(
+    similarities: Float[np.ndarray, "*shape"], positions: Int[np.ndarray, "*#shape"]
+) -> Int[np.ndarray, "*shape"]:
+    """Keys of float32 similarities to the images at these positions."""
+    bits = _ordered_bits(similarities.view(np.int32)).astype(np.int64) << 32
+    bits |= _LAST - positions
+    return bits
+
+
+def _similarities(keys: Int[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+    """Float32 similarities of keys."""
+    return _ordered_bits((keys >> 32).astype(np.int32)).view(np.float32)
+
+
+def _positions(keys: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
+    """Positions of the images of keys."""
+    return _LAST - (keys & _LAST)
+
+
+def _ordered_bits(bits: Int[np.ndarray, "*shape"]) -> Int[np.ndarray, "*shape"]:
     """Map float32 bit patterns to integers of the same order; the map is its own inverse."""
     return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
+
+
+def _padded(
+    keys: Int[np.ndarray, " f"], rows: Int[np.ndarray, " f"], num_rows: int
+) -> Int[np.ndarray, "t w"]:
+    """Keys in one line per row, given in order of rows; the rest of each line is `_NOTHING`."""
+    counts = np.bincount(rows, minlength=num_rows)
+    lines = np.full((num_rows, counts.max(initial=0)), _NOTHING)
+    lines[rows, np.arange(len(rows)) - (np.cumsum(counts) - counts)[rows]] = keys
+    return lines
+
+
+def _with_duplicates(
+    keys: Int[np.ndarray, "t m"], group: Int[np.ndarray, " n"], k: int
+) -> Int[np.ndarray, "t k"]:
+    """From the best groups of equal images to the k best images; keys name a group's first image.
+
+    Equal images are equally similar to anything: k images of a group are always enough.
+    """
+    members, sizes = np.argsort(group, kind="stable"), np.bincount(group)
+    starts, sizes = np.cumsum(sizes) - sizes, np.minimum(sizes, k)
+    result = np.empty((len(keys), k), np.int64)
+    step = max(1, TILE_ENTRIES // (k * keys.shape[1]))
+    for at in range(0, len(keys), step):
+        part = keys[at : at + step]
+        groups = group[_positions(part)].ravel()
+        repeats = sizes[groups]
+        ends = np.cumsum(repeats)
+        nth = np.arange(ends[-1]) - np.repeat(ends - repeats, repeats)
+        images = members[np.repeat(starts[groups], repeats) + nth]
+        rows = np.repeat(np.arange(len(part)).repeat(part.shape[1]), repeats)
+        similarities = np.repeat(_similarities(part).ravel(), repeats)
+        lines = np.sort(_padded(_keys(similarities, images), rows, len(part)), axis=1)
+        result[at : at + step] = lines[:, : -k - 1 : -1]
+    return result
 
 
 def precision_at_k(
@@ -250,7 +343,40 @@ def silhouette_samples(
 
     As `silhouette_of_subsets` for the one subset of all images.
     """
-    return silhouette_of_subsets(X, labels, np.ones((1, len(X)), bool), metric)[0]
+    codes, counts = np.unique(labels, return_inverse=True, return_counts=True)[1:]
+    if metric != "euclidean" or len(counts) < 2:
+        return silhouette_of_subsets(X, labels, np.ones((1, len(X)), bool), metric)[0]
+    sums = _sum_distances(X, codes)
+    return _silhouette(sums[:, :, None], counts[:, None, None].astype(np.float64), codes)[:, 0]
+
+
+def _sum_distances(
+    X: Float[np.ndarray, "n d"], codes: Int[np.ndarray, " n"]
+) -> Float[np.ndarray, "C n"]:
+    """Sums of each image's Euclidean distances to the images of each class."""
+    order = np.argsort(codes, kind="stable")
+    points, codes = X[order].astype(np.float64), codes[order]
+    # A shift leaves distances as they are and keeps a common offset out of the subtraction below.
+    # By the median of a hundred rows, because one huge row would draw a mean away from all others.
+    points -= np.median(X[:: max(1, len(X) // 100)], axis=0)
+    squares = np.square(points).sum(axis=1)
+    sums = np.zeros((codes[-1] + 1, len(X)))
+    # Small tiles stay in the processor's cache through all the steps below.
+    for rows, columns in _tile_pairs(len(X), math.isqrt(TILE_ENTRIES // 8)):
+        distances = (-2.0 * points[rows]) @ points[columns].T
+        distances += squares[columns]
+        distances += squares[rows, None]
+        np.sqrt(np.maximum(distances, 0.0, out=distances), out=distances)
+        if rows == columns:
+            np.fill_diagonal(distances, 0.0)
+        else:  # every distance serves both of its images
+            classes, starts = np.unique(codes[rows], return_index=True)
+            # np.add.reduceat is forty times slower than this along the first axis.
+            parts = np.split(distances, starts[1:])
+            sums[classes, columns] += np.stack([part.sum(axis=0) for part in parts])
+        classes, starts = np.unique(codes[columns], return_index=True)
+        sums[classes, rows] += np.add.reduceat(distances, starts, axis=1).T
+    return sums[:, np.argsort(order)]
 
 
 def silhouette_of_subsets(

@@ -1,13 +1,19 @@
-"""Several processes as one: equal parts of every batch, one gradient for all of them.
+"""Several processes as one: shares of the work, and what comes back from them.
 
 Without a process group each function is the identity, and a run is one process.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, distributed, nn
+
+from ijepa.errors import UserError
+
+Item = TypeVar("Item")
 
 
 def num_processes() -> int:
@@ -58,3 +64,44 @@ def any_process(flag: bool, device: torch.device) -> bool:
     count = torch.tensor(int(flag), device=device)
     distributed.all_reduce(count)
     return bool(count)
+
+
+@contextmanager
+def lost_processes() -> Iterator[None]:
+    """Turn a connection that another process has closed into an error for the user."""
+    try:
+        yield
+    except RuntimeError as error:  # all that gloo raises
+        raise UserError(
+            "another process of this run has ended", hint="its own error stands beside this one"
+        ) from error
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """Let process 0 run the body before the others: it may download, and its error stops them.
+
+    Raises:
+        UserError: If another process has ended.
+    """
+    if num_processes() > 1 and process_rank() > 0:
+        with lost_processes():
+            distributed.barrier()
+    yield
+    if num_processes() > 1 and process_rank() == 0:
+        with lost_processes():
+            distributed.barrier()
+
+
+def gather_objects(mine: Item) -> list[Item]:
+    """In process 0 what every process has, in their order; in the others their own alone.
+
+    Raises:
+        UserError: If another process has ended.
+    """
+    if num_processes() == 1:
+        return [mine]
+    everyone = [mine] * (num_processes() if process_rank() == 0 else 1)
+    with lost_processes():
+        distributed.gather_object(mine, everyone if process_rank() == 0 else None)
+    return everyone

@@ -9,6 +9,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
+from threadpoolctl import threadpool_limits
 
 from ijepa import plots
 from ijepa.comparison import Comparison, neighbor_confusion
@@ -41,10 +43,12 @@ Figures = Iterator[tuple[str, Figure]]
 def project(comparison: Comparison, seed: int) -> dict[str, plots.TsneProjection]:
     """A t-SNE map of each model's embeddings, of at most `MAX_POINTS` images, for display only."""
     rows = shown_rows(comparison, seed)
-    return {
-        name: plots.project_tsne(analysis.embeddings[rows], seed)
-        for name, analysis in comparison.analyses.items()
-    }
+    shown = {name: analysis.embeddings[rows] for name, analysis in comparison.analyses.items()}
+    # A map takes one thread, so both are made at once. The limit is set here as well, because the
+    # map that is done first would lift it for the other.
+    with threadpool_limits(limits=1), ThreadPoolExecutor() as pool:
+        maps = pool.map(lambda X: plots.project_tsne(X, seed), shown.values())
+        return dict(zip(shown, maps, strict=True))
 
 
 def shown_rows(comparison: Comparison, seed: int) -> Int[np.ndarray, " m"]:

@@ -1,6 +1,8 @@
 """Compare the embeddings of a local I-JEPA encoder and a Hugging Face I-JEPA on the same images."""
 
 import argparse
+import atexit
+import os
 import shlex
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +100,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         args.hf_model = bundled("hf") if args.offline else HUB_MODEL
     args.local_checkpoint = args.local_checkpoint or [Path(bundled("checkpoint_latest.pt"))]
     words = sys.argv[1:] if arguments is None else arguments
-    args.command = shlex.join(["python", "scripts/compare_embeddings.py", *words])
+    count = os.environ.get("LOCAL_WORLD_SIZE")
+    launcher = ["torchrun", "--nproc-per-node", count] if count else ["python"]
+    args.command = shlex.join([*launcher, "scripts/compare_embeddings.py", *words])
     return args
 
 
@@ -232,6 +237,17 @@ def check_seeds(local: Any, others: list[Any]) -> None:
                 )
 
 
+def join_processes() -> None:
+    """Under torchrun, join its processes, which share the extraction."""
+    if "WORLD_SIZE" not in os.environ:
+        return
+    from torch import distributed
+
+    # A process whose chunks are all in the cache waits for those that compute theirs.
+    distributed.init_process_group("gloo", timeout=timedelta(days=7))
+    atexit.register(distributed.destroy_process_group)
+
+
 def extract_all(args: argparse.Namespace, loaded: list[Any], split: Any) -> dict[str, Any]:
     """Embed the sample with every encoder, through the cache unless it is off."""
     from functools import partial
@@ -240,14 +256,17 @@ def extract_all(args: argparse.Namespace, loaded: list[Any], split: Any) -> dict
 
     from ijepa.data import fingerprint
     from ijepa.embeddings import cache_folder, extract
+    from ijepa.parallel import process_rank
 
-    progress = partial(tqdm, unit=" images", delay=2, file=sys.stderr)
+    first = process_rank() == 0
+    progress = partial(tqdm, unit=" images", delay=2, file=sys.stderr, disable=not first)
     cache = None if args.no_cache else args.output_dir / ".cache"
     split_hash = fingerprint(split)
     results = {}
     for encoder in loaded:
         folder = cache_folder(cache, encoder, split_hash) if cache else None
-        if cache and folder and not folder.exists() and list(cache.glob(f"{encoder.name}-*")):
+        old = folder and not folder.exists() and list(folder.parent.glob(f"{encoder.name}-*"))
+        if old and first:
             print(
                 f"cached {encoder.name} embeddings are of other weights, settings or images: "
                 "computing anew",
@@ -342,13 +361,18 @@ def compare_run(args: argparse.Namespace) -> None:
         from ijepa.comparison import compare
         from ijepa.embeddings import save_embeddings
         from ijepa.narrative import console_table, headline_lines, table
+        from ijepa.parallel import first_process_first, process_rank
         from ijepa.report import project, write_report
-    with watch.stage("load_images"):
+
+        join_processes()
+    with watch.stage("load_images"), first_process_first():
         split = load_images(args)
-    with watch.stage("load_models"):
+    with watch.stage("load_models"), first_process_first():
         loaded = load_encoders(args)
     with watch.stage("extract"):
         results = extract_all(args, loaded, split)
+    if process_rank() > 0:
+        return
     with watch.stage("compare"):
         values = {name: result.values for name, result in results.items()}
         models = {name: values[name] for name in ("local", "hf") if name in values}

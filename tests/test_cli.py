@@ -321,3 +321,48 @@ def test_a_seed_that_not_every_library_takes_is_wrong_usage(capsys):
         load_script().main(["--seed", str(2**32)])
     assert stopped.value.code == 2
     assert "must be below 2**32" in capsys.readouterr().err
+
+
+# --- several processes
+
+
+def torchrun(processes, *arguments):
+    """Run the script in processes that meet over a socket on loopback."""
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(processes), str(SCRIPT), *map(str, arguments)),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_write_the_embeddings_of_one(models, finished, tmp_path, processes):
+    flags = ["--local-checkpoint", models[0], "--hf-model", models[1], "--offline"]
+    flags += ["--max-samples", 220, "--output-dir", tmp_path]
+    result = torchrun(processes, *flags)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("wrote ") == 1
+    for name in ("embeddings_local.npz", "embeddings_hf.npz"):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+    content, alone = (
+        json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path, finished)
+    )
+    assert content["metrics"] == alone["metrics"]
+    assert content["run"]["command"].startswith(f"torchrun --nproc-per-node {processes} scripts/")
+
+
+@pytest.mark.slow
+def test_the_error_of_several_processes_is_printed_once(tmp_path):
+    missing = tmp_path / "missing.pt"
+    flags = ["--local-checkpoint", missing, "--hf-model", "none", "--offline"]
+    result = torchrun(2, *flags, "--output-dir", tmp_path / "out")
+    assert result.returncode != 0
+    lines = result.stderr.splitlines()
+    assert len([line for line in lines if line.startswith("error: ") and str(missing) in line]) == 1
+    assert not (tmp_path / "out" / "metrics.json").exists()

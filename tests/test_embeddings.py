@@ -1,4 +1,8 @@
 import contextlib
+import os
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -260,3 +264,73 @@ def test_the_file_of_embeddings_holds_rows_indices_and_labels_without_pickles(tm
         np.testing.assert_array_equal(arrays["labels"], split.labels)
         assert arrays["indices"].dtype == arrays["labels"].dtype == np.int64
     assert list(path.parent.iterdir()) == [path]
+
+
+# --- several processes
+
+# Each process extracts twice, the second time from the cache, or fails if it is told to.
+WORKER = """
+import sys
+from pathlib import Path
+import numpy as np
+from torch import distributed
+sys.path[:0] = [{root!r}, {tests!r}]
+from ijepa.errors import UserError
+from test_embeddings import CHUNK, Bar, counted, embeddings, extract, make_split
+cache, failing = Path(sys.argv[1]), sys.argv[2]
+embeddings.CHUNK = CHUNK
+distributed.init_process_group("gloo")
+rank = distributed.get_rank()
+encoder, asked = counted()
+bar = Bar()
+if failing == str(rank):
+    print("error: no such luck", file=sys.stderr)
+    sys.exit(1)
+try:
+    found = extract(encoder, make_split(), 3, cache / "chunks", bar)
+except UserError as error:
+    print(error.problem, file=sys.stderr)
+    sys.exit(1)
+assert bar.facts["total"] == sum(bar.seen) == len(asked), (bar.facts, bar.seen)
+np.save(cache / f"{{rank}}.npy", found.values)
+again = extract(encoder, make_split(), 3, cache / "chunks", bar)
+assert again.values.tobytes() == found.values.tobytes() and again.from_cache
+distributed.destroy_process_group()
+"""
+
+
+def torchrun(processes, cache, failing="none"):
+    root = str(pathlib.Path(embeddings.__file__).parents[1])
+    worker = cache / "worker.py"
+    worker.write_text(WORKER.format(root=root, tests=str(pathlib.Path(__file__).parent)))
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(processes), str(worker), str(cache), failing),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_give_the_bytes_of_one(tmp_path, processes):
+    result = torchrun(processes, tmp_path)
+    assert result.returncode == 0, result.stderr
+    expected = extract(ENCODER, make_split(), 3, None, Bar()).values
+    assert np.load(tmp_path / "0.npy").tobytes() == expected.tobytes()
+    chunks = [expected[at : at + CHUNK] for at in range(0, len(expected), CHUNK)]
+    for rank in range(1, processes):
+        own = np.concatenate([np.empty((0, 24), np.float32), *chunks[rank::processes]])
+        assert np.load(tmp_path / f"{rank}.npy").tobytes() == own.tobytes()
+    assert len(list((tmp_path / "chunks").iterdir())) == len(chunks)
+
+
+def test_a_failing_process_ends_the_run_with_its_own_error(tmp_path):
+    result = torchrun(2, tmp_path, failing="1")
+    assert result.returncode != 0
+    assert "error: no such luck" in result.stderr
+    assert "RuntimeError" not in result.stderr
+    assert not (tmp_path / "0.npy").exists()

@@ -140,6 +140,30 @@ def test_many_wide_duplicates_are_tied_exactly(monkeypatch, tile_rows):
         assert all(np.ptp(tied) == 0 for tied in others)
 
 
+@pytest.mark.parametrize("tile_entries", [50, 2000, 2**23])
+@pytest.mark.parametrize("k", [1, 7, 299])
+def test_neighbors_equal_a_sort_by_exact_similarity_and_index(monkeypatch, tile_entries, k):
+    monkeypatch.setattr(metrics, "TILE_ENTRIES", tile_entries)
+    # Entries of 1 and -1: rows of equal length, products exact in float32, and ties everywhere.
+    X = np.random.default_rng(5).choice([-1, 1], (300, 16)).astype(np.float32)
+    exact = X.astype(np.int64) @ X.astype(np.int64).T
+    np.fill_diagonal(exact, -100)
+    expected = np.argsort(-exact, axis=1, kind="stable")[:, :k]
+    neighbors, similarities = metrics.nearest_neighbors(X, k)
+    np.testing.assert_array_equal(neighbors, expected)
+    np.testing.assert_array_equal(similarities, np.take_along_axis(exact, expected, 1) / 16)
+
+
+def test_a_single_tile_and_many_tiles_find_the_same_neighbors(monkeypatch):
+    X = clustered(400, 24, seed=7)[0]
+    neighbors, similarities = metrics.nearest_neighbors(X, 129)
+    monkeypatch.setattr(metrics, "TILE_ENTRIES", 2 * 33**2)
+    many, many_similarities = metrics.nearest_neighbors(X, 129)
+    np.testing.assert_allclose(many_similarities, similarities, atol=1e-6)
+    for row, others in zip(neighbors, many, strict=True):
+        assert len(set(row) ^ set(others)) <= 2  # a last bit may decide at the end of a list
+
+
 def test_constant_embeddings_have_the_first_other_images_as_neighbors():
     neighbors, similarities = metrics.nearest_neighbors(np.full((5, 3), -2, np.float32), 2)
     assert neighbors.tolist() == [[1, 2], [0, 2], [0, 1], [0, 1], [0, 1]]
@@ -219,6 +243,15 @@ def test_silhouettes_equal_scikit_learn(monkeypatch, metric):
     theirs = sklearn_metrics.silhouette_samples(X.astype(np.float64), labels, metric=metric)
     np.testing.assert_allclose(ours, theirs, atol=1e-7)
     assert ours[0] == 0
+
+
+@pytest.mark.parametrize("tile_entries", [8 * 7**2, 8 * 50**2, 2**23])
+def test_silhouettes_of_all_images_equal_those_of_the_subset_of_all(monkeypatch, tile_entries):
+    monkeypatch.setattr(metrics, "TILE_ENTRIES", tile_entries)
+    X, labels = clustered(num_classes=9)
+    X[40:60] = X[3]
+    everyone = metrics.silhouette_of_subsets(X, labels, np.ones((1, len(X)), bool))[0]
+    np.testing.assert_allclose(metrics.silhouette_samples(X, labels), everyone, atol=1e-7)
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa import report
+from ijepa import plots, report
 from ijepa.comparison import compare
 from ijepa.data import Split
 from ijepa.errors import UserError
@@ -35,6 +35,15 @@ def run():
     references = {name: models["local"].copy() for name in ("pixels", "random_weights")}
     comparison = compare(models, references, labels, seed=0)
     return comparison, project(comparison, 0), split
+
+
+def test_maps_made_at_once_equal_maps_made_one_after_the_other(run):
+    comparison, maps, _ = run
+    assert list(maps) == ["local", "hf"]
+    for name, analysis in comparison.analyses.items():
+        alone = plots.project_tsne(analysis.embeddings, 0)
+        np.testing.assert_array_equal(maps[name].coordinates, alone.coordinates)
+        assert maps[name].kept_neighbors == alone.kept_neighbors
 
 
 @pytest.fixture(scope="module")
