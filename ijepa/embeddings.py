@@ -3,8 +3,6 @@
 import hashlib
 import json
 import time
-import zipfile
-import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,9 +18,7 @@ from ijepa.files import write_atomically
 
 CHUNK = 128
 """Images per cache file: at most this many are computed again after an interruption."""
-
-# What reading an npz file raises when any of its bytes is changed or cut off.
-DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+SUM_BYTES = hashlib.sha256().digest_size
 
 Progress = Callable[..., AbstractContextManager[Any]]
 """Makes a progress bar like `tqdm(total=..., initial=..., desc=...)`."""
@@ -37,6 +33,8 @@ class Embeddings:
     """Of what was computed in this run; None when nothing was."""
     from_cache: bool
     """True when every row came from the cache."""
+    damaged: tuple[Path, ...] = ()
+    """Files of the cache that did not have their checksum; their rows were computed again."""
 
 
 def cache_folder(root: Path, encoder: FrozenEncoder, split_hash: str) -> Path:
@@ -63,13 +61,16 @@ def extract(
         progress: See `Progress`.
     """
     chunks: list[np.ndarray] = []
+    damaged: list[Path] = []
     computed, seconds = 0, 0.0
     with progress(total=len(split), desc=encoder.name) as bar:
         for start in range(0, len(split), CHUNK):
             rows = range(start, min(start + CHUNK, len(split)))
-            file = cache / f"{start:09d}.npz" if cache else None
+            file = cache / f"{start:09d}.chunk" if cache else None
             values = read_chunk(file, len(rows), encoder.embed_dim) if file else None
             if values is None:
+                if file and file.exists():
+                    damaged.append(file)
                 began = time.perf_counter()
                 values = embed_rows(encoder, split, rows, batch_size)
                 seconds += time.perf_counter() - began
@@ -79,7 +80,10 @@ def extract(
             chunks.append(values)
             bar.update(len(rows))
     return Embeddings(
-        np.concatenate(chunks), computed / seconds if computed else None, not computed
+        np.concatenate(chunks),
+        computed / seconds if computed else None,
+        not computed,
+        tuple(damaged),
     )
 
 
@@ -93,21 +97,29 @@ def embed_rows(
     )
 
 
+def chunk_sum(file: Path, content: bytes) -> bytes:
+    """SHA-256 of a chunk and its place, so that no chunk is taken for another."""
+    return hashlib.sha256(f"{file.parent.name}/{file.name}\n".encode() + content).digest()
+
+
 def write_chunk(file: Path, values: Float[np.ndarray, "b d"]) -> None:
-    """Store one chunk; the zip format checks its bytes on reading."""
-    write_atomically(file, lambda opened: np.savez(opened, embeddings=values))
+    """Store one chunk: its checksum (32 bytes), then little-endian float32 numbers row by row."""
+    content = values.astype("<f4").tobytes()
+    write_atomically(file, lambda opened: opened.write(chunk_sum(file, content) + content))
 
 
 def read_chunk(file: Path, num_rows: int, embed_dim: int) -> Float[np.ndarray, "b d"] | None:
     """A finished chunk, or None if there is none or it is damaged."""
     try:
-        # Opened here, because np.load leaves a file open that it cannot read.
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-            values = arrays["embeddings"]
-    except DAMAGED:
+        if file.stat().st_size != SUM_BYTES + 4 * num_rows * embed_dim:
+            return None
+        stored = file.read_bytes()
+    except OSError:
         return None
-    whole = values.shape == (num_rows, embed_dim) and values.dtype == np.float32
-    return values if whole else None
+    content = stored[SUM_BYTES:]
+    if chunk_sum(file, content) != stored[:SUM_BYTES]:
+        return None
+    return np.frombuffer(content, "<f4").astype(np.float32, copy=False).reshape(num_rows, embed_dim)
 
 
 def save_embeddings(path: Path, values: Float[np.ndarray, "n d"], split: Split) -> None:

@@ -253,7 +253,14 @@ def extract_all(args: argparse.Namespace, loaded: list[Any], split: Any) -> dict
                 "computing anew",
                 file=sys.stderr,
             )
-        results[encoder.name] = extract(encoder, split, args.batch_size, folder, progress)
+        result = extract(encoder, split, args.batch_size, folder, progress)
+        if result.damaged:
+            print(
+                f"{len(result.damaged)} cached chunks of {encoder.name} embeddings were damaged "
+                f"and computed anew, first {result.damaged[0]}",
+                file=sys.stderr,
+            )
+        results[encoder.name] = result
     return results
 
 
@@ -324,9 +331,6 @@ def collapse_warning(comparison: Any, name: str, width: int) -> list[str]:
 
 def compare_run(args: argparse.Namespace) -> None:
     """Images, encoders, embeddings, comparison, report: the whole line of data."""
-    from ijepa.files import check_folder
-
-    check_folder(args.output_dir)
     watch = Stopwatch()
     with watch.stage("import"):
         import torch
@@ -415,9 +419,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Compare; 0 done, 1 a mistake the user can mend, 2 wrong usage, 130 interrupted."""
     args = parse_arguments(arguments)
     from ijepa.errors import UserError
+    from ijepa.files import own_folder
 
     try:
-        compare_run(args)
+        with own_folder(args.output_dir):
+            compare_run(args)
     except ModuleNotFoundError as error:
         print(
             f"error: the package {error.name} is not installed\n"

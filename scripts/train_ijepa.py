@@ -289,13 +289,11 @@ def train_run(args: argparse.Namespace) -> int:
     """Load, resume, train, save; the exit code."""
     from ijepa.devices import choose_device, choose_dtype
     from ijepa.errors import UserError
-    from ijepa.files import check_folder
     from ijepa.training import evaluate, init_state, train
 
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     config = build_config(args)
-    check_folder(args.output_dir)
     (images, held_out), labels = load_images(args)
     images, held_out = images.to(device), held_out.to(device)
     state = init_state(config, device)
@@ -338,9 +336,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Train; 0 done, 1 a mistake the user can mend, 130 stopped by a signal and saved."""
     args = parse_arguments(arguments)
     from ijepa.errors import UserError
+    from ijepa.files import own_folder
 
     try:
-        return train_run(args)
+        with own_folder(args.output_dir):
+            return train_run(args)
     except UserError as error:
         print(f"error: {error.problem}\nhint: {error.hint}", file=sys.stderr)
         return 1
