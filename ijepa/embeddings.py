@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from torch import Tensor
 
 from ijepa.data import Split
 from ijepa.encoders import FrozenEncoder
@@ -18,6 +19,8 @@ from ijepa.files import write_atomically
 
 CHUNK = 128
 """Images per cache file: at most this many are computed again after an interruption."""
+BATCH_VALUES = 2**29
+"""Bytes of decoded images at which a batch is closed: 0.5 GB."""
 SUM_BYTES = hashlib.sha256().digest_size
 
 Progress = Callable[..., AbstractContextManager[Any]]
@@ -91,10 +94,21 @@ def embed_rows(
     encoder: FrozenEncoder, split: Split, rows: range, batch_size: int
 ) -> Float[np.ndarray, "b d"]:
     """Embed some rows of the split in batches."""
-    parts = [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
     return np.concatenate(
-        [encoder.embed([split.images[row] for row in part]).numpy() for part in parts]
+        [encoder.embed(batch).numpy() for batch in batches(split, rows, batch_size)]
     )
+
+
+def batches(split: Split, rows: range, batch_size: int) -> Iterator[list[Tensor]]:
+    """The images of some rows, `batch_size` at a time, or fewer where they are large."""
+    batch: list[Tensor] = []
+    values = 0
+    for row in rows:
+        batch.append(split.images[row])
+        values += batch[-1].numel()
+        if len(batch) == batch_size or values >= BATCH_VALUES or row == rows[-1]:
+            yield batch
+            batch, values = [], 0
 
 
 def chunk_sum(file: Path, content: bytes) -> bytes:

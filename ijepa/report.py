@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from ijepa import plots
 from ijepa.comparison import Comparison, neighbor_confusion
-from ijepa.data import Split
+from ijepa.data import Split, shrink
 from ijepa.explorer import Maps
 from ijepa.files import sha256, write_atomically, write_text
 from ijepa.narrative import markdown, summary
@@ -29,6 +29,8 @@ SCHEMA_VERSION = 1
 MAX_POINTS = 5000
 """Images in a t-SNE map at most; beyond that it takes minutes and shows a blot."""
 MAX_QUERIES = 10
+SHOWN_SIDE = 224
+"""Sides of a neighbour's picture in pixels at most."""
 NUM_DISAGREEMENTS = 4
 """Queries shown in each direction of disagreement."""
 
@@ -131,7 +133,7 @@ def draw_neighbors(
         queries,
         split.labels,
         split.classes,
-        lambda row: split.images[row].numpy(),
+        lambda row: shrink(split.images[row], SHOWN_SIDE),
         caption,
     )
 

@@ -1,9 +1,11 @@
 """Compare the embeddings of a local I-JEPA encoder and a Hugging Face I-JEPA on the same images."""
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,10 +95,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--no-cache", action="store_true", help="neither read nor keep finished embeddings")
     args = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    if any("\udc80" <= character <= "\udcff" for word in words for character in word):
+        parser.error(f"arguments must be UTF-8, got {ascii(words)}")
     if args.hf_model is None:
         args.hf_model = bundled("hf") if args.offline else HUB_MODEL
     args.local_checkpoint = args.local_checkpoint or [Path(bundled("checkpoint_latest.pt"))]
-    words = sys.argv[1:] if arguments is None else arguments
     args.command = shlex.join(["python", "scripts/compare_embeddings.py", *words])
     return args
 
@@ -421,6 +425,9 @@ def main(arguments: list[str] | None = None) -> int:
     from ijepa.errors import UserError
     from ijepa.files import own_folder
 
+    # Importing torchvision asks for a folder for compiled code, of which there is none here. Without
+    # an answer it looks up the user's name, over a socket on some systems, and makes a folder.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
     try:
         with own_folder(args.output_dir):
             compare_run(args)

@@ -81,6 +81,14 @@ def test_no_batch_is_larger_than_asked_for():
     assert sizes == [3, 3, 2, 3, 3, 2, 3, 2]
 
 
+def test_large_images_make_small_batches(monkeypatch):
+    monkeypatch.setattr(embeddings, "BATCH_VALUES", 2 * 3 * 16 * 16)
+    found = list(embeddings.batches(make_split(), range(3, 10), 5))
+    assert [len(batch) for batch in found] == [2, 2, 2, 1]
+    expected = list(make_split().images[3:10])
+    assert all(map(torch.equal, [one for batch in found for one in batch], expected))
+
+
 def test_the_progress_bar_hears_of_every_image(tmp_path):
     for _ in range(2):
         bar = Bar()
