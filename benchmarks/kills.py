@@ -260,7 +260,7 @@ class Comparison(Campaign):
 
 
 class Training(Campaign):
-    """`train_ijepa.py` on 64 images, four epochs."""
+    """`train_ijepa.py` on 120 images, three epochs."""
 
     script = TRAIN
 
@@ -271,7 +271,7 @@ class Training(Campaign):
             for row in range(60):
                 pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / "images" / name / f"{row:02d}.png")
-        self.arguments = ["--dataset", "images", "--epochs", 4, "--batch-size", 16]
+        self.arguments = ["--dataset", "images", "--epochs", 3, "--batch-size", 16]
         self.arguments += ["--embed-dim", 64, "--depth", 1, "--output-dir", "out"]
         super().__init__(folder)
 

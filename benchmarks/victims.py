@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from matplotlib.figure import Figure
 
 from ijepa import encoders, report  # noqa: F401  what every run imports, once for all of them
 from ijepa.checkpoint import load_checkpoint, save_checkpoint
@@ -29,6 +30,10 @@ from ijepa.huggingface import export_huggingface
 from ijepa.model import VisionTransformer, ViTConfig
 
 torch.set_num_threads(1)  # a process with threads cannot be forked
+
+# A campaign draws a thousand figures: small ones.
+_save = Figure.savefig
+Figure.savefig = lambda figure, *args, **kwargs: _save(figure, *args, **{**kwargs, "dpi": 20})
 
 TINY = ViTConfig(image_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
 
