@@ -30,7 +30,7 @@ from victims import print_table, run
 class Failing(Fatal):
     """The same layer; its operation fails like a full disk instead of killing the process."""
 
-    def step(self, dying: Callable[[], object] = lambda: None) -> None:
+    def step(self, dying: Callable[[], object] = lambda: None) -> None:  # noqa: ARG002
         """One operation more."""
         self.count += 1
         if self.count == self.left:

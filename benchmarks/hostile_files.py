@@ -3,9 +3,9 @@
     python benchmarks/hostile_files.py
 
 Every case is a whole run of `compare_embeddings.py --offline` on one hostile file. It must end by
-itself within five minutes: done, or refused with `error:` and `hint:`. Nothing of the file may run, no
-traceback may show, nothing outside the output folder may change, and no more than `LIMIT` megabytes
-may be held beyond what every run begins with. Exit code 1 if any case fails.
+itself within five minutes: done, or refused with `error:` and `hint:`. Nothing of the file may run,
+no traceback may show, nothing outside the output folder may change, and no more than `LIMIT`
+megabytes may be held beyond what every run begins with. Exit code 1 if any case fails.
 """
 
 import json
@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def parts_of(path: Path) -> dict[str, bytes]:
         return {name: opened.read(name) for name in opened.namelist()}
 
 
-def checkpoints(tiny: Path) -> Iterator[Case]:
+def checkpoints(tiny: Path) -> Iterator[Case]:  # noqa: C901  a list of small makers
     """Files for --local-checkpoint."""
     content = torch.load(tiny, weights_only=True)
 
@@ -108,38 +109,69 @@ def checkpoints(tiny: Path) -> Iterator[Case]:
     def pickled(value: Callable[[Path], object], protocol: int) -> Callable:
         return zipped(
             lambda parts, folder: parts.update(
-                {name: pickle.dumps(value(folder), protocol) for name in parts if "data.pkl" in name}
+                {
+                    name: pickle.dumps(value(folder), protocol)
+                    for name in parts
+                    if "data.pkl" in name
+                }
             )
         )
 
     first = next(iter(content["weights"]["target"]))
     shape = content["weights"]["target"][first].shape
     yield "a pickle that runs code", saved(plant(Trap))
-    yield "the same in the format before 1.6", saved(plant(Trap), _use_new_zipfile_serialization=False)
+    yield (
+        "the same in the format before 1.6",
+        saved(plant(Trap), _use_new_zipfile_serialization=False),
+    )
     yield "the same as a plain pickle", lambda folder: raw(pickle.dumps(Trap(folder)))(folder)
     for protocol in (0, 1, 2, 3, 4, 5):
-        yield f"code, pickle protocol {protocol}", pickled(lambda folder: {"a": Trap(folder)}, protocol)
+        yield (
+            f"code, pickle protocol {protocol}",
+            pickled(lambda folder: {"a": Trap(folder)}, protocol),
+        )
     yield "a pickle of ten gigabytes in 60 bytes", pickled(lambda _: {"a": Greedy()}, 2)
     yield "a tensor of 2^40 numbers that is not there", pickled(lambda _: {"a": Shaped()}, 2)
-    yield "a zip bomb for weights", zipped(
-        lambda parts, _: parts.update({"archive/data/0": bytes(10**9)}), zipfile.ZIP_DEFLATED
+    yield (
+        "a zip bomb for weights",
+        zipped(
+            lambda parts, _: parts.update({"archive/data/0": bytes(10**9)}), zipfile.ZIP_DEFLATED
+        ),
     )
-    yield "a zip bomb for the pickle", zipped(
-        lambda parts, _: parts.update({name: bytes(10**9) for name in parts if "pkl" in name}),
-        zipfile.ZIP_DEFLATED,
+    yield (
+        "a zip bomb for the pickle",
+        zipped(
+            lambda parts, _: parts.update({name: bytes(10**9) for name in parts if "pkl" in name}),
+            zipfile.ZIP_DEFLATED,
+        ),
     )
-    yield "a pickle nested 100,000 deep", zipped(
-        lambda parts, _: parts.update(
-            {n: b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b"." for n in parts if "pkl" in n}
-        )
+    yield (
+        "a pickle nested 100,000 deep",
+        zipped(
+            lambda parts, _: parts.update(
+                {
+                    n: b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b"."
+                    for n in parts
+                    if "pkl" in n
+                }
+            )
+        ),
     )
     yield "a tensor that repeats one number", saved(put(first, torch.zeros(1).expand(2**20, 2**20)))
     yield "weights of NaN", saved(put(first, torch.full(shape, torch.nan)))
     yield "weights of infinity", saved(put(first, torch.full(shape, torch.inf)))
     yield "weights of 1e38", saved(put(first, torch.full(shape, 1e38)))
-    for key, value in [("depth", 2**40), ("embed_dim", 2**40), ("image_size", 2**16), ("depth", -1)]:
-        yield f"{key} of {value}", saved(
-            lambda mine, _, key=key, value=value: mine["architecture"].__setitem__(key, value)
+    for key, value in [
+        ("depth", 2**40),
+        ("embed_dim", 2**40),
+        ("image_size", 2**16),
+        ("depth", -1),
+    ]:
+        yield (
+            f"{key} of {value}",
+            saved(
+                lambda mine, _, key=key, value=value: mine["architecture"].__setitem__(key, value)
+            ),
         )
     yield "an empty file", raw(b"")
     yield "a TorchScript archive", lambda folder: scripted(folder)
@@ -156,29 +188,41 @@ def scripted(folder: Path) -> Flags:
     return ["--local-checkpoint", folder / "m.pt"]
 
 
-def directories(pristine: Path) -> Iterator[Case]:
-    """Directories for --hf-model."""
+def copied(pristine: Path, change: Callable[[Path], object]) -> Callable[[Path], Flags]:
+    """A model directory with something changed."""
 
-    def copied(change: Callable[[Path], object]) -> Callable[[Path], Flags]:
-        def make(folder: Path) -> Flags:
-            mine = shutil.copytree(pristine, folder / "model")
-            (mine / "SHA256SUMS").unlink()  # a stranger's directory has none, or true ones
-            change(mine)
-            return ["--hf-model", mine]
+    def make(folder: Path) -> Flags:
+        mine = shutil.copytree(pristine, folder / "model")
+        (mine / "SHA256SUMS").unlink()  # a stranger's directory has none, or true ones
+        change(mine)
+        return ["--hf-model", mine]
 
-        return make
+    return make
 
-    def settings(name: str, **changes: object) -> Callable[[Path], Flags]:
-        def change(mine: Path) -> None:
-            content = json.loads((mine / name).read_text())
-            (mine / name).write_text(json.dumps({**content, **changes}))
 
-        return copied(change)
+def instead(name: str, put: Callable[[Path], object]) -> Callable[[Path], object]:
+    """Put something else in the place of a file."""
+    return lambda mine: [(mine / name).unlink(), put(mine / name)]
 
-    def header(entries: dict, size: int | None = None, body: int = 40_000) -> Callable[[Path], Flags]:
+
+def settings(pristine: Path, file: str, **changes: object) -> Callable[[Path], Flags]:
+    """A model directory with other settings."""
+
+    def change(mine: Path) -> None:
+        content = json.loads((mine / file).read_text())
+        (mine / file).write_text(json.dumps({**content, **changes}))
+
+    return copied(pristine, change)
+
+
+def weight_files(pristine: Path) -> Iterator[Case]:
+    """Directories for --hf-model with other weights."""
+    weights = "model.safetensors"
+
+    def header(entries: dict, size: int | None = None) -> Callable[[Path], Flags]:
         text = json.dumps(entries).encode()
-        content = struct.pack("<Q", len(text) if size is None else size) + text + bytes(body)
-        return copied(lambda mine: (mine / "model.safetensors").write_bytes(content))
+        content = struct.pack("<Q", len(text) if size is None else size) + text + bytes(40_000)
+        return copied(pristine, lambda mine: (mine / weights).write_bytes(content))
 
     def tensor(shape: list[int], start: int, end: int) -> dict:
         return {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
@@ -187,22 +231,27 @@ def directories(pristine: Path) -> Iterator[Case]:
     yield "safetensors header of 2^40 bytes", header({}, 2**40)
     yield "safetensors shape of 2^40", header({"a": tensor([2**40], 0, 2**42)})
     yield "safetensors shape that overflows", header({"a": tensor([2**32, 2**32, 2], 0, 64)})
-    yield "safetensors offsets that overlap", header(
-        {"a": tensor([10_000], 0, 40_000), "b": tensor([16], 0, 64)}
-    )
+    overlapping = {"a": tensor([10_000], 0, 40_000), "b": tensor([16], 0, 64)}
+    yield "safetensors offsets that overlap", header(overlapping)
     yield "safetensors offsets backwards", header({"a": tensor([10_000], 40_000, 0)})
     yield "safetensors offsets out of the file", header({"a": tensor([16], 10**9, 10**9 + 64)})
-    yield "safetensors of NaN", copied(spoil(float("nan")))
-    yield "safetensors of infinity", copied(spoil(float("inf")))
-    yield "safetensors that are a pickle", copied(
-        lambda mine: (mine / "model.safetensors").write_bytes(pickle.dumps(Trap(mine.parent)))
-    )
-    yield "a pickle beside an index", copied(
-        lambda mine: [
-            (mine / "model.safetensors").unlink(),
-            (mine / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(mine.parent))),
-        ]
-    )
+    yield "safetensors of NaN", copied(pristine, spoil(float("nan")))
+    yield "safetensors of infinity", copied(pristine, spoil(float("inf")))
+
+    def trap(path: Path) -> int:
+        return path.write_bytes(pickle.dumps(Trap(path.parent.parent)).ljust(40_000))
+
+    yield "safetensors that are a pickle", copied(pristine, instead(weights, trap))
+    away = instead(weights, lambda path: trap(path.with_name("pytorch_model.bin")))
+    yield "a pickle for weights", copied(pristine, away)
+    device = instead(weights, lambda path: path.symlink_to("/dev/zero"))
+    yield "weights: a link to an endless device", copied(pristine, device)
+    yield "an index that names weights elsewhere", copied(pristine, index_elsewhere)
+
+
+def setting_files(pristine: Path) -> Iterator[Case]:
+    """Directories for --hf-model with other settings."""
+    config, processor = "config.json", "preprocessor_config.json"
     for name, value in [
         ("hidden_size", 2**40),
         ("num_hidden_layers", 2**40),
@@ -211,54 +260,33 @@ def directories(pristine: Path) -> Iterator[Case]:
         ("num_channels", 2**40),
         ("hidden_size", -8),
     ]:
-        yield f"config.json: {name} {value}", settings("config.json", **{name: value})
-    yield "config.json: 65536 pixels in patches of 1", settings(
-        "config.json", image_size=65536, patch_size=1
-    )
-    yield "config.json: sizes under other names", settings(
-        "config.json", attribute_map={"hidden_size": "x"}, x=10**9
-    )
-    for name in ("config.json", "preprocessor_config.json"):
-        yield f"{name}: auto_map to code", copied(lambda mine, name=name: foreign_code(mine, name))
-        yield f"{name}: nested 100,000 deep", copied(
-            lambda mine, name=name: (mine / name).write_text("[" * 10**5)
-        )
-        yield f"{name}: ten gigabytes", copied(lambda mine, name=name: os.truncate(mine / name, 10**10))
-        yield f"{name}: a pipe", copied(
-            lambda mine, name=name: [(mine / name).unlink(), os.mkfifo(mine / name)]
-        )
-        yield f"{name}: a link to an endless device", copied(
-            lambda mine, name=name: [(mine / name).unlink(), (mine / name).symlink_to("/dev/zero")]
-        )
-        yield f"{name}: a link to a file elsewhere", copied(
-            lambda mine, name=name: [
-                (mine / name).unlink(),
-                (mine / name).symlink_to("/etc/passwd"),
-            ]
-        )
-    yield "weights: a link to an endless device", copied(
-        lambda mine: [
-            (mine / "model.safetensors").unlink(),
-            (mine / "model.safetensors").symlink_to("/dev/zero"),
-        ]
-    )
-    yield "an index that names weights elsewhere", copied(index_elsewhere)
-    yield "an attention kernel of a stranger", settings(
-        "config.json", attn_implementation="someone/kernel", _attn_implementation="someone/kernel"
-    )
-    yield "a quantiser of a stranger", settings(
-        "config.json", quantization_config={"quant_method": "bitsandbytes"}
-    )
+        yield f"{config}: {name} {value}", settings(pristine, config, **{name: value})
+    others = {
+        "65536 pixels in patches of 1": {"image_size": 65536, "patch_size": 1},
+        "sizes under other names": {"attribute_map": {"hidden_size": "x"}, "x": 10**9},
+        "an attention kernel of a stranger": {"_attn_implementation": "someone/kernel"},
+        "a quantiser of a stranger": {"quantization_config": {"quant_method": "bitsandbytes"}},
+    }
+    for name, changes in others.items():
+        yield f"{config}: {name}", settings(pristine, config, **changes)
     for size in (-16, 0, 10**6, 2**70):
-        for key in ("height", "shortest_edge"):
-            sides = {"height": size, "width": size} if key == "height" else {key: size}
-            yield f"preprocessor_config.json: {key} {size}", settings(
-                "preprocessor_config.json", size=sides
-            )
-    yield "preprocessor_config.json: std 0", settings("preprocessor_config.json", image_std=[0] * 3)
-    yield "preprocessor_config.json: crop 10^6", settings(
-        "preprocessor_config.json", do_center_crop=True, crop_size=dict(height=10**6, width=10**6)
-    )
+        for sides in ({"height": size, "width": size}, {"shortest_edge": size}):
+            yield f"{processor}: {sides}", settings(pristine, processor, size=sides)
+    yield f"{processor}: std 0", settings(pristine, processor, image_std=[0] * 3)
+    crop = {"height": 10**6, "width": 10**6}
+    yield f"{processor}: crop", settings(pristine, processor, do_center_crop=True, crop_size=crop)
+    kinds: dict[str, Callable[[Path], object]] = {
+        "nested 100,000 deep": lambda path: path.write_text("[" * 10**5),
+        "ten gigabytes": lambda path: [path.touch(), os.truncate(path, 10**10)],
+        "a pipe": os.mkfifo,
+        "a link to an endless device": lambda path: path.symlink_to("/dev/zero"),
+        "a link to a file elsewhere": lambda path: path.symlink_to("/etc/passwd"),
+    }
+    for file in (config, processor):
+        for name, put in kinds.items():
+            yield f"{file}: {name}", copied(pristine, instead(file, put))
+        ask = partial(foreign_code, name=file)
+        yield f"{file}: auto_map to code", copied(pristine, ask)
 
 
 def spoil(value: float) -> Callable[[Path], object]:
@@ -314,11 +342,11 @@ def image_folders() -> Iterator[Case]:
     def folder_with(change: Callable[[Path], object], names: tuple = ("a", "b")) -> Callable:
         def make(folder: Path) -> Flags:
             for name in names:
-                place = os.fsencode(folder / "images") + b"/" + os.fsencode(name)
-                os.makedirs(place)
+                place = folder / "images" / name
+                place.mkdir(parents=True)
                 for row in range(6):
                     pixels = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
-                    Image.fromarray(pixels).save(os.fsdecode(place + f"/{row}.png".encode()))
+                    Image.fromarray(pixels).save(place / f"{row}.png")
             change(folder / "images")
             return ["--dataset", folder / "images", "--hf-model", "none"]
 
@@ -335,8 +363,13 @@ def image_folders() -> Iterator[Case]:
     yield "a bomb of 2^62 pixels", written("x.png", png(2**31 - 1, 2**31 - 1))
     yield "a bomb of 10 gigapixels", written("x.png", png(100_000, 100_000))
     yield "a bomb of 150 megapixels", written("x.png", png(12_500, 12_000))
-    yield "four images of 89 megapixels, RGB", folder_with(
-        lambda images: [(images / "a" / f"x{i}.png").write_bytes(png(9_450, 9_450)) for i in range(4)]
+    yield (
+        "four images of 89 megapixels, RGB",
+        folder_with(
+            lambda images: [
+                (images / "a" / f"x{i}.png").write_bytes(png(9_450, 9_450)) for i in range(4)
+            ]
+        ),
     )
     yield "an image of 89 megapixels, RGBA", written("x.png", png(9_450, 9_450, 6))
     yield "an image of 0 x 0", written("x.png", png(0, 0))
@@ -347,32 +380,58 @@ def image_folders() -> Iterator[Case]:
     yield "CMYK", drawn("x.jpg", "CMYK")
     yield "16 bit", drawn("x.png", "I;16")
     yield "a palette with transparency", drawn("x.png", "P", transparency=0)
-    yield "animated WebP", drawn(
-        "x.webp", "RGB", save_all=True, append_images=[Image.new("RGB", (20, 20), "red")] * 5
+    yield (
+        "animated WebP",
+        drawn(
+            "x.webp", "RGB", save_all=True, append_images=[Image.new("RGB", (20, 20), "red")] * 5
+        ),
     )
     yield "SVG by the name of PNG", written("x.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>")
     yield "PostScript by the name of PNG", drawn("x.png", "RGB", format="EPS")
     yield "TIFF by the name of PNG", drawn("x.png", "RGB", format="TIFF")
     yield "a pipe by the name of PNG", folder_with(lambda images: os.mkfifo(images / "a" / "x.png"))
-    yield "a link to an endless device", folder_with(
-        lambda images: (images / "a" / "x.png").symlink_to("/dev/zero")
+    yield (
+        "a link to an endless device",
+        folder_with(lambda images: (images / "a" / "x.png").symlink_to("/dev/zero")),
     )
-    yield "a link to nothing", folder_with(
-        lambda images: (images / "a" / "x.png").symlink_to("nothing")
+    yield (
+        "a link to nothing",
+        folder_with(lambda images: (images / "a" / "x.png").symlink_to("nothing")),
     )
-    yield "a folder by the name of PNG", folder_with(lambda images: (images / "a" / "x.png").mkdir())
-    yield "a link to the folder itself", folder_with(lambda images: (images / "c").symlink_to(images))
+    yield (
+        "a folder by the name of PNG",
+        folder_with(lambda images: (images / "a" / "x.png").mkdir()),
+    )
+    yield (
+        "a link to the folder itself",
+        folder_with(lambda images: (images / "c").symlink_to(images)),
+    )
     script = "<img src=x onerror=alert(1)>"
-    yield "classes of HTML, quotes, line breaks, bars", folder_with(
-        lambda _: None, (script, "a\nb\r|c", "\"'`$\\x$ & {}%s", "<title>&lt;", "[x](javascript:0)")
+    yield (
+        "classes of HTML, quotes, line breaks, bars",
+        folder_with(
+            lambda _: None,
+            (script, "a\nb\r|c", "\"'`$\\x$ & {}%s", "<title>&lt;", "[x](javascript:0)"),
+        ),
     )
-    yield "classes of 255 bytes", folder_with(lambda _: None, ("x" * 255, "ä" * 127, "x" * 254 + "y"))
-    yield "classes of control and bidirectional characters", folder_with(
-        lambda _: None, ("\x1b[31mred\x07", "\u202egnp.exe", "\x01", "=1+1", "😀 \u0301")
+    yield (
+        "classes of 255 bytes",
+        folder_with(lambda _: None, ("x" * 255, "ä" * 127, "x" * 254 + "y")),
+    )
+    yield (
+        "classes of control and bidirectional characters",
+        folder_with(
+            lambda _: None, ("\x1b[31mred\x07", "\u202egnp.exe", "\x01", "=1+1", "😀 \u0301")
+        ),
     )
     yield "a class that is not UTF-8", folder_with(lambda _: None, ("a", os.fsdecode(b"b\xff")))
-    yield "an image name that is not UTF-8", folder_with(
-        lambda images: shutil.copy(images / "a" / "0.png", images / "a" / os.fsdecode(b"\xff.png"))
+    yield (
+        "an image name that is not UTF-8",
+        folder_with(
+            lambda images: shutil.copy(
+                images / "a" / "0.png", images / "a" / os.fsdecode(b"\xff.png")
+            )
+        ),
     )
     yield "classes . and spaces", folder_with(lambda _: None, (" ", "  ", "...", "-rf", "a\\..\\b"))
 
@@ -407,7 +466,10 @@ def output_folders(tiny: Path) -> Iterator[Case]:
         return make
 
     yield "cached chunks that are a zip bomb", cached(zlib.compress(bytes(10**8)))
-    yield "cached chunks that are a pickle", lambda folder: cached(pickle.dumps(Trap(folder)))(folder)
+    yield (
+        "cached chunks that are a pickle",
+        lambda folder: cached(pickle.dumps(Trap(folder)))(folder),
+    )
     yield "cached chunks of zeros", cached(bytes(32 + 64 * 16 * 4))
     yield "files of the report that are links elsewhere", links_elsewhere
 
@@ -444,7 +506,8 @@ def main() -> int:
     scratch = Path(tempfile.mkdtemp(prefix="hostile-"))
     tiny, exported = tiny_models(scratch)
     flags = common(tiny)
-    groups = (checkpoints(tiny), directories(exported), image_folders(), output_folders(tiny))
+    models = (checkpoints(tiny), weight_files(exported), setting_files(exported))
+    groups = (*models, image_folders(), output_folders(tiny))
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
     for name, make in (case for group in groups for case in group if wanted in case[0]):
         folder = Path(tempfile.mkdtemp(dir=scratch))

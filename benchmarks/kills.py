@@ -3,10 +3,11 @@
     python benchmarks/kills.py compare --kills 100
     python benchmarks/kills.py train --kills 100
 
-Half of the victims get SIGKILL after a random time, half from inside an operation on a file: a write
-of which half has reached the disk, a flush, or a rename, just before or just after. After each kill
-every file that is there under its own name must be whole, and the next run must end well, remove
-what was left unfinished, compute again no more than one chunk (comparison) or what followed the
+Half of the victims get SIGKILL after a random time, half from inside an operation on a file: a
+write of which half has reached the disk, a flush, or a rename, just before or after. After each
+kill every file that is there under its own name must be whole. The next run may be a victim, too:
+up to four in a row. Then one that is left alone must end well, have removed what was left
+unfinished, have computed again no more than a chunk for each kill (comparison) or what followed the
 last saved state (training), and give the numbers of an undisturbed run: embeddings, figures and
 weights bit for bit. Then two runs are started at once into one folder. Exit code 1 if anything is
 lost.
@@ -103,7 +104,8 @@ class Campaign:
     def __init__(self, folder: Path) -> None:
         self.folder, self.output = folder, folder / "out"
         self.problems: Counter[str] = Counter()
-        self.most_left = self.most_again = 0
+        self.most_left = self.died = 0
+        self.most_again = 0.0
         began = time.monotonic()
         self.reference = self.finish(Fatal(0, folder))
         self.seconds = time.monotonic() - began
@@ -134,8 +136,7 @@ class Campaign:
         return self.result()
 
     def kill(self, rng: random.Random, in_write: bool) -> None:
-        """One victim, what it left, and the next run."""
-        done, needed = self.work(), 0 if self.output.exists() else self.needed()
+        """One victim and what it left."""
         fatal = rng.randint(1, self.num_operations) if in_write else 0
         layer = Fatal(fatal, self.folder)
         prepare = lambda: self.prepare(layer)  # noqa: E731
@@ -144,15 +145,21 @@ class Campaign:
             time.sleep(rng.uniform(0, self.seconds))
             victim.kill()
         ended = victim.wait().code
+        self.died += ended == -signal.SIGKILL
         if ended not in (-signal.SIGKILL, 0):
             self.problems[f"the victim ended with {ended}"] += 1
         left = [path for path in self.output.rglob("*") if path.name.endswith("-tmp")]
         self.most_left = max(self.most_left, len(left))
         self.check(whole=False)
-        made = self.finish(Fatal(0, self.folder))
-        for name in self.differences(made):
+
+    def kill_in_a_row(self, rng: random.Random, kills: int, first: int) -> None:
+        """Some victims one after the other, then a run that is left alone."""
+        done, needed = self.work(), 0 if self.output.exists() else self.needed()
+        for number in range(first, first + kills):
+            self.kill(rng, in_write=number % 2 == 1)
+        for name in self.differences(self.finish(Fatal(0, self.folder))):
             self.problems[f"{name} differs after a kill"] += 1
-        self.most_again = max(self.most_again, self.work() - done - needed)
+        self.most_again = max(self.most_again, (self.work() - done - needed) / kills)
         self.check(whole=True)
 
     def check(self, whole: bool) -> None:
@@ -333,21 +340,24 @@ def main() -> int:
         flush=True,
     )
     rng = random.Random(args.seed)
-    for number in range(args.kills):
-        # Every fourth victim writes over finished results.
-        if number % 4:
+    number = 0
+    while number < args.kills:
+        # Sometimes over finished results.
+        if rng.random() < 0.75:
             reset(campaign.output)
-        campaign.kill(rng, in_write=number % 2 == 1)
-        if number % 10 == 9:
-            print(f"{number + 1} killed, {dict(campaign.problems)}", file=sys.stderr, flush=True)
+        kills = min(rng.randint(1, 4), args.kills - number)
+        campaign.kill_in_a_row(rng, kills, number)
+        number += kills
+        print(f"{number} killed, {dict(campaign.problems)}", file=sys.stderr, flush=True)
     said = campaign.twice()
     reset(scratch)
-    again = f"{campaign.most_again} chunks" if args.what == "compare" else "since the last state"
+    again = f"{campaign.most_again:.2f} chunks" if args.what == "compare" else "not counted"
     print_table(
         [
-            ("runs killed", "of them in a write", "most left over", "most again", "lost"),
+            ("victims", "killed in time", "in a write", "most left", "again per kill", "lost"),
             (
                 args.kills,
+                campaign.died,
                 args.kills // 2,
                 f"{campaign.most_left} files",
                 again,

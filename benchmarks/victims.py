@@ -5,7 +5,6 @@ poisoned; what it said, how it ended and the most memory it held come back.
 """
 
 import importlib.util
-
 import os
 import signal
 import sys
@@ -17,21 +16,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from matplotlib.figure import Figure
 
-from ijepa import encoders, report  # noqa: F401  what every run imports, once for all of them
+from ijepa import encoders, report  # noqa: F401  what every run imports, once for all
 from ijepa.checkpoint import load_checkpoint, save_checkpoint
 from ijepa.huggingface import export_huggingface
 from ijepa.model import VisionTransformer, ViTConfig
 
+ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # a process with threads cannot be forked
 
-# A campaign draws a thousand figures: small ones.
+# A campaign draws a thousand figures: small ones with few pictures.
+report.MAX_QUERIES = report.NUM_DISAGREEMENTS = 1
 _save = Figure.savefig
 Figure.savefig = lambda figure, *args, **kwargs: _save(figure, *args, **{**kwargs, "dpi": 20})
 

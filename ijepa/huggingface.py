@@ -110,7 +110,7 @@ def guard_downloads() -> None:
 
 
 def refuse_paths(response: Any) -> None:
-    """Raise UserError for an answer whose hash or commit is none: the client makes paths of them."""
+    """Raise UserError for an answer whose hash or commit is none: the client makes paths of it."""
     for name in ("ETag", "X-Linked-ETag", "X-Repo-Commit"):
         value = response.headers.get(name, "").removeprefix("W/").strip('"')
         if not re.fullmatch(r"[\w:+=-]*", value):
@@ -128,21 +128,12 @@ def first_line(error: BaseException) -> str:
 
 def check_model_files(folder: Path, source: str) -> dict[str, Any]:
     """Refuse what is no I-JEPA before anything large is read or built; returns its settings."""
-    for name in ("config.json", "preprocessor_config.json"):
-        if not (folder / name).is_file():
-            raise UserError(f"{source!r} has no {name}", hint=ANOTHER)
-    weights, texts = list(folder.glob("*.safetensors")), list(folder.glob("*.json"))
-    if not weights:
-        raise UserError(
-            f"{source!r} has no *.safetensors file", hint="pickled weights are not loaded"
-        )
-    # A pipe or a device would never end.
-    for file in (*weights, *texts):
-        if not file.is_file() or (file in texts and file.stat().st_size > LARGEST_JSON):
-            raise UserError(f"{file} is no ordinary file of a model", hint=DAMAGED)
+    weights, texts = find_files(folder, source)
     config = read_json(folder / "config.json", source)
     if (kind := config.get("model_type")) != "ijepa":
-        raise UserError(f"{source!r} is a {reprlib.repr(kind or 'nameless')} model, not an I-JEPA", hint=ANOTHER)
+        raise UserError(
+            f"{source!r} is a {reprlib.repr(kind or 'nameless')} model, not an I-JEPA", hint=ANOTHER
+        )
     names = [file.name for file in weights]
     for index in folder.glob("*.safetensors.index.json"):
         parts = read_json(index, source).get("weight_map")
@@ -156,6 +147,23 @@ def check_model_files(folder: Path, source: str) -> dict[str, Any]:
         check_blob(file)
     check_sums(folder)
     return {name: config[name] for name in SETTINGS if name in config}
+
+
+def find_files(folder: Path, source: str) -> tuple[list[Path], list[Path]]:
+    """The weights and the JSON files of a directory, all of them ordinary files."""
+    for name in ("config.json", "preprocessor_config.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{source!r} has no {name}", hint=ANOTHER)
+    weights, texts = list(folder.glob("*.safetensors")), list(folder.glob("*.json"))
+    if not weights:
+        raise UserError(
+            f"{source!r} has no *.safetensors file", hint="pickled weights are not loaded"
+        )
+    # A pipe or a device would never end.
+    for file in (*weights, *texts):
+        if not file.is_file() or (file in texts and file.stat().st_size > LARGEST_JSON):
+            raise UserError(f"{file} is no ordinary file of a model", hint=DAMAGED)
+    return weights, texts
 
 
 def read_json(path: Path, source: str) -> dict[str, Any]:

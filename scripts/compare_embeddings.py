@@ -97,7 +97,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     words = sys.argv[1:] if arguments is None else arguments
     if any("\udc80" <= character <= "\udcff" for word in words for character in word):
-        parser.error(f"arguments must be UTF-8, got {ascii(words)}")
+        parser.error(f"arguments must be UTF-8, got {words!a}")
     if args.hf_model is None:
         args.hf_model = bundled("hf") if args.offline else HUB_MODEL
     args.local_checkpoint = args.local_checkpoint or [Path(bundled("checkpoint_latest.pt"))]
@@ -425,8 +425,8 @@ def main(arguments: list[str] | None = None) -> int:
     from ijepa.errors import UserError
     from ijepa.files import own_folder
 
-    # Importing torchvision asks for a folder for compiled code, of which there is none here. Without
-    # an answer it looks up the user's name, over a socket on some systems, and makes a folder.
+    # Importing torchvision asks for a folder for compiled code, of which there is none here. It
+    # would look up the user's name, over a socket on some systems, and make one.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
     try:
         with own_folder(args.output_dir):

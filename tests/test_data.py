@@ -345,7 +345,7 @@ def test_a_pipe_is_never_read(tmp_path):
         read_image(tmp_path / "pipe.png")
 
 
-def test_a_large_image_is_shrunk_for_looking_and_a_small_one_is_left(tmp_path):
+def test_a_large_image_is_shrunk_for_looking_and_a_small_one_is_left():
     image = torch.arange(3 * 40 * 20, dtype=torch.int64).reshape(3, 40, 20).to(torch.uint8)
     assert (shrink(image, 40) == image.numpy()).all()
     assert shrink(image, 20).shape == (3, 20, 10)

@@ -144,9 +144,9 @@ def test_a_second_run_is_told_who_holds_the_folder_until_that_one_is_dead(tmp_pa
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "mine\n"
-        with pytest.raises(UserError, match=f"process {holder.pid} ") as caught:
-            with own_folder(tmp_path):
-                pass
+        held = pytest.raises(UserError, match=f"process {holder.pid} ")
+        with held as caught, own_folder(tmp_path):
+            pass
         assert "--output-dir" in caught.value.hint
         with own_folder(tmp_path / "other"):
             pass

@@ -475,7 +475,7 @@ def test_small_files_are_checked_against_gits_hash(here):
 def test_a_busy_server_is_asked_again_after_the_time_it_names(patient, status):
     refused = []
 
-    def fault(handler, body, headers):
+    def fault(handler, *_):
         if len(refused) == 2:
             return False
         refused.append(status)
@@ -490,7 +490,7 @@ def test_a_busy_server_is_asked_again_after_the_time_it_names(patient, status):
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410, 418, 429, 500, 503])
 def test_a_server_that_never_gives_the_file_is_a_user_error(patient, status):
-    def fault(handler, body, headers):
+    def fault(handler, *_):
         handler.answer(status, Retry_After="1")
         return True
 
@@ -504,7 +504,7 @@ def test_a_server_that_never_gives_the_file_is_a_user_error(patient, status):
     ["file:///etc/passwd", "ftp://127.0.0.1/x", "http://", "//", "http://a b/", "javascript:x"],
 )
 def test_a_redirect_to_a_file_or_to_nowhere_is_a_user_error(patient, target):
-    def fault(handler, body, headers):
+    def fault(handler, *_):
         handler.answer(302, Location=target)
         return True
 
@@ -513,7 +513,7 @@ def test_a_redirect_to_a_file_or_to_nowhere_is_a_user_error(patient, target):
 
 
 def test_a_redirect_in_a_circle_is_a_user_error(patient):
-    def fault(handler, body, headers):
+    def fault(handler, *_):
         handler.answer(302, Location=handler.path)
         return True
 
@@ -557,7 +557,8 @@ def test_a_token_stays_with_its_host_and_is_written_nowhere(patient, files, tmp_
 
 
 @pytest.mark.parametrize("body", [b"<html>Please log in</html>", b"[]", b"3", b'{"id": 3}', b"{}"])
-def test_an_answer_that_is_no_listing_is_a_user_error(here, monkeypatch, body):
+@pytest.mark.usefixtures("here")
+def test_an_answer_that_is_no_listing_is_a_user_error(monkeypatch, body):
     monkeypatch.setattr(HubHandler, "answer_json", lambda handler, _: handler.answer(200, body))
     assert "could not be downloaded" in failure("someone/ijepa").problem
 
@@ -588,7 +589,7 @@ def test_names_that_a_server_makes_up_lead_nowhere_outside_the_cache(here, tmp_p
 def test_an_answer_that_grows_on_reading_is_a_user_error(patient, monkeypatch, of):
     bomb = gzip.compress(bytes(10**8))
 
-    def fault(handler, body, headers):
+    def fault(handler, _, headers):
         if handler.command == "HEAD" and of == "file":
             return False
         handler.answer(200, bomb, **{**headers, "Content_Encoding": "gzip"})
