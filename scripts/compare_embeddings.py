@@ -261,7 +261,7 @@ def extract_all(args: argparse.Namespace, loaded: list[Any], split: Any) -> dict
         if result.damaged:
             print(
                 f"{len(result.damaged)} cached chunks of {encoder.name} embeddings were damaged "
-                f"and computed anew, first {result.damaged[0]}",
+                f"and computed anew: {', '.join(map(str, result.damaged[:3]))}",
                 file=sys.stderr,
             )
         results[encoder.name] = result

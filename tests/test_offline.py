@@ -87,7 +87,7 @@ def test_the_guard_ends_a_program_at_its_first_socket(tmp_path, python, line):
 
 def test_an_offline_run_opens_no_socket_and_keeps_the_token_to_itself(tmp_path):
     script = ROOT / "scripts" / "compare_embeddings.py"
-    flags = ["--offline", "--max-samples", "40", "--output-dir", tmp_path / "out"]
+    flags = ["--offline", "--max-samples", "12", "--output-dir", tmp_path / "out"]
     result = guarded(script, *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "out" / "metrics.json").is_file()
