@@ -14,6 +14,7 @@ import random
 import shutil
 import sys
 import tempfile
+import tokenize
 import zipfile
 import zlib
 from collections import Counter
@@ -32,6 +33,7 @@ from ijepa.errors import UserError
 from ijepa.files import sha256
 
 BAD_NPZ = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+BAD_NPZ += (tokenize.TokenError,)
 CPU = torch.device("cpu")
 
 

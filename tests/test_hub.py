@@ -564,9 +564,9 @@ def test_an_answer_that_is_no_listing_is_a_user_error(monkeypatch, body):
 
 
 @pytest.mark.parametrize("part", ["sha", "name", "etag", "commit"])
-@pytest.mark.parametrize("ups", [3, 4])
+@pytest.mark.parametrize("ups", [0, 3, 4])
 def test_names_that_a_server_makes_up_lead_nowhere_outside_the_cache(here, tmp_path, part, ups):
-    away = "../" * ups + "evil"
+    away = "../" * ups + "evil" if ups else str(tmp_path / "evil")
     if part == "name":
         here.files = {**here.files, f"{away}.safetensors": here.files["model.safetensors"]}
     if part == "sha":
@@ -583,6 +583,15 @@ def test_names_that_a_server_makes_up_lead_nowhere_outside_the_cache(here, tmp_p
         resolve_model("someone/ijepa", False)
     assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
     assert set(tmp_path.parent.iterdir()) == before
+
+
+def test_a_hash_in_base64_is_as_good_as_any(here, monkeypatch):
+    def answer(handler, content):
+        handler.answer(200, json.dumps(content).encode(), ETag='W/"1f-a/b+c=="')
+
+    monkeypatch.setattr(HubHandler, "answer_json", answer)
+    assert resolve_model("someone/ijepa", False)[1] == COMMIT
+    assert here.downloads() == WANTED
 
 
 @pytest.mark.parametrize("of", ["file", "listing"])

@@ -88,11 +88,11 @@ def test_the_guard_ends_a_program_at_its_first_socket(tmp_path, python, line):
 def test_an_offline_run_opens_no_socket_and_keeps_the_token_to_itself(tmp_path):
     script = ROOT / "scripts" / "compare_embeddings.py"
     flags = ["--offline", "--max-samples", "12", "--output-dir", tmp_path / "out"]
-    result = guarded(script, *flags, cwd=tmp_path)
+    result = guarded(script, *flags, cwd=tmp_path, umask=0o077)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "out" / "metrics.json").is_file()
     assert TOKEN not in result.stdout + result.stderr
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.stat().st_mode & 0o022]
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.stat().st_mode & 0o077]
