@@ -122,7 +122,7 @@ def sweep(campaign: Campaign, steps: int) -> dict[str, Counter]:
         return campaign.enter
 
     def limited(_: Disk, share: float) -> Callable[[], object]:
-        size = int(share**2 * max(sizes))  # most files are small
+        size = 4096 + int(share**2 * max(sizes))  # most files are small; what it says needs room
         return lambda: [campaign.enter(), limit_files(size)]
 
     def few(disk: Disk, share: float) -> Callable[[], object]:

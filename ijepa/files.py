@@ -90,6 +90,7 @@ def take_lock(path: Path) -> int:
                 hint="wait until it ends, or give another --output-dir",
             ) from error
         except OSError:
+            path.unlink(missing_ok=True)
             os.close(lock)
             raise
         os.close(lock)

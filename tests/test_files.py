@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import os
 import stat
@@ -155,6 +156,16 @@ def test_a_second_run_is_told_who_holds_the_folder_until_that_one_is_dead(tmp_pa
     with own_folder(tmp_path):
         pass
     assert not (tmp_path / LOCK).exists()
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_no_lock(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(UserError, match="No space left"), own_folder(tmp_path / "out"):
+        pass
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_unfinished_files_of_dead_runs_are_removed_and_nothing_else(tmp_path):
