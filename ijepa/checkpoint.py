@@ -40,7 +40,7 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PLAIN_GLOBALS = re.compile(
     r"collections OrderedDict|torch(\.storage)? \w+Storage"
     r"|torch\._utils _rebuild_(tensor_v[23]|parameter|meta_tensor_no_storage)"
-    r"|torch (Size|device|b?float\d\w*|u?int\d+|bool)|_codecs encode|__builtin__ (set|complex)"
+    r"|torch (Size|device|b?float\d\w*|u?int\d+|bool)"
 )
 # What zipfile, pickle and torch.load raise on damaged files, found by flipping, cutting and
 # inventing bytes.
@@ -122,7 +122,7 @@ def read_torch_file(path: Path) -> Any:
         reason = str(error) if isinstance(error, zipfile.BadZipFile) else type(error).__name__
         raise UserError(
             f"{path} is not a readable PyTorch file ({reason})",
-            hint="it may be truncated, damaged, of another kind, or older than PyTorch 1.6",
+            hint="copy or download it again; one from before PyTorch 1.6 has to be saved anew",
         ) from error
 
 

@@ -17,5 +17,6 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    """The text on one line, in characters that leave a terminal as it is."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """At most 1,000 characters on one line that leave a terminal as it is."""
+    shown = text[:1000]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)

@@ -67,7 +67,8 @@ def own_folder(folder: Path) -> Iterator[None]:
         remove_leftovers(folder)
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # the disk may be gone
+            path.unlink()
         os.close(lock)
 
 
@@ -77,8 +78,8 @@ def take_lock(path: Path) -> int:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder before may have removed the file since it was opened.
-            if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
+            # The holder before may have removed the file since it was opened here.
+            if os.fstat(lock).st_nlink:
                 os.truncate(lock, 0)
                 os.write(lock, f"process {os.getpid()} on {os.uname().nodename}".encode())
                 return lock

@@ -13,6 +13,7 @@ from ijepa.errors import UserError
         ("\x1b[2J\x07", r"\x1b[2J\x07"),
         ("\u202egnp.exe", r"\u202egnp.exe"),
         ("\udcff", r"\udcff"),
+        ("x" * 10**7, "x" * 1000),
     ],
 )
 def test_a_problem_and_its_hint_are_one_line_each_that_leaves_a_terminal_alone(text, shown):
