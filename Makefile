@@ -7,7 +7,10 @@ RUN := $(VENV)/bin/python
 AXE := axe-core@4.14.1
 AXE_FILE := $(VENV)/npm/node_modules/axe-core/axe.min.js
 
-.PHONY: setup compare example test test-browser lint
+# How long to fuzz.
+MINUTES ?= 10
+
+.PHONY: setup compare example test test-browser lint fuzz campaigns audit
 
 setup: $(VENV)/installed
 
@@ -40,3 +43,21 @@ $(AXE_FILE):
 lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+
+fuzz: setup
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[fuzz]"
+	$(RUN) benchmarks/fuzz.py --minutes $(MINUTES)
+
+# Kills, full disks (root: it mounts), flipped bits and hostile files; over an hour on two cores.
+campaigns: setup
+	$(RUN) benchmarks/kills.py compare
+	$(RUN) benchmarks/kills.py train
+	$(RUN) benchmarks/disk.py compare
+	$(RUN) benchmarks/disk.py train
+	$(RUN) benchmarks/bit_rot.py
+	$(RUN) benchmarks/hostile_files.py
+
+# Known vulnerabilities of the pinned packages; --strict, so that one not looked up is no pass.
+audit: setup
+	$(VENV)/bin/pip install --quiet pip-audit
+	$(VENV)/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt

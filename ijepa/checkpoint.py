@@ -2,15 +2,18 @@
 
 Ours is a ``torch.save`` of plain numbers, strings and tensors: architecture, preprocessing and
 provenance travel with the weights, so no flag has to repeat them. Everything is read with
-``weights_only=True``: a file can never run code. Every field is checked before it is used.
+``weights_only=True``: a file can never run code. Every byte is checked against the sums in the file
+and every field before it is used.
 """
 
 import pickle
+import pickletools
 import re
 import reprlib
 import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -32,9 +35,18 @@ NUM_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
 # Above these a size is a damaged number, not a Vision Transformer; nothing of it is built.
 LARGEST_SIZE, LARGEST_DEPTH = 2**16, 2**10
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# What torch.load raises on damaged files, found by flipping, cutting and inventing bytes.
+# What a pickle of tensors and plain data may name. weights_only allows more: bytearray(10**10) or a
+# tensor by its shape, which take any memory out of a few bytes.
+PLAIN_GLOBALS = re.compile(
+    r"collections OrderedDict|torch(\.storage)? \w+Storage"
+    r"|torch\._utils _rebuild_(tensor_v[23]|parameter|meta_tensor_no_storage)"
+    r"|torch (Size|device|b?float\d\w*|u?int\d+|bool)"
+)
+# What zipfile, pickle and torch.load raise on damaged files, found by flipping, cutting and
+# inventing bytes.
 DAMAGED = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError)
 ALSO_DAMAGED = (pickle.UnpicklingError, AssertionError, OverflowError, MemoryError, struct.error)
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error)
 EXPECTED = "expected a file of scripts/train_ijepa.py or an I-JEPA checkpoint of its authors"
 
 StateDict = dict[str, Tensor]
@@ -93,7 +105,7 @@ def read_torch_file(path: Path) -> Any:
     Tensors stay on the disk until they are used, so a large file's optimizer state costs nothing.
 
     Raises:
-        UserError: If the file is missing, truncated, of another kind, or holds code.
+        UserError: If the file is missing, damaged, of another kind, or holds code.
     """
     try:
         if not path.is_file():
@@ -101,22 +113,53 @@ def read_torch_file(path: Path) -> Any:
                 f"no checkpoint at {path}",
                 hint="check the path, or train one: scripts/train_ijepa.py",
             )
+        check_archive(path)
         with warnings.catch_warnings():
             # Of unusual pickles, which either load or end below.
             warnings.simplefilter("ignore")
-            return torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
-    except (*DAMAGED, *ALSO_DAMAGED) as error:
-        if forbidden := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(
-                f"{path} holds code or objects ({forbidden[1]}) and was not loaded",
-                hint="use a checkpoint of tensors and plain data alone; code is never run",
-            ) from error
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (*DAMAGED, *ALSO_DAMAGED, *DAMAGED_ZIP) as error:
+        reason = str(error) if isinstance(error, zipfile.BadZipFile) else type(error).__name__
         raise UserError(
-            f"{path} is not a readable PyTorch file ({type(error).__name__})",
-            hint="it may be truncated or of another kind: copy or download it again",
+            f"{path} is not a readable PyTorch file ({reason})",
+            hint="copy or download it again; one from before PyTorch 1.6 has to be saved anew",
         ) from error
+
+
+def check_archive(path: Path) -> None:
+    """Compare every byte of a file of ``torch.save`` with its checksums, and look for code.
+
+    ``torch.load`` alone reads a flipped bit as another weight.
+
+    Raises:
+        UserError: If it holds code.
+        zipfile.BadZipFile: If it is damaged or would grow on reading; `DAMAGED` errors likewise.
+    """
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        # torch.save does not compress. So nothing read is larger than the file.
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise zipfile.BadZipFile("it is compressed")
+        if sum(record.file_size for record in records) > path.stat().st_size:
+            raise zipfile.BadZipFile("its parts overlap")
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"{damaged} does not have its checksum")
+        for record in records:
+            if record.filename.endswith(".pkl"):
+                check_pickle(path, archive.read(record))
+
+
+def check_pickle(path: Path, pickled: bytes) -> None:
+    """Raise UserError if a pickle names more than tensors and plain data need."""
+    for operation, argument, _ in pickletools.genops(pickled):
+        if operation.name in ("STACK_GLOBAL", "INST") or (
+            operation.name == "GLOBAL" and not PLAIN_GLOBALS.fullmatch(argument)
+        ):
+            named = str(argument or "unnamed").replace(" ", ".")[:80]
+            raise UserError(
+                f"{path} holds code or objects ({named!r}) and was not loaded",
+                hint="use a checkpoint of tensors and plain data alone; code is never run",
+            )
 
 
 def load_checkpoint(path: Path, weights: str = "target") -> Checkpoint:
@@ -196,7 +239,6 @@ def pick_weights(encoders: Mapping[str, Any], weights: str, keys: tuple[str, str
         # any memory.
         if (
             not isinstance(value, Tensor)
-            or value.layout != torch.strided
             or value.dtype not in FLOAT_DTYPES
             or value.device.type != "cpu"
             or value.numel() * value.element_size() > value.untyped_storage().nbytes()

@@ -33,6 +33,7 @@ from ijepa.metrics import (
     participation_ratio,
     precision_at_k,
     silhouette_samples,
+    unit_scale,
     validate_embeddings,
 )
 from ijepa.uncertainty import (
@@ -104,6 +105,7 @@ def analyze(X: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], name: st
         UserError: If a row is not finite or has zero length; names the model and the image.
     """
     validate_embeddings(X, name)
+    X = unit_scale(X)
     silhouettes = {
         metric: silhouette_samples(X, labels, metric) for metric in ("euclidean", "cosine")
     }

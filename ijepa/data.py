@@ -5,6 +5,7 @@ with one sub-folder per class. Nothing is normalised or resized here: that belon
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,14 @@ from torch import Tensor
 from ijepa.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# A file is taken for what its content says: without this list also for PostScript, which Pillow
+# hands to another program.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
+# What Pillow raises on damaged and hostile files.
+BAD_IMAGES = (
+    *(OSError, SyntaxError, ValueError),
+    *(Image.DecompressionBombWarning, Image.DecompressionBombError),
+)
 
 
 @dataclass(frozen=True)
@@ -68,10 +77,16 @@ def read_image(path: Path) -> UInt8[Tensor, "3 h w"]:
     """Decode one file to RGB, upright by its EXIF orientation; transparency becomes white.
 
     Raises:
-        UserError: If the file is no readable image.
+        UserError: If the file is no readable image or has over 89 million pixels (Pillow's limit).
     """
+    hint = "replace or remove that file"
+    if not path.is_file():  # a pipe would never end
+        raise UserError(f"cannot read image {str(path)!r}: no such file", hint=hint)
     try:
-        with Image.open(path) as opened:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            opened = Image.open(path, formats=IMAGE_FORMATS)
+        with opened:
             image = ImageOps.exif_transpose(opened)
             if image.mode.startswith("I;16"):
                 # Pillow clips 16-bit grey values at 255; keep the upper byte instead.
@@ -81,12 +96,21 @@ def read_image(path: Path) -> UInt8[Tensor, "3 h w"]:
                     Image.new("RGBA", image.size, "white"), image.convert("RGBA")
                 )
             pixels = np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise UserError(
-            f"cannot read image {str(path)!r}: {reason}", hint="replace or remove that file"
-        ) from error
+    except BAD_IMAGES as error:
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "not a PNG, JPEG or WebP image" if unknown else str(error)
+        raise UserError(f"cannot read image {str(path)!r}: {reason}", hint=hint) from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def shrink(image: UInt8[Tensor, "3 h w"], side: int) -> UInt8[np.ndarray, "3 H W"]:
+    """The image as an array for looking at, neither side above `side`; a small one as it is."""
+    factor = max(image.shape[1:]) / side
+    if factor <= 1:
+        return image.numpy()
+    height, width = (max(1, round(length / factor)) for length in image.shape[1:])
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    return np.asarray(picture.resize((width, height), Image.Resampling.BOX)).transpose(2, 0, 1)
 
 
 def load_cifar10(data_dir: Path, split: str, offline: bool) -> Split:

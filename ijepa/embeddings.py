@@ -3,9 +3,7 @@
 import hashlib
 import json
 import time
-import zipfile
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -14,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from torch import Tensor
 
 from ijepa.data import Split
 from ijepa.encoders import FrozenEncoder
@@ -22,9 +21,9 @@ from ijepa.parallel import gather_objects, num_processes, process_rank
 
 CHUNK = 128
 """Images per cache file: at most this many are computed again after an interruption."""
-
-# What reading an npz file raises when any of its bytes is changed or cut off.
-DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+BATCH_VALUES = 2**29
+"""Bytes of decoded images at which a batch is closed: 0.5 GB."""
+SUM_BYTES = hashlib.sha256().digest_size
 
 Progress = Callable[..., AbstractContextManager[Any]]
 """Makes a progress bar like `tqdm(total=..., initial=..., desc=...)`."""
@@ -39,6 +38,8 @@ class Embeddings:
     """Of what was computed in this run; None when nothing was."""
     from_cache: bool
     """True when every row came from the cache."""
+    damaged: tuple[Path, ...] = ()
+    """Files of the cache that did not have their checksum; their rows were computed again."""
 
 
 def cache_folder(root: Path, encoder: FrozenEncoder, split_hash: str) -> Path:
@@ -68,15 +69,18 @@ def extract(
         progress: See `Progress`.
     """
     chunks: list[np.ndarray] = []
+    damaged: list[Path] = []
     computed, seconds = 0, 0.0
     own = range(0, len(split), CHUNK)[process_rank() :: num_processes()]
     num_images = sum(min(CHUNK, len(split) - start) for start in own)
     with progress(total=num_images, desc=encoder.name) as bar:
         for start in own:
             rows = range(start, min(start + CHUNK, len(split)))
-            file = cache / f"{start:09d}.npz" if cache else None
+            file = cache / f"{start:09d}.chunk" if cache else None
             values = read_chunk(file, len(rows), encoder.embed_dim) if file else None
             if values is None:
+                if file and file.exists():
+                    damaged.append(file)
                 began = time.perf_counter()
                 values = embed_rows(encoder, split, rows, batch_size)
                 seconds += time.perf_counter() - began
@@ -85,7 +89,8 @@ def extract(
                     write_chunk(file, values)
             chunks.append(values)
             bar.update(len(rows))
-    shares, counts, times = zip(*gather_objects((chunks, computed, seconds)), strict=True)
+    found = gather_objects((chunks, computed, seconds, damaged))
+    shares, counts, times, all_damaged = zip(*found, strict=True)
     turns = chain.from_iterable(zip_longest(*shares))
     # The empty start is all there is for a process without a chunk.
     nothing = np.empty((0, encoder.embed_dim), np.float32)
@@ -94,6 +99,7 @@ def extract(
         np.concatenate([nothing, *(chunk for chunk in turns if chunk is not None)]),
         computed / seconds if computed else None,
         not computed,
+        tuple(chain.from_iterable(all_damaged)),
     )
 
 
@@ -101,27 +107,46 @@ def embed_rows(
     encoder: FrozenEncoder, split: Split, rows: range, batch_size: int
 ) -> Float[np.ndarray, "b d"]:
     """Embed some rows of the split in batches."""
-    parts = [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
     return np.concatenate(
-        [encoder.embed([split.images[row] for row in part]).numpy() for part in parts]
+        [encoder.embed(batch).numpy() for batch in batches(split, rows, batch_size)]
     )
 
 
+def batches(split: Split, rows: range, batch_size: int) -> Iterator[list[Tensor]]:
+    """The images of some rows, `batch_size` at a time, or fewer where they are large."""
+    batch: list[Tensor] = []
+    values = 0
+    for row in rows:
+        batch.append(split.images[row])
+        values += batch[-1].numel()
+        if len(batch) == batch_size or values >= BATCH_VALUES or row == rows[-1]:
+            yield batch
+            batch, values = [], 0
+
+
+def chunk_sum(file: Path, content: bytes) -> bytes:
+    """SHA-256 of a chunk and its place, so that no chunk is taken for another."""
+    return hashlib.sha256(f"{file.parent.name}/{file.name}\n".encode() + content).digest()
+
+
 def write_chunk(file: Path, values: Float[np.ndarray, "b d"]) -> None:
-    """Store one chunk; the zip format checks its bytes on reading."""
-    write_atomically(file, lambda opened: np.savez(opened, embeddings=values))
+    """Store one chunk: its checksum (32 bytes), then little-endian float32 numbers row by row."""
+    content = values.astype("<f4").tobytes()
+    write_atomically(file, lambda opened: opened.write(chunk_sum(file, content) + content))
 
 
 def read_chunk(file: Path, num_rows: int, embed_dim: int) -> Float[np.ndarray, "b d"] | None:
     """A finished chunk, or None if there is none or it is damaged."""
     try:
-        # Opened here, because np.load leaves a file open that it cannot read.
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
-            values = arrays["embeddings"]
-    except DAMAGED:
+        if file.stat().st_size != SUM_BYTES + 4 * num_rows * embed_dim:
+            return None
+        stored = file.read_bytes()
+    except OSError:
         return None
-    whole = values.shape == (num_rows, embed_dim) and values.dtype == np.float32
-    return values if whole else None
+    content = stored[SUM_BYTES:]
+    if chunk_sum(file, content) != stored[:SUM_BYTES]:
+        return None
+    return np.frombuffer(content, "<f4").astype(np.float32, copy=False).reshape(num_rows, embed_dim)
 
 
 def save_embeddings(path: Path, values: Float[np.ndarray, "n d"], split: Split) -> None:

@@ -207,11 +207,11 @@ def load_huggingface_encoder(
         UserError: If it cannot be found, downloaded or read, or is no I-JEPA.
     """
     folder, revision = huggingface.resolve_model(source, offline)
-    huggingface.check_model_files(folder, source)
+    settings = huggingface.check_model_files(folder, source)
     problem = f"out of memory on {device} while loading {source!r}"
     # The order matters: running out of memory must not be taken for a damaged file.
     with huggingface.loading_errors(source), memory_errors(problem, hint="try --device cpu"):
-        processor, model = huggingface.read_model(folder, dtype)
+        processor, model = huggingface.read_model(folder, settings, dtype)
         model = model.to(device)
     return FrozenEncoder(
         "hf",

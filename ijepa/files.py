@@ -1,13 +1,19 @@
 """Files that appear whole or not at all, and their fingerprints."""
 
+import fcntl
 import hashlib
 import os
-import tempfile
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from ijepa.errors import UserError
+
+TEMPORARY = ".ijepa-tmp"
+"""Ending of the names of unfinished files; only a killed run leaves one behind."""
+LOCK = ".ijepa-lock"
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -16,22 +22,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         UserError: If the folder cannot be written or the disk is full; `path` is then untouched.
     """
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False
-        ) as file:
-            temporary = Path(file.name)
+        with temporary.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        # NamedTemporaryFile makes private files; results get the rights that open() would give.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
-        temporary = None
     except (OSError, RuntimeError) as error:
         # torch.save hides the error of a full disk behind a RuntimeError of its own.
         cause = error if isinstance(error, OSError) else error.__context__
@@ -42,25 +40,69 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             hint="check that the folder exists, is writable and has space left",
         ) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
-def check_folder(folder: Path) -> None:
-    """Make the folder and see that files can be put there, before any long work begins.
+@contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """Make a folder and keep other runs out of it; what a killed run left unfinished is removed.
+
+    The lock is the kernel's and ends with the process that holds it, however that ends; the file
+    stands for it and names the holder.
 
     Raises:
-        UserError: If it is a file, or cannot be made or written.
+        UserError: If it is a file, cannot be made or written, or another run holds it.
     """
+    path = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        lock = take_lock(path)
     except OSError as error:
         raise UserError(
             f"cannot write to {folder}: {error.strerror or error}",
             hint="give a folder that can be written",
         ) from error
+    try:
+        remove_leftovers(folder)
+        yield
+    finally:
+        with suppress(OSError):  # the disk may be gone
+            path.unlink()
+        os.close(lock)
+
+
+def take_lock(path: Path) -> int:
+    """Lock a file and write this process's number into it; closing what is returned unlocks it."""
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The holder before may have removed the file since it was opened here.
+            if os.fstat(lock).st_nlink:
+                os.truncate(lock, 0)
+                os.write(lock, f"process {os.getpid()} on {os.uname().nodename}".encode())
+                return lock
+        except BlockingIOError as error:
+            holder = os.read(lock, 200).decode(errors="replace")
+            os.close(lock)
+            raise UserError(
+                f"another run ({holder}) is writing to {path.parent}",
+                hint="wait until it ends, or give another --output-dir",
+            ) from error
+        except OSError:
+            path.unlink(missing_ok=True)
+            os.close(lock)
+            raise
+        os.close(lock)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the unfinished files of dead runs in an output folder."""
+    for place in (folder, *folder.glob(".cache/*"), folder / "hf"):
+        for leftover in place.glob(f".*{TEMPORARY}"):
+            with suppress(OSError):  # another user's
+                leftover.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,12 +1,13 @@
 """I-JEPA models of Hugging Face: read one from the hub or a directory, export one of ours.
 
-Configuration, processor and weights may come from a stranger: no code of a repository is run, and
-what does not fit together is refused before the first image.
+Configuration, processor and weights may come from a stranger: no code of a repository is run, only
+the settings named here are read, and what does not fit together is refused before the first image.
 """
 
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,8 +32,15 @@ DAMAGED = "the files may be damaged or incomplete: download or export them again
 # What transformers raises on damaged files, found by damaging them.
 BAD_FILES = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 BAD_MODELS = (RuntimeError, ImportError, AssertionError)
+SUMS = "SHA256SUMS"
+"""File of an export with the SHA-256 of the others, as `sha256sum` writes and checks it."""
+LARGEST_JSON = 2**24
 DIMENSIONS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-SIDES = ("image_size", "patch_size")
+SIDES = {"image_size": 224, "patch_size": 16}
+"""Sides and what transformers takes for them by default."""
+# All that is taken from a config.json; transformers would follow many more, such as the names of
+# code, kernels, quantisers and other files.
+SETTINGS = (*DIMENSIONS, *SIDES, "num_channels", "qkv_bias", "hidden_act", "layer_norm_eps")
 # The names that released files have; transformers of every version reads these.
 HUGGINGFACE_NAMES = (
     (r"^patch_embed\.proj", "embeddings.patch_embeddings.projection"),
@@ -55,6 +63,8 @@ def resolve_model(source: str, offline: bool) -> tuple[Path, str | None]:
     try:
         if Path(source).is_dir():
             return Path(source), None
+        if not offline:
+            guard_downloads()
         folder = snapshot_download(source, allow_patterns=MODEL_FILES, local_files_only=offline)
     except errors.HFValidationError as error:
         raise UserError(
@@ -71,8 +81,9 @@ def resolve_model(source: str, offline: bool) -> tuple[Path, str | None]:
             f"the hub has no model {source!r}",
             hint=f"check the spelling; if it is private set HF_TOKEN, {here}",
         ) from error
-    # HTTPError is the base class of what the hub's HTTP client raises, lost connections included.
-    except (errors.LocalEntryNotFoundError, errors.HTTPError, OSError) as error:
+    # HTTPError is the base class of what the hub's HTTP client raises, lost connections included;
+    # the others come with an answer that is no listing, such as a page to log in.
+    except (errors.LocalEntryNotFoundError, errors.HTTPError, *BAD_FILES, *BAD_MODELS) as error:
         cause = error.__cause__ or error
         if offline or isinstance(cause, errors.OfflineModeIsEnabled):
             raise UserError(
@@ -81,9 +92,32 @@ def resolve_model(source: str, offline: bool) -> tuple[Path, str | None]:
             ) from error
         raise UserError(
             f"the hub model {source!r} could not be downloaded: {first_line(cause)}",
-            hint=f"check the network and run again to go on where it stopped, {here}",
+            hint=f"check the network and run again (finished files are kept), {here}",
         ) from error
     return Path(folder), Path(folder).name
+
+
+def guard_downloads() -> None:
+    """Let the hub's client refuse answers that would make it write outside its cache."""
+    from huggingface_hub import get_session, set_client_factory
+
+    session = get_session()
+    hooks = session.event_hooks
+    if refuse_paths not in hooks["response"]:
+        hooks["response"] = [*hooks["response"], refuse_paths]
+        make = type(session)
+        set_client_factory(lambda: make(event_hooks=hooks, follow_redirects=True, timeout=None))
+
+
+def refuse_paths(response: Any) -> None:
+    """Raise UserError for an answer that leads away: the client makes paths of hash and commit."""
+    for name in ("ETag", "X-Linked-ETag", "X-Repo-Commit"):
+        value = response.headers.get(name, "").removeprefix("W/").strip('"')
+        if ".." in value or value.startswith("/"):
+            raise UserError(
+                f"the hub's answer has no valid {name}: {reprlib.repr(value)}",
+                hint="check the network and HF_ENDPOINT, or pass a local directory to --hf-model",
+            )
 
 
 def first_line(error: BaseException) -> str:
@@ -92,42 +126,127 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def check_model_files(folder: Path, source: str) -> None:
-    """Refuse what is no I-JEPA before anything large is read or built."""
+def check_model_files(folder: Path, source: str) -> dict[str, Any]:
+    """Refuse what is no I-JEPA before anything large is read or built; returns its settings."""
+    weights, texts = find_files(folder, source)
+    config = read_json(folder / "config.json", source)
+    if (kind := config.get("model_type")) != "ijepa":
+        raise UserError(
+            f"{source!r} is a {reprlib.repr(kind or 'nameless')} model, not an I-JEPA", hint=ANOTHER
+        )
+    names = [file.name for file in weights]
+    for index in folder.glob("*.safetensors.index.json"):
+        parts = read_json(index, source).get("weight_map")
+        if not isinstance(parts, dict) or not all(part in names for part in parts.values()):
+            raise UserError(f"{index} names weights that are not in {source!r}", hint=DAMAGED)
+    try:
+        check_sizes(config, sum(file.stat().st_size for file in weights))
+    except ValueError as error:
+        raise UserError(f"in config.json of {source!r} {error}", hint=DAMAGED) from error
+    for file in (*weights, *texts):
+        check_blob(file)
+    check_sums(folder)
+    return {name: config[name] for name in SETTINGS if name in config}
+
+
+def find_files(folder: Path, source: str) -> tuple[list[Path], list[Path]]:
+    """The weights and the JSON files of a directory, all of them ordinary files."""
     for name in ("config.json", "preprocessor_config.json"):
         if not (folder / name).is_file():
             raise UserError(f"{source!r} has no {name}", hint=ANOTHER)
-    try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read config.json of {source!r}: {error}", hint=DAMAGED) from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != "ijepa":
-        raise UserError(f"{source!r} is a {kind or 'nameless'} model, not an I-JEPA", hint=ANOTHER)
-    if not list(folder.glob("*.safetensors")):
+    weights, texts = list(folder.glob("*.safetensors")), list(folder.glob("*.json"))
+    if not weights:
         raise UserError(
             f"{source!r} has no *.safetensors file", hint="pickled weights are not loaded"
         )
+    # A pipe or a device would never end.
+    for file in (*weights, *texts):
+        if not file.is_file() or (file in texts and file.stat().st_size > LARGEST_JSON):
+            raise UserError(f"{file} is no ordinary file of a model", hint=DAMAGED)
+    return weights, texts
+
+
+def read_json(path: Path, source: str) -> dict[str, Any]:
+    """The object in a JSON file of a model."""
     try:
-        check_sizes(config, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
-    except ValueError as error:
-        raise UserError(f"in config.json of {source!r} {error}", hint=DAMAGED) from error
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path.name} of {source!r}: {error}", hint=DAMAGED) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path.name} of {source!r} holds no settings", hint=DAMAGED)
+    return content
 
 
 def check_sizes(config: dict[str, Any], num_bytes: int) -> None:
     """Raise ValueError for sizes that no Vision Transformer has or these weights cannot fill."""
-    for name in SIDES:
-        pair = config.get(name, 1)
-        for side in pair if isinstance(pair, list) else [pair]:
-            check_size(name, side)
+    (height, width), (patch_height, patch_width) = (
+        check_sides(name, config.get(name, default)) for name, default in SIDES.items()
+    )
+    if config.get("quantization_config") is not None:
+        raise ValueError("quantization_config is set: only weights as they were trained are read")
+    if config.get("num_channels", 3) != 3:
+        raise ValueError(f"num_channels must be 3, got {reprlib.repr(config['num_channels'])}")
     # Absent ones have defaults.
-    width, depth, _, hidden = (check_size(name, config.get(name, 1)) for name in DIMENSIONS)
-    # Less than each block has: transformers would make what is missing out of random numbers.
-    if width * (width + hidden) * depth > num_bytes:
+    dim, depth, _, hidden = (check_size(name, config.get(name, 1)) for name in DIMENSIONS)
+    # Less than the blocks and the position code have: transformers would make what is missing out
+    # of random numbers.
+    tokens = (height // patch_height) * (width // patch_width)
+    if dim * max(depth * (dim + hidden), tokens) > num_bytes:
         raise ValueError(
-            f"hidden_size {width} and num_hidden_layers {depth} need more than the {num_bytes} "
-            "bytes of weights there are"
+            f"hidden_size {dim}, num_hidden_layers {depth} and {tokens} patches need more than the "
+            f"{num_bytes} bytes of weights there are"
         )
+
+
+def check_sides(name: str, value: Any) -> tuple[int, int]:
+    """Height and width of an image or a patch, given as a pair or as one number."""
+    pair = value if isinstance(value, list) else [value, value]
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be one or two whole numbers, got {reprlib.repr(value)}")
+    return check_size(name, pair[0]), check_size(name, pair[1])
+
+
+def check_blob(file: Path) -> None:
+    """Compare a file of the hub's cache with the hash that is its name there.
+
+    Raises:
+        UserError: If it differs, by a broken disk or a server that sent something else.
+    """
+    blob = file.resolve()
+    if blob.parent.name != "blobs":
+        return
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        found = sha256(blob)
+    elif re.fullmatch(r"[0-9a-f]{40}", blob.name):  # Git's name of a small file
+        content = blob.read_bytes()
+        head = f"blob {len(content)}\0".encode()
+        found = hashlib.sha1(head + content, usedforsecurity=False).hexdigest()
+    else:
+        return
+    if found != blob.name:
+        raise UserError(
+            f"the download of {file.name} is damaged: it does not have the hash the hub gave",
+            hint=f"delete {blob} and run again to download it",
+        )
+
+
+def check_sums(folder: Path) -> None:
+    """Compare the files of an export with its SHA256SUMS; other directories have no sums.
+
+    Raises:
+        UserError: If a file differs or is missing.
+    """
+    path = folder / SUMS
+    if not path.is_file():
+        return
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        expected, _, name = line.partition("  ")
+        file = folder / Path(name).name
+        if not file.is_file() or sha256(file) != expected:
+            raise UserError(
+                f"{file} does not have its sum in {SUMS}",
+                hint=f"copy the directory again, or delete {path} if you changed it yourself",
+            )
 
 
 @contextmanager
@@ -158,23 +277,29 @@ def silent_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def read_model(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+def read_model(folder: Path, settings: dict[str, Any], dtype: torch.dtype) -> tuple[Any, Any]:
     """Processor and network of a checked directory; the weights are read straight into `dtype`.
+
+    Args:
+        folder: The directory.
+        settings: What `check_model_files` took from its configuration.
+        dtype: Number format of the weights.
 
     Raises:
         ValueError: If tensors are missing or misshapen, which transformers would fill with random
-            numbers, or the processor does not fit. `loading_errors` deals with all else.
+            numbers, or not finite, or the processor does not fit. `loading_errors` deals with all
+            else.
     """
-    from transformers import AutoImageProcessor, IJepaModel
+    from transformers import AutoImageProcessor, IJepaConfig, IJepaModel
 
     with silent_transformers():
-        # Without this refusal transformers asks on the terminal whether to run foreign code, and
-        # an attention implementation named in the configuration may be fetched from the hub.
+        # Without this refusal transformers asks on the terminal whether to run foreign code.
         processor = AutoImageProcessor.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
         loaded: Any = IJepaModel.from_pretrained(
             folder,
+            config=IJepaConfig(**settings),
             dtype=dtype,
             local_files_only=True,
             use_safetensors=True,
@@ -188,6 +313,9 @@ def read_model(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         raise ValueError(f"tensor {name!r} has shape {tuple(found)}, expected {tuple(expected)}")
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"it lacks the tensor {missing[0]!r} ({len(missing)} missing)")
+    for name, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise ValueError(f"tensor {name!r} has NaN or infinite values")
     check_processor(processor, model.config.image_size)
     return processor, model.eval().requires_grad_(False)
 
@@ -284,6 +412,8 @@ def export_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     write_atomically(folder / "model.safetensors", lambda file: file.write(weights))
     write_text(folder / "config.json", json.dumps(described, indent=2) + "\n")
     write_text(folder / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
+    names = ("config.json", "model.safetensors", "preprocessor_config.json")
+    write_text(folder / SUMS, "".join(f"{sha256(folder / name)}  {name}\n" for name in names))
 
 
 def to_huggingface(state_dict: StateDict) -> StateDict:

@@ -35,6 +35,14 @@ def validate_embeddings(X: Float[np.ndarray, "n d"], name: str) -> None:
             raise UserError(f"{problem} ({rows.sum()} of {len(X)} images)", hint=hint)
 
 
+def unit_scale(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    """The embeddings times a power of two, so that the largest number is at least 0.5 and below 1.
+
+    That is exact and changes no metric; squares of very large or small numbers would leave float32.
+    """
+    return np.ldexp(X, -np.frexp(np.abs(X).max())[1])
+
+
 def center_columns(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
     """Float64 copy of the embeddings with zero column means."""
     wide = X.astype(np.float64)
@@ -437,8 +445,9 @@ def _euclidean_class_sums(
     """Yield, tile by tile, the sums of Euclidean distances to the kept images of each class."""
     members = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
     weights = [keep[:, images].T.astype(np.float64) for images in members]
-    # Centring leaves distances as they are and keeps a common offset out of the subtraction below.
-    points = center_columns(X)
+    # A shift leaves distances as they are and keeps a common offset out of the subtraction below.
+    # By the median of a hundred rows, because one huge row would draw a mean away from all others.
+    points = X.astype(np.float64) - np.median(X[:: max(1, len(X) // 100)], axis=0)
     squares = np.square(points).sum(axis=1)
     for tile in tiles:
         distances = squares[tile, None] + squares - 2.0 * (points[tile] @ points.T)

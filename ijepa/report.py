@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from ijepa import plots
 from ijepa.comparison import Comparison, neighbor_confusion
-from ijepa.data import Split
+from ijepa.data import Split, shrink
 from ijepa.explorer import Maps
 from ijepa.files import sha256, write_atomically, write_text
 from ijepa.markdown import markdown
@@ -32,6 +32,8 @@ SCHEMA_VERSION = 1
 MAX_POINTS = 5000
 """Images in a t-SNE map at most; beyond that it takes minutes and shows a blot."""
 MAX_QUERIES = 10
+SHOWN_SIDE = 224
+"""Sides of a neighbour's picture in pixels at most."""
 NUM_DISAGREEMENTS = 4
 """Queries shown in each direction of disagreement."""
 NOT_ALWAYS_MADE = ("embeddings_hf.npz", "nn_disagreement.png")
@@ -144,7 +146,7 @@ def draw_neighbors(
         queries,
         split.labels,
         split.classes,
-        lambda row: split.images[row].numpy(),
+        lambda row: shrink(split.images[row], SHOWN_SIDE),
         caption,
     )
 

@@ -6,9 +6,10 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -96,10 +97,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--no-cache", action="store_true", help="neither read nor keep finished embeddings")
     args = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    if any("\udc80" <= character <= "\udcff" for word in words for character in word):
+        parser.error(f"arguments must be UTF-8, got {words!a}")
     if args.hf_model is None:
         args.hf_model = bundled("hf") if args.offline else HUB_MODEL
     args.local_checkpoint = args.local_checkpoint or [Path(bundled("checkpoint_latest.pt"))]
-    words = sys.argv[1:] if arguments is None else arguments
     count = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = ["torchrun", "--nproc-per-node", count] if count else ["python"]
     args.command = shlex.join([*launcher, "scripts/compare_embeddings.py", *words])
@@ -272,7 +275,14 @@ def extract_all(args: argparse.Namespace, loaded: list[Any], split: Any) -> dict
                 "computing anew",
                 file=sys.stderr,
             )
-        results[encoder.name] = extract(encoder, split, args.batch_size, folder, progress)
+        result = extract(encoder, split, args.batch_size, folder, progress)
+        if result.damaged:
+            print(
+                f"{len(result.damaged)} cached chunks of {encoder.name} embeddings were damaged "
+                f"and computed anew: {', '.join(map(str, result.damaged[:3]))}",
+                file=sys.stderr,
+            )
+        results[encoder.name] = result
     return results
 
 
@@ -351,9 +361,6 @@ def collapse_warning(comparison: Any, name: str, width: int) -> list[str]:
 
 def compare_run(args: argparse.Namespace) -> None:
     """Images, encoders, embeddings, comparison, report: the whole line of data."""
-    from ijepa.files import check_folder
-
-    check_folder(args.output_dir)
     watch = Stopwatch()
     with watch.stage("import"):
         import torch
@@ -447,9 +454,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Compare; 0 done, 1 a mistake the user can mend, 2 wrong usage, 130 interrupted."""
     args = parse_arguments(arguments)
     from ijepa.errors import UserError
+    from ijepa.files import own_folder
 
+    # Importing torchvision asks for a folder for compiled code, of which there is none here. It
+    # would look up the user's name, over a socket on some systems, and make one.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
     try:
-        compare_run(args)
+        # Of torchrun's processes the first holds the folder for all.
+        first = os.environ.get("RANK", "0") == "0"
+        with own_folder(args.output_dir) if first else nullcontext():
+            compare_run(args)
     except ModuleNotFoundError as error:
         print(
             f"error: the package {error.name} is not installed\n"

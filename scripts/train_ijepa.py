@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -367,7 +368,6 @@ def train_run(args: argparse.Namespace) -> int:
     """Load, resume, train, save; the exit code."""
     from ijepa.devices import choose_device, choose_dtype
     from ijepa.errors import UserError
-    from ijepa.files import check_folder
     from ijepa.parallel import num_processes, process_rank
     from ijepa.training import init_state
 
@@ -375,7 +375,6 @@ def train_run(args: argparse.Namespace) -> int:
     check_batch(args)
     dtype = choose_dtype(args.dtype, device)
     config = build_config(args)
-    check_folder(args.output_dir)
     (images, held_out), labels = load_images(args)
     images = images.to(device)
     state = init_state(config, device)
@@ -428,9 +427,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Train; 0 done, 1 a mistake the user can mend, 130 stopped by a signal and saved."""
     args = parse_arguments(arguments)
     from ijepa.errors import UserError
+    from ijepa.files import own_folder
 
     try:
-        return train_run(args)
+        # Of torchrun's processes the first holds the folder for all.
+        first = os.environ.get("RANK", "0") == "0"
+        with own_folder(args.output_dir) if first else nullcontext():
+            return train_run(args)
     except UserError as error:
         print(f"error: {error.problem}\nhint: {error.hint}", file=sys.stderr)
         return 1

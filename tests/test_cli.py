@@ -133,10 +133,18 @@ def test_a_second_run_reads_the_cache_and_gives_the_same_numbers(models, finishe
     assert "NN precision@5" in capsys.readouterr().out
 
 
-def test_other_settings_ignore_the_cache_and_say_so(models, finished, capsys):
+def test_other_settings_and_damage_in_the_cache_are_a_line_each(models, finished, capsys):
+    first = json.loads((finished / "metrics.json").read_text())["summary"]
+    _, chunk = sorted((finished / ".cache").glob("hf-*/*.chunk"))
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 2] ^= 4
+    chunk.write_bytes(content)
     assert run(models, finished, "--local-weights", "context") == 0
-    assert "cached local embeddings are of other weights" in capsys.readouterr().err
+    other, damaged = capsys.readouterr().err.splitlines()
+    assert other.startswith("cached local embeddings are of other weights")
+    assert damaged == f"1 cached chunks of hf embeddings were damaged and computed anew: {chunk}"
     summary = json.loads((finished / "metrics.json").read_text())["summary"]
+    assert summary["hf"] == first["hf"]
     assert summary["local"]["precision_at_5"] == pytest.approx(
         summary["hf"]["precision_at_5"], abs=0.02
     )
@@ -314,6 +322,13 @@ def test_a_collapsed_model_is_named_and_a_small_sample_is_not(models, finished, 
     assert not any(
         "collapsed" in c for c in json.loads((finished / "metrics.json").read_text())["caveats"]
     )
+
+
+def test_an_argument_that_is_not_utf_8_is_wrong_usage(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        load_script().main(["--output-dir", os.fsdecode(b"out\xff")])
+    assert stopped.value.code == 2
+    assert "UTF-8" in capsys.readouterr().err
 
 
 def test_a_seed_that_not_every_library_takes_is_wrong_usage(capsys):

@@ -1,4 +1,5 @@
 import hashlib
+import os
 import pickle
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ijepa.data import (
     fingerprint,
     load_split,
     read_image,
+    shrink,
 )
 from ijepa.errors import UserError
 
@@ -326,13 +328,40 @@ def test_a_truncated_image_is_named(tmp_path, suffix):
         read_image(path)
 
 
+@pytest.mark.parametrize("kind", ["EPS", "GIF", "TIFF", "PPM", "SVG"])
+def test_other_formats_are_refused_whatever_their_name(tmp_path, kind):
+    path = tmp_path / "named.png"
+    if kind == "SVG":
+        path.write_text('<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>')
+    else:
+        Image.new("RGB", (9, 9)).save(path, format=kind)
+    with pytest.raises(UserError, match="not a PNG, JPEG or WebP image"):
+        read_image(path)
+
+
+def test_a_pipe_is_never_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UserError, match="cannot read image"):
+        read_image(tmp_path / "pipe.png")
+
+
+def test_a_large_image_is_shrunk_for_looking_and_a_small_one_is_left():
+    image = torch.arange(3 * 40 * 20, dtype=torch.int64).reshape(3, 40, 20).to(torch.uint8)
+    assert (shrink(image, 40) == image.numpy()).all()
+    assert shrink(image, 20).shape == (3, 20, 10)
+    means = image.float().reshape(3, 20, 2, 10, 2).mean(dim=(2, 4)).numpy()
+    assert np.abs(shrink(image, 20) - means).max() <= 0.5
+    assert shrink(torch.zeros(3, 1, 900, dtype=torch.uint8), 30).shape == (3, 1, 30)
+
+
 def test_an_image_that_vanished_is_named(tmp_path):
     with pytest.raises(UserError, match=r"gone\.png"):
         read_image(tmp_path / "gone.png")
 
 
 def test_an_enormous_image_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    # Pillow only warns up to twice its limit.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 80)
     Image.new("L", (9, 9)).save(tmp_path / "bomb.png")
     with pytest.raises(UserError, match="could be decompression bomb"):
         read_image(tmp_path / "bomb.png")

@@ -84,6 +84,14 @@ def test_no_batch_is_larger_than_asked_for():
     assert sizes == [3, 3, 2, 3, 3, 2, 3, 2]
 
 
+def test_large_images_make_small_batches(monkeypatch):
+    monkeypatch.setattr(embeddings, "BATCH_VALUES", 2 * 3 * 16 * 16)
+    found = list(embeddings.batches(make_split(), range(3, 10), 5))
+    assert [len(batch) for batch in found] == [2, 2, 2, 1]
+    expected = list(make_split().images[3:10])
+    assert all(map(torch.equal, [one for batch in found for one in batch], expected))
+
+
 def test_the_progress_bar_hears_of_every_image(tmp_path):
     for _ in range(2):
         bar = Bar()
@@ -123,7 +131,7 @@ def cut(data):
 
 def flip_first_number(data):
     changed = bytearray(data)
-    changed[data.index(b"\n", 20) + 2] ^= 1
+    changed[embeddings.SUM_BYTES] ^= 1
     return bytes(changed)
 
 
@@ -136,8 +144,10 @@ def replace_by_text(data):
 
 
 @pytest.mark.parametrize("damage", [cut, flip_first_number, replace_by_nothing, replace_by_text])
-def test_a_damaged_chunk_is_computed_again(tmp_path, damage):
-    expected = extract(ENCODER, make_split(), 4, tmp_path, Bar()).values
+def test_a_damaged_chunk_is_computed_again_and_named(tmp_path, damage):
+    miss = extract(ENCODER, make_split(), 4, tmp_path, Bar())
+    assert miss.damaged == ()
+    expected = miss.values
     file = sorted(tmp_path.iterdir())[1]
     whole = file.read_bytes()
     file.write_bytes(damage(whole))
@@ -146,62 +156,58 @@ def test_a_damaged_chunk_is_computed_again(tmp_path, damage):
     found = extract(encoder, make_split(), 4, tmp_path, Bar())
     assert len(asked) == CHUNK
     assert found.values.tobytes() == expected.tobytes()
-    np.testing.assert_array_equal(np.load(file)["embeddings"], expected[CHUNK : 2 * CHUNK])
+    assert found.damaged == (file,)
+    assert file.read_bytes() == whole
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        np.zeros((CHUNK, 23), np.float32),
-        np.zeros((CHUNK - 1, 24), np.float32),
-        np.zeros((CHUNK, 24), np.float64),
-        np.zeros((CHUNK, 24), np.int32),
-    ],
-    ids=["width", "rows", "float64", "int32"],
-)
-def test_a_chunk_of_another_shape_or_type_is_computed_again(tmp_path, values):
+def test_a_chunk_in_the_place_of_another_is_computed_again(tmp_path):
+    expected = extract(ENCODER, make_split(), 4, tmp_path, Bar()).values
+    first, second, _ = sorted(tmp_path.iterdir())
+    second.write_bytes(first.read_bytes())
+    found = extract(ENCODER, make_split(), 4, tmp_path, Bar())
+    assert found.damaged == (second,)
+    assert found.values.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("shape", [(CHUNK, 23), (CHUNK - 1, 24), (CHUNK, 48)])
+def test_a_chunk_of_another_shape_is_computed_again(tmp_path, shape):
     extract(ENCODER, make_split(), 4, tmp_path, Bar())
-    np.savez(tmp_path / "000000000.npz", embeddings=values)
+    embeddings.write_chunk(tmp_path / "000000000.chunk", np.zeros(shape, np.float32))
     encoder, asked = counted()
     found = extract(encoder, make_split(), 4, tmp_path, Bar())
     assert len(asked) == CHUNK
     assert np.abs(found.values[:CHUNK]).max() > 0
 
 
-def test_a_chunk_with_another_name_inside_or_with_a_pickle_is_not_read(tmp_path):
-    file = tmp_path / "chunk.npz"
-    np.savez(file, other=np.zeros((2, 3), np.float32))
-    assert read_chunk(file, 2, 3) is None
-    np.savez(file, embeddings=np.array([[None] * 3] * 2, dtype=object))
-    assert read_chunk(file, 2, 3) is None
-    assert read_chunk(tmp_path / "absent.npz", 2, 3) is None
+def test_what_is_no_chunk_is_not_read(tmp_path):
+    assert read_chunk(tmp_path / "absent.chunk", 2, 3) is None
     assert read_chunk(tmp_path, 2, 3) is None
+    os.mkfifo(tmp_path / "pipe")
+    assert read_chunk(tmp_path / "pipe", 2, 3) is None
 
 
-def test_no_flipped_byte_of_a_chunk_changes_an_embedding_unseen(tmp_path):
-    file = tmp_path / "chunk.npz"
+def test_every_flipped_byte_and_every_cut_of_a_chunk_is_seen(tmp_path):
+    file = tmp_path / "000000000.chunk"
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
     embeddings.write_chunk(file, values)
     whole = file.read_bytes()
-    recomputed = 0
+    assert len(whole) == embeddings.SUM_BYTES + 24
+    np.testing.assert_array_equal(read_chunk(file, 2, 3), values)
     for place in range(len(whole)):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << place % 8
-        file.write_bytes(damaged)
-        found = read_chunk(file, 2, 3)
-        recomputed += found is None
-        assert found is None or found.tobytes() == values.tobytes(), place
-    assert recomputed > len(whole) / 2
+        for content in (damaged, whole[:place]):
+            file.write_bytes(content)
+            assert read_chunk(file, 2, 3) is None
 
 
 def test_an_interrupted_write_leaves_nothing_that_looks_like_a_chunk(tmp_path, monkeypatch):
-    def half(opened, embeddings):
-        assert embeddings.shape == (CHUNK, 24)
-        opened.write(b"PK half a chunk")
+    def interrupt(_):
+        assert len(list(tmp_path.iterdir())) == 1
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(np, "savez", half)
+        patch.setattr(os, "fsync", interrupt)
         with pytest.raises(KeyboardInterrupt):
             extract(ENCODER, make_split(), 4, tmp_path, Bar())
     assert not list(tmp_path.iterdir())

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import os
 import stat
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from ijepa.errors import UserError
-from ijepa.files import check_folder, sha256, write_atomically, write_text
+from ijepa.files import LOCK, TEMPORARY, own_folder, sha256, write_atomically, write_text
 
 
 def test_text_round_trips_as_utf8_and_missing_folders_are_made(tmp_path):
@@ -112,16 +113,78 @@ def test_sha256_is_that_of_hashlib(tmp_path):
     assert sha256(path) == hashlib.sha256(content).hexdigest()
 
 
-def test_a_folder_is_made_and_checked_without_leaving_anything(tmp_path):
+def test_a_folder_is_made_and_given_back_without_leaving_anything(tmp_path):
     folder = tmp_path / "a" / "b"
-    check_folder(folder)
-    check_folder(folder)
-    assert folder.is_dir()
-    assert list(folder.iterdir()) == []
+    for _ in range(2):
+        with own_folder(folder):
+            assert LOCK in [path.name for path in folder.iterdir()]
+            (folder / "result").touch()
+    assert [path.name for path in folder.iterdir()] == ["result"]
 
 
 def test_a_folder_that_is_a_file_or_below_one_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "inner"):
-        with pytest.raises(UserError, match="cannot write to"):
-            check_folder(path)
+        with pytest.raises(UserError, match="cannot write to"), own_folder(path):
+            pass
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from ijepa.files import own_folder
+
+with own_folder(Path(sys.argv[1])):
+    print("mine", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_is_told_who_holds_the_folder_until_that_one_is_dead(tmp_path):
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "mine\n"
+        held = pytest.raises(UserError, match=f"process {holder.pid} ")
+        with held as caught, own_folder(tmp_path):
+            pass
+        assert "--output-dir" in caught.value.hint
+        with own_folder(tmp_path / "other"):
+            pass
+        holder.kill()
+    assert (tmp_path / LOCK).exists()
+    with own_folder(tmp_path):
+        pass
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_no_lock(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(UserError, match="No space left"), own_folder(tmp_path / "out"):
+        pass
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_unfinished_files_of_dead_runs_are_removed_and_nothing_else(tmp_path):
+    kept = [tmp_path / ".mine.tmp", tmp_path / "sub" / f".x{TEMPORARY}", tmp_path / f"x{TEMPORARY}"]
+    places = (tmp_path, tmp_path / ".cache" / "local-1", tmp_path / "hf")
+    gone = [place / f".metrics.json.0123{TEMPORARY}" for place in places]
+    for path in (*kept, *gone):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    with own_folder(tmp_path):
+        pass
+    assert [path.exists() for path in kept] == [True] * 3
+    assert [path.exists() for path in gone] == [False] * 3
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "theirs").write_text("precious")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / LOCK).symlink_to(tmp_path / "theirs")
+    with pytest.raises(UserError), own_folder(tmp_path / "out"):
+        pass
+    assert (tmp_path / "theirs").read_text() == "precious"

@@ -1,4 +1,7 @@
+import hashlib
 import json
+import math
+import os
 import shutil
 import warnings
 
@@ -298,6 +301,9 @@ def test_a_size_that_no_network_has_is_a_user_error(folder, name, value):
         {"num_attention_heads": 5},
         {"intermediate_size": 24},
         {"image_size": 32},
+        {"image_size": 65536, "patch_size": 1},
+        {"image_size": [16, 16, 16]},
+        {"num_channels": 2**40},
         {"patch_size": 8},
         {"patch_size": 5},
         {"num_channels": 4},
@@ -305,7 +311,6 @@ def test_a_size_that_no_network_has_is_a_user_error(folder, name, value):
         {"hidden_act": "nothing"},
         {"hidden_act": ["gelu"]},
         {"layer_norm_eps": "small"},
-        {"dtype": "float99"},
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
         {"quantization_config": 3},
     ],
@@ -332,6 +337,61 @@ def test_a_misshapen_tensor_is_named(folder):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     problem = failure(folder)
     assert "tensor 'layers.1.mlp.fc1.weight' has shape (47, 24), expected (48, 24)" in problem
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_not_finite_are_named(folder, value):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["layernorm.bias"][3] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "tensor 'layernorm.bias' has NaN or infinite values" in failure(folder)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"transformers_weights": "other.safetensors"},
+        {"attribute_map": {"hidden_size": "foo"}, "foo": 10**9},
+        {"tie_word_embeddings": True, "is_decoder": True, "output_attentions": True},
+        {"dtype": "float99"},
+    ],
+    ids=str,
+)
+def test_settings_that_are_not_ours_to_follow_change_nothing(folder, settings):
+    expected = load(folder).embed(MIXED)
+    tensors = load_file(folder / "model.safetensors")
+    others = {name: value + 1 for name, value in tensors.items()}
+    save_file(others, folder / "other.safetensors", metadata={"format": "pt"})
+    change_json(folder / "config.json", **settings)
+    assert torch.equal(load(folder).embed(MIXED), expected)
+
+
+def test_an_index_leads_to_no_weights_outside_the_directory(folder, tmp_path):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    save_file({"a": torch.zeros(10_000)}, folder / "unused.safetensors")
+    for part in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), ["a"]):
+        index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, part)}
+        write_json(folder / "model.safetensors.index.json", index)
+        assert "names weights that are not in" in failure(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "preprocessor_config.json", "model.safetensors", "other.json"]
+)
+def test_a_pipe_or_a_link_to_a_device_is_never_read(folder, name):
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    failure(folder)
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    failure(folder)
+
+
+def test_an_enormous_configuration_is_not_read(folder):
+    with (folder / "preprocessor_config.json").open("r+b") as file:
+        file.truncate(10**10)  # sparse
+    assert "no ordinary file" in failure(folder)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 7, 8, 100, 3000, -1])
@@ -512,4 +572,25 @@ def test_an_export_keeps_the_precision_and_size_of_the_checkpoint(exported):
     tensors = load_file(exported / "target" / "model.safetensors")
     assert {value.dtype for value in tensors.values()} == {torch.float16}
     names = sorted(path.name for path in (exported / "target").iterdir())
-    assert names == ["config.json", "model.safetensors", "preprocessor_config.json"]
+    assert names == ["SHA256SUMS", "config.json", "model.safetensors", "preprocessor_config.json"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "preprocessor_config.json"])
+def test_no_flipped_bit_of_an_export_is_read(exported, tmp_path, name):
+    folder = shutil.copytree(exported / "context", tmp_path / "hf")
+    load(folder)
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    assert "does not have its sum" in failure(folder)
+    (folder / name).unlink()
+    failure(folder)
+
+
+def test_the_sums_of_an_export_are_those_of_sha256sum(exported):
+    lines = (exported / "target" / "SHA256SUMS").read_text().splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        digest, name = line.split("  ")
+        content = (exported / "target" / name).read_bytes()
+        assert digest == hashlib.sha256(content).hexdigest()

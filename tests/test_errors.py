@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from ijepa.checkpoint import load_checkpoint
+from ijepa.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("no checkpoint at ä/größe 1.pt", "no checkpoint at ä/größe 1.pt"),
+        ("a\nb\r\tc", r"a\nb\r\tc"),
+        ("\x1b[2J\x07", r"\x1b[2J\x07"),
+        ("\u202egnp.exe", r"\u202egnp.exe"),
+        ("\udcff", r"\udcff"),
+        ("x" * 10**7, "x" * 1000),
+    ],
+)
+def test_a_problem_and_its_hint_are_one_line_each_that_leaves_a_terminal_alone(text, shown):
+    error = UserError(text, hint=text)
+    assert (error.problem, error.hint, str(error)) == (shown, shown, shown)
+
+
+def test_names_in_a_checkpoint_cannot_write_to_the_terminal(tmp_path):
+    path = tmp_path / "c.pt"
+    sizes = {"image_size": 32, "\n\x1b[31mhint: all is well": 1}
+    parts = {"preprocessing": {"mean": [0.5] * 3, "std": [0.5] * 3}, "training": {"epochs": 1}}
+    weights = {"target": {"a": torch.zeros(1)}}
+    content = {"format": "ijepa-compare/1", "architecture": sizes, "weights": weights, **parts}
+    torch.save(content, path)
+    with pytest.raises(UserError, match=r"architecture must have .*\\n\\x1b\[31mhint") as caught:
+        load_checkpoint(path)
+    assert caught.value.problem.isprintable()

@@ -1,0 +1,98 @@
+"""A whole run that dies at its first socket, in Python or below it."""
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKEN = "hf_" + "SeCrEt" * 6
+
+# Numbers of socket and socketpair in the kernel, and of the machine in its filters.
+KERNEL = {"x86_64": (0xC000003E, 41, 53), "aarch64": (0xC00000B7, 198, 199)}
+
+GUARD = """
+import ctypes, os, runpy, sys
+
+KERNEL = {kernel}
+
+def forbid(event, arguments):
+    if event.startswith(("socket.__new__", "socket.connect", "socket.get", "socket.sendto")):
+        if event != "socket.gethostname":
+            os.write(2, f"{{event}} {{arguments}}".encode())
+            os._exit(99)  # an exception could be caught
+
+if {python}:
+    sys.addaudithook(forbid)
+if KERNEL:
+    machine, *calls = KERNEL
+    ALLOW, KILL, RETURN, LOAD, EQUAL = 0x7FFF0000, 0x80000000, 0x06, 0x20, 0x15
+    rules = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, machine), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
+    rules += [rule for call in calls for rule in ((EQUAL, 0, 1, call), (RETURN, 0, 0, KILL))]
+    rules += [(RETURN, 0, 0, ALLOW)]
+
+    class Rule(ctypes.Structure):
+        _fields_ = [("code", ctypes.c_ushort), ("yes", ctypes.c_ubyte), ("no", ctypes.c_ubyte),
+                    ("value", ctypes.c_uint)]
+
+    class Program(ctypes.Structure):
+        _fields_ = [("length", ctypes.c_ushort), ("rules", ctypes.POINTER(Rule))]
+
+    array = (Rule * len(rules))(*(Rule(*rule) for rule in rules))
+    program = Program(len(rules), array)
+    libc = ctypes.CDLL(None, use_errno=True)
+    for option in ((38, 1, 0, 0, 0), (22, 2, ctypes.byref(program), 0, 0)):
+        if libc.prctl(*option):
+            sys.exit(f"prctl: {{os.strerror(ctypes.get_errno())}}")
+
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def guarded(*command, python=True, **options):
+    here = KERNEL.get(platform.machine()) if sys.platform == "linux" else None
+    code = GUARD.format(kernel=here, python=python)
+    # Neither the suite's own settings, nor a name that spares the interpreter a look-up.
+    hidden = {"HF_HUB_OFFLINE", "LOGNAME", "USER", "LNAME", "USERNAME"}
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, command)],
+        env={**environment, "HF_TOKEN": TOKEN},
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("python", [True, False], ids=["in Python", "in the kernel"])
+@pytest.mark.parametrize(
+    "line", ["socket.socket()", "socket.getaddrinfo('name.invalid', 80)", "socket.socketpair()"]
+)
+def test_the_guard_ends_a_program_at_its_first_socket(tmp_path, python, line):
+    if not python and (sys.platform != "linux" or platform.machine() not in KERNEL):
+        pytest.skip("needs Linux to filter system calls")
+    if python and "pair" in line:
+        pytest.skip("the interpreter reports no pairs")
+    (tmp_path / "program.py").write_text(f"import socket\n{line}\nprint('went on')\n")
+    result = guarded(tmp_path / "program.py", python=python)
+    assert "went on" not in result.stdout
+    assert result.returncode in (99, -signal.SIGSYS)
+
+
+def test_an_offline_run_opens_no_socket_and_keeps_the_token_to_itself(tmp_path):
+    script = ROOT / "scripts" / "compare_embeddings.py"
+    flags = ["--offline", "--max-samples", "12", "--output-dir", tmp_path / "out"]
+    result = guarded(script, *flags, cwd=tmp_path, umask=0o077)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "metrics.json").is_file()
+    assert TOKEN not in result.stdout + result.stderr
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.stat().st_mode & 0o077]

@@ -1,0 +1,108 @@
+"""Numbers at their limits against a float64 oracle that knows nothing of how they are computed."""
+
+import math
+
+import numpy as np
+import pytest
+from sklearn.decomposition import PCA
+
+from ijepa.comparison import Comparison, compare
+from ijepa.errors import UserError
+
+
+def clusters(n, d=12, num_classes=4, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % num_classes
+    centers = 1.5 * rng.normal(size=(num_classes, d))
+    return (centers[labels] + rng.normal(size=(n, d))).astype(np.float32), labels
+
+
+def with_row(factor):
+    X, labels = clusters(120)
+    X[3] *= np.float32(factor)
+    return X, labels
+
+
+def skewed():
+    labels = np.zeros(1001, dtype=np.int64)
+    labels[500] = 1
+    return clusters(1001)[0], labels
+
+
+X, LABELS = clusters(120)
+CASES = {
+    "as ever": (X, LABELS),
+    **{f"times {scale}": (X * np.float32(scale), LABELS) for scale in (1e-42, 1e-30, 1e30, 1e37)},
+    "one row huge": with_row(1e30),
+    "one row tiny": with_row(1e-38),
+    "far from the origin": (X + np.float32(100), LABELS),
+    "all equal": (np.ones_like(X), LABELS),
+    "one dimension": (X[:, :1].copy(), LABELS),
+    "two classes": clusters(60, num_classes=2),
+    "one image per class": (X, np.arange(120)),
+    "a thousand classes": clusters(1500, num_classes=1000),
+    "1000 to 1": skewed(),
+    "four images": (X[:4], LABELS[:4] % 2),
+    "two images of each class": clusters(20, num_classes=10),
+}
+
+
+def oracle(X, labels):
+    """P@5, silhouette and explained variance by definition, in float64 throughout."""
+    wide = X.astype(np.float64)
+    wide = wide / np.abs(wide).max()
+    unit = wide / np.linalg.norm(wide, axis=1, keepdims=True)
+    similarity = unit @ unit.T
+    distance = np.stack([np.sqrt(np.square(wide - row).sum(axis=1)) for row in wide])
+    hits, silhouettes = [], []
+    for i in range(len(wide)):
+        # Rounded, so that the oracle does not order exact ties by their last bit.
+        order = [j for j in np.argsort(-similarity[i].round(7), kind="stable") if j != i]
+        hits.append((labels[order[:5]] == labels[i]).mean())
+        own = (labels == labels[i]) & (np.arange(len(wide)) != i)
+        if not own.any():
+            silhouettes.append(0.0)
+            continue
+        others = [distance[i, labels == c].mean() for c in np.unique(labels) if c != labels[i]]
+        a, b = distance[i, own].mean(), min(others)
+        silhouettes.append((b - a) / max(a, b) if max(a, b) else 0.0)
+    spread = np.ptp(wide, axis=0).any() and min(len(wide) - 1, wide.shape[1]) >= 10
+    shares = PCA().fit(wide).explained_variance_ratio_ if spread else np.array([math.nan])
+    return {
+        "precision_at_5": np.mean(hits) if len(wide) > 5 else math.nan,
+        "silhouette": np.mean(silhouettes),
+        "variance_10pc": shares[:10].sum(),
+    }
+
+
+SLOW = {"a thousand classes": pytest.mark.slow}
+# Where debiased CKA has no value: nothing varies, too few images, or one carries all variance.
+NO_CKA = {"all equal", "four images", "one row huge"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW.get(n, ())) for n in CASES])
+def test_numbers_at_their_limits_equal_the_float64_oracle(name):
+    X, labels = CASES[name]
+    found = compare({"local": X, "hf": X[::-1].copy()}, {"pixels": X}, labels, 0)
+    assert isinstance(found, Comparison)
+    for metric, value in oracle(X, labels).items():
+        ours = found.metrics["local"][metric].value
+        assert ours == pytest.approx(value, abs=1e-6, nan_ok=True), metric
+    for key in ("cka", "cka_null_p99"):
+        assert math.isfinite(found.agreement[key]) or name in NO_CKA
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
+def test_a_power_of_two_changes_no_bit_of_any_number(scale):
+    scaled = X * np.float32(scale)
+    pair = [compare({"local": a, "hf": a}, {"pixels": a}, LABELS, 0) for a in (X, scaled)]
+    assert pair[0].metrics == pair[1].metrics
+    assert pair[0].agreement == pair[1].agreement
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_is_refused_with_the_image(bad):
+    broken = X.copy()
+    broken[7, 2] = bad
+    with pytest.raises(UserError, match="image 7"):
+        compare({"local": X, "hf": broken}, {"pixels": X}, LABELS, 0)
