@@ -77,6 +77,20 @@ def lost_processes() -> Iterator[None]:
         ) from error
 
 
+def leave_processes() -> None:
+    """End the group when all have done their part; afterwards this process is a run of its own.
+
+    Raises:
+        UserError: If another process has ended.
+    """
+    if not distributed.is_initialized():
+        return
+    # One that leaves while another still talks to it has been seen to abort.
+    with lost_processes():
+        distributed.barrier()
+    distributed.destroy_process_group()
+
+
 @contextmanager
 def first_process_first() -> Iterator[None]:
     """Let process 0 run the body before the others: it may download, and its error stops them.

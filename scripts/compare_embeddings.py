@@ -1,7 +1,6 @@
 """Compare the embeddings of a local I-JEPA encoder and a Hugging Face I-JEPA on the same images."""
 
 import argparse
-import atexit
 import os
 import shlex
 import subprocess
@@ -248,7 +247,6 @@ def join_processes() -> None:
 
     # A process whose chunks are all in the cache waits for those that compute theirs.
     distributed.init_process_group("gloo", timeout=timedelta(days=7))
-    atexit.register(distributed.destroy_process_group)
 
 
 def extract_all(args: argparse.Namespace, loaded: list[Any], split: Any) -> dict[str, Any]:
@@ -368,7 +366,7 @@ def compare_run(args: argparse.Namespace) -> None:
         from ijepa.comparison import compare
         from ijepa.embeddings import save_embeddings
         from ijepa.narrative import console_table, headline_lines, table
-        from ijepa.parallel import first_process_first, process_rank
+        from ijepa.parallel import first_process_first, leave_processes, process_rank
         from ijepa.report import project, write_report
 
         join_processes()
@@ -378,7 +376,9 @@ def compare_run(args: argparse.Namespace) -> None:
         loaded = load_encoders(args)
     with watch.stage("extract"):
         results = extract_all(args, loaded, split)
-    if process_rank() > 0:
+        reports = process_rank() == 0
+        leave_processes()
+    if not reports:
         return
     with watch.stage("compare"):
         values = {name: result.values for name, result in results.items()}

@@ -1,7 +1,6 @@
 """Train a small I-JEPA from scratch; stop it at any moment, the same command goes on."""
 
 import argparse
-import atexit
 import csv
 import io
 import os
@@ -348,7 +347,6 @@ def join_processes(device: Any) -> Any:
             )
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    atexit.register(torch.distributed.destroy_process_group)
     return device
 
 
@@ -368,7 +366,7 @@ def train_run(args: argparse.Namespace) -> int:
     """Load, resume, train, save; the exit code."""
     from ijepa.devices import choose_device, choose_dtype
     from ijepa.errors import UserError
-    from ijepa.parallel import num_processes, process_rank
+    from ijepa.parallel import leave_processes, num_processes, process_rank
     from ijepa.training import init_state
 
     device = join_processes(choose_device(args.device))
@@ -384,11 +382,13 @@ def train_run(args: argparse.Namespace) -> int:
     provenance["processes"] = num_processes()
     held_out = (held_out.to(device), labels)
     try:
-        return train_and_save(run, state, images, held_out, dtype, provenance)
+        code = train_and_save(run, state, images, held_out, dtype, provenance)
     except FloatingPointError as error:
         raise UserError(
             f"{error}; the last saved state is kept", hint="try a lower --lr or --dtype float32"
         ) from error
+    leave_processes()
+    return code
 
 
 def train_and_save(

@@ -282,6 +282,7 @@ import numpy as np
 from torch import distributed
 sys.path[:0] = [{root!r}, {tests!r}]
 from ijepa.errors import UserError
+from ijepa.parallel import leave_processes
 from test_embeddings import CHUNK, Bar, counted, embeddings, extract, make_split
 cache, failing = Path(sys.argv[1]), sys.argv[2]
 embeddings.CHUNK = CHUNK
@@ -301,7 +302,7 @@ assert bar.facts["total"] == sum(bar.seen) == len(asked), (bar.facts, bar.seen)
 np.save(cache / f"{{rank}}.npy", found.values)
 again = extract(encoder, make_split(), 3, cache / "chunks", bar)
 assert again.values.tobytes() == found.values.tobytes() and again.from_cache
-distributed.destroy_process_group()
+leave_processes()
 """
 
 
