@@ -85,7 +85,7 @@ def leave_processes() -> None:
     """
     if not distributed.is_initialized():
         return
-    # One that leaves while another still talks to it has been seen to abort.
+    # One that leaves early takes its connections from those that still listen.
     with lost_processes():
         distributed.barrier()
     distributed.destroy_process_group()

@@ -276,7 +276,7 @@ def test_the_file_of_embeddings_holds_rows_indices_and_labels_without_pickles(tm
 
 # Each process extracts twice, the second time from the cache, or fails if it is told to.
 WORKER = """
-import sys
+import os, sys
 from pathlib import Path
 import numpy as np
 from torch import distributed
@@ -303,6 +303,7 @@ np.save(cache / f"{{rank}}.npy", found.values)
 again = extract(encoder, make_split(), 3, cache / "chunks", bar)
 assert again.values.tobytes() == found.values.tobytes() and again.from_cache
 leave_processes()
+os._exit(0)  # as the scripts do
 """
 
 
