@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ijepa import huggingface
+from ijepa import hub, huggingface
 from ijepa.checkpoint import load_checkpoint
 from ijepa.errors import UserError
 from ijepa.files import sha256
@@ -206,7 +206,7 @@ def load_huggingface_encoder(
     Raises:
         UserError: If it cannot be found, downloaded or read, or is no I-JEPA.
     """
-    folder, revision = huggingface.resolve_model(source, offline)
+    folder, revision = hub.resolve_model(source, offline)
     settings = huggingface.check_model_files(folder, source)
     problem = f"out of memory on {device} while loading {source!r}"
     # The order matters: running out of memory must not be taken for a damaged file.

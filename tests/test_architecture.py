@@ -26,6 +26,7 @@ ORDER = [
     "plots",
     "checkpoint",
     "training",
+    "hub",
     "huggingface",
     "encoders",
     "embeddings",
@@ -43,7 +44,7 @@ ORDER = [
 
 # Where a third-party package may be imported; one that is not listed may be used anywhere.
 BORDERS = {
-    "huggingface_hub": {"huggingface"},
+    "huggingface_hub": {"hub", "huggingface"},
     "matplotlib": {"plots", "report"},
     "PIL": {"data", "explorer", "huggingface"},
     "safetensors": {"huggingface"},

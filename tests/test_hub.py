@@ -19,7 +19,8 @@ from huggingface_hub.utils import _http
 
 from ijepa.checkpoint import load_checkpoint, save_checkpoint
 from ijepa.errors import UserError
-from ijepa.huggingface import check_model_files, export_huggingface, resolve_model
+from ijepa.hub import resolve_model
+from ijepa.huggingface import check_model_files, export_huggingface
 from ijepa.model import VisionTransformer, ViTConfig
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -185,7 +186,7 @@ PROGRAM = """
 import importlib, os
 from huggingface_hub import constants
 from ijepa.errors import UserError
-from ijepa.huggingface import resolve_model
+from ijepa.hub import resolve_model
 for offline in "010":
     os.environ["HF_HUB_OFFLINE"] = offline
     importlib.reload(constants)
