@@ -1,22 +1,31 @@
 import contextlib
+import functools
 import gzip
 import hashlib
 import json
 import os
+import random
+import re
+import resource
 import shutil
+import signal
 import socket
 import struct
 import subprocess
 import sys
 import threading
+import time
+import tracemalloc
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import close_session, constants, file_download
-from huggingface_hub.utils import _http
+from huggingface_hub.utils import WeakFileLock, _http
 
+from ijepa import hub as hub_module
 from ijepa.checkpoint import load_checkpoint, save_checkpoint
 from ijepa.errors import UserError
 from ijepa.hub import resolve_model
@@ -47,7 +56,13 @@ class Hub(ThreadingHTTPServer):
         self.headers = []
         self.fault = None
         self.commit = COMMIT
+        self.tree = {}
         self.address = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request, client_address):
+        # Clients that hang up or are killed are what these tests are about.
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     def downloads(self):
         return sorted(
@@ -95,6 +110,7 @@ class HubHandler(BaseHTTPRequestHandler):
             self.answer_json(
                 [
                     {"type": "file", "path": name, "size": len(body), "oid": digest(body)[:40]}
+                    | self.server.tree
                     for name, body in files.items()
                 ]
             )
@@ -165,6 +181,8 @@ def here(hub, tmp_path, monkeypatch):
         "HF_HUB_CACHE": str(tmp_path / "cache"),
         "HF_HUB_OFFLINE": False,
         "HF_HUB_DISABLE_PROGRESS_BARS": True,
+        "HF_HUB_DISABLE_XET": False,
+        "DOWNLOAD_CHUNK_SIZE": constants.DOWNLOAD_CHUNK_SIZE,
     }
     for name, value in settings.items():
         monkeypatch.setattr(constants, name, value)
@@ -272,6 +290,15 @@ def test_offline_with_a_part_of_the_files_is_a_user_error():
     assert "not wholly" in failure("someone/ijepa", offline=True).problem
 
 
+def test_offline_by_the_environment_with_a_part_of_the_files_is_a_user_error(here, monkeypatch):
+    folder, _ = resolve_model("someone/ijepa", False)
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    here.requests.clear()
+    assert "not wholly" in failure("someone/ijepa").problem
+    assert here.requests == []
+
+
 @pytest.mark.usefixtures("here")
 def test_a_server_that_is_gone_is_no_obstacle_once_the_model_is_cached(monkeypatch):
     found = resolve_model("someone/ijepa", False)
@@ -373,18 +400,23 @@ def test_a_reset_at_any_byte_is_a_user_error_and_the_next_run_does_the_rest(pati
     assert "config.json" not in patient.downloads()
 
 
-def ranges(server):
-    asked = [one.get("Range", one.get("range", "bytes=0-")) for one in server.headers]
-    return [one for one in asked if one != "bytes=0-"]
+def starts(server):
+    """First bytes of the parts that were asked for."""
+    asked = [one["Range"] for one in server.headers if "Range" in one]
+    return [int(re.fullmatch(r"bytes=(\d+)-\d+", one)[1]) for one in asked]
 
 
-def test_a_download_goes_on_after_a_lost_connection(patient, monkeypatch):
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)  # instead of 10 MB
+def unfinished(cache):
+    return sorted(path.name for path in cache.rglob("*.incomplete"))
+
+
+def test_a_download_goes_on_after_a_lost_connection(patient, monkeypatch, tmp_path):
+    monkeypatch.setattr(hub_module, "PIECE", 100)
     body = patient.files["model.safetensors"]
     half = len(body) // 200 * 100
 
     def fault(handler, body, headers):
-        if handler.command == "HEAD" or "Range" in handler.headers:
+        if handler.command == "HEAD" or not handler.headers["Range"].startswith("bytes=0-"):
             return False
         handler.answer(200, body[:half], **{**headers, "Content_Length": len(body)})
         handler.close_connection = True
@@ -393,7 +425,305 @@ def test_a_download_goes_on_after_a_lost_connection(patient, monkeypatch):
     patient.fault = fault
     folder, _ = resolve_model("someone/ijepa", False)
     assert (folder / "model.safetensors").read_bytes() == body
-    assert ranges(patient) == [f"bytes={half}-"]
+    assert starts(patient) == [0, half]
+    assert not unfinished(tmp_path)
+
+
+DOWNLOAD = """
+from ijepa.hub import resolve_model
+print(*resolve_model("someone/ijepa", False))
+"""
+
+
+def start(hub, program, cache):
+    """Another process with the client's own settings."""
+    settings = {"HF_ENDPOINT": hub.address, "HF_HUB_CACHE": str(cache), "NO_PROXY": "127.0.0.1"}
+    others = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**others, **settings},
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
+def test_what_a_killed_run_downloaded_is_not_downloaded_again(here, tmp_path, by):
+    body = random.Random(0).randbytes(3 * 10**6)
+    here.files = {**here.files, "model.safetensors": body}
+    release = threading.Event()
+
+    def fault(handler, body, headers):
+        if handler.command == "HEAD":
+            return False
+        handler.answer(200, body[: 25 * 10**5], **{**headers, "Content_Length": len(body)})
+        handler.wfile.flush()
+        release.wait(20)
+        handler.close_connection = True
+        return True
+
+    here.fault = fault
+    process = start(here, DOWNLOAD, tmp_path / "cache")
+    kept = 25 * 10**5 // 2**16 * 2**16
+    held = tmp_path / "cache/models--someone--ijepa/blobs" / f"{digest(body)}.incomplete"
+    while not (held.exists() and held.stat().st_size >= kept):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(by)
+    process.communicate()
+    release.set()
+    assert held.stat().st_size == kept
+    assert starts(here) == [0]
+
+    here.fault = None
+    here.headers.clear()
+    folder, _ = resolve_model("someone/ijepa", False)
+    assert starts(here) == [kept]
+    assert (folder / "model.safetensors").read_bytes() == body
+    assert not unfinished(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_download_that_is_killed_25_times_goes_on_25_times(here, tmp_path):
+    rng = random.Random(0)
+    body = rng.randbytes(10**8)
+    here.files = {**here.files, "model.safetensors": body}
+    name = digest(body)
+
+    def fault(handler, body, headers):
+        if handler.command == "HEAD":
+            return False
+        first = starts(handler.server)[-1]
+        span = f"bytes {first}-{len(body) - 1}/{len(body)}"
+        headers = {**headers, "Content_Length": len(body) - first, "Content_Range": span}
+        with contextlib.suppress(ConnectionError):
+            handler.answer(206, **headers)
+            for place in range(first, len(body), 2**20):
+                time.sleep(0.02)
+                handler.wfile.write(body[place : place + 2**20])
+        handler.close_connection = True
+        return True
+
+    here.fault = fault
+    held = tmp_path / "cache/models--someone--ijepa/blobs" / f"{name}.incomplete"
+    sizes = [0]
+    for _ in range(25):
+        process = start(here, DOWNLOAD, tmp_path / "cache")
+        while not held.exists() or held.stat().st_size <= sizes[-1]:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+        sizes.append(held.stat().st_size)
+    here.fault = None
+    folder, _ = resolve_model("someone/ijepa", False)
+    assert starts(here) == sizes
+    assert (folder / "model.safetensors").read_bytes() == body
+    assert not unfinished(tmp_path)
+
+
+def test_of_two_runs_at_once_one_downloads_and_both_have_the_files(hub, tmp_path):
+    waiting = threading.Semaphore(0)
+
+    def fault(handler, *_):
+        if handler.command == "HEAD":
+            waiting.release()
+        else:
+            for _ in range(2):
+                assert waiting.acquire(timeout=20)  # both have come as far as the lock
+        return False
+
+    hub.fault = fault
+    runs = [start(hub, DOWNLOAD, tmp_path / "cache") for _ in range(2)]
+    outputs = [run.communicate() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0]
+    assert hub.downloads().count("model.safetensors") == 1
+
+
+@pytest.mark.parametrize("lacking", ["ETag", "Content_Length"])
+def test_a_server_that_says_too_little_is_left_to_the_client(patient, lacking):
+    body = patient.files["model.safetensors"]
+
+    def fault(handler, body, headers):
+        if handler.command == "GET":
+            return False
+        headers = {**headers, "Content_Length": len(body)}
+        handler.send_response(200)
+        for name in headers.keys() - {lacking}:
+            handler.send_header(name.replace("_", "-"), str(headers[name]))
+        handler.end_headers()
+        return True
+
+    patient.fault = fault
+    if lacking == "ETag":
+        assert "etag" in failure("someone/ijepa").problem.lower()
+    else:
+        folder, _ = resolve_model("someone/ijepa", False)
+        assert (folder / "model.safetensors").read_bytes() == body
+    assert starts(patient) == []
+
+
+def test_a_cache_of_an_older_client_is_enough_without_a_network(here, tmp_path):
+    folder, _ = resolve_model("someone/ijepa", False)
+    shutil.rmtree(folder.parents[1] / "trees")
+    here.address = unused_address()
+    output, _ = start(here, DOWNLOAD, tmp_path / "cache").communicate()
+    assert output.split() == [str(folder), COMMIT]
+
+
+def test_files_in_subfolders_are_not_downloaded(here):
+    here.files = {
+        **here.files,
+        **dict.fromkeys(["a/m.safetensors", "a/m.safetensors.index.json"], b""),
+    }
+    found = resolve_model("someone/ijepa", False)
+    assert here.downloads() == WANTED
+    assert resolve_model("someone/ijepa", True) == found
+
+
+@pytest.fixture
+def begun(patient, monkeypatch, tmp_path):
+    """A cache with the first half of the weights, as a broken download leaves it."""
+    monkeypatch.setattr(hub_module, "PIECE", 100)
+    body = patient.files["model.safetensors"]
+    half = len(body) // 200 * 100
+
+    def fault(handler, body, headers):
+        if handler.command == "HEAD":
+            return False
+        if handler.headers["Range"].startswith("bytes=0-"):
+            handler.answer(200, body[:half], **{**headers, "Content_Length": len(body)})
+            handler.close_connection = True
+        else:
+            reset(handler)
+        return True
+
+    patient.fault = fault
+    assert "run again" in failure("someone/ijepa").hint
+    patient.fault = None
+    patient.headers.clear()
+    patient.partial = tmp_path / f"cache/models--someone--ijepa/blobs/{digest(body)}.incomplete"
+    assert patient.partial.read_bytes() == body[:half]
+    return patient
+
+
+def finishes(server):
+    folder, _ = resolve_model("someone/ijepa", False)
+    assert (folder / "model.safetensors").read_bytes() == server.files["model.safetensors"]
+    assert not unfinished(server.partial.parent)
+
+
+def test_a_broken_download_goes_on_from_its_last_byte(begun):
+    place = begun.partial.stat().st_size
+    finishes(begun)
+    assert starts(begun) == [place]
+
+
+def test_a_file_system_that_knows_no_locks_is_no_obstacle(begun, monkeypatch):
+    monkeypatch.setattr(
+        huggingface_hub.utils, "WeakFileLock", lambda *_, **__: contextlib.nullcontext()
+    )
+    place = begun.partial.stat().st_size
+    finishes(begun)
+    assert starts(begun) == [place]
+
+
+def test_a_broken_download_goes_on_on_another_host_without_the_token(begun, files, monkeypatch):
+    other = Hub(files)
+    thread = threading.Thread(target=other.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    place = begun.partial.stat().st_size
+
+    def fault(handler, *_):
+        if handler.command == "HEAD":
+            return False
+        handler.answer(302, Location=f"http://localhost:{other.server_port}{handler.path}")
+        return True
+
+    begun.fault = fault
+    try:
+        finishes(begun)
+    finally:
+        other.shutdown()
+        other.server_close()
+        thread.join()
+    assert starts(begun) == starts(other) == [place]
+    assert TOKEN in str([one for one in begun.headers if "Range" in one])
+    assert TOKEN not in str(other.headers)
+
+
+def test_a_server_that_knows_no_ranges_begins_anew(begun):
+    def fault(handler, body, headers):
+        handler.answer(200, body, **headers)
+        return True
+
+    begun.fault = fault
+    finishes(begun)
+
+
+def test_a_server_that_refuses_ranges_is_asked_for_the_whole_in_the_next_run(begun):
+    def fault(handler, *_):
+        if handler.headers.get("Range", "bytes=0-").startswith("bytes=0-"):
+            return False
+        handler.answer(416)
+        return True
+
+    begun.fault = fault
+    assert "416" in failure("someone/ijepa").problem
+    finishes(begun)
+
+
+def test_a_file_that_only_lacks_its_name_is_not_asked_for(begun):
+    begun.partial.write_bytes(begun.files["model.safetensors"])
+    finishes(begun)
+    assert starts(begun) == []
+
+
+@pytest.mark.parametrize("change", ["first byte", "all", "more"])
+def test_a_beginning_that_does_not_fit_is_thrown_away(begun, change):
+    held, body = begun.partial.read_bytes(), begun.files["model.safetensors"]
+    changed = {"first byte": b"?" + held[1:], "all": bytes(len(body)), "more": body + b"?"}[change]
+    begun.partial.write_bytes(changed)
+    if change != "more":
+        with pytest.raises(UserError, match="does not have the hash") as caught:
+            resolve_model("someone/ijepa", False)
+        assert "run again" in caught.value.hint
+        assert not unfinished(begun.partial.parent)
+    finishes(begun)
+
+
+def test_the_beginning_of_another_version_is_neither_used_nor_kept(begun):
+    body = begun.files["model.safetensors"]
+    begun.files = {**begun.files, "model.safetensors": body[:-1] + b"?"}
+    others = [begun.partial.with_name(f"{name}.incomplete") for name in ("held", "a.clients")]
+    locks = begun.partial.parents[2] / ".locks" / "models--someone--ijepa"
+    for other in others:
+        other.touch()
+    with WeakFileLock(locks / "held.lock"):
+        folder, _ = resolve_model("someone/ijepa", False)
+    assert (folder / "model.safetensors").read_bytes() == begun.files["model.safetensors"]
+    assert starts(begun) == [0]
+    assert unfinished(begun.partial.parent) == ["a.clients.incomplete", "held.incomplete"]
+
+
+def test_a_full_disk_is_a_user_error_and_the_next_run_goes_on(begun):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = begun.partial.stat().st_size + 50
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        error = failure("someone/ijepa")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in error.problem
+    assert "disk" in error.hint
+    begun.headers.clear()
+    finishes(begun)
+    assert starts(begun) == [room]
 
 
 def test_a_server_that_falls_silent_is_a_user_error(patient):
@@ -436,7 +766,7 @@ def check_model_files_fails(source):
     return caught.value
 
 
-def test_a_file_that_does_not_have_its_hash_is_refused_until_it_is_deleted(patient):
+def test_weights_that_do_not_have_their_hash_are_not_kept(patient, tmp_path):
     def fault(handler, body, headers):
         changed = bytearray(body)
         changed[-1] ^= 1
@@ -444,16 +774,26 @@ def test_a_file_that_does_not_have_its_hash_is_refused_until_it_is_deleted(patie
         return True
 
     patient.fault = fault
-    for _ in range(2):
-        folder, _ = resolve_model("someone/ijepa", False)
-        with pytest.raises(UserError, match="does not have the hash the hub gave") as caught:
-            check_model_files(folder, "someone/ijepa")
-        patient.fault = None
-    blob = Path(caught.value.hint.split()[1])
-    assert blob == (folder / "model.safetensors").resolve()
+    with pytest.raises(UserError, match="does not have the hash the hub gave"):
+        resolve_model("someone/ijepa", False)
+    name = digest(patient.files["model.safetensors"])
+    assert [path.suffix for path in tmp_path.rglob(f"{name}*")] == [".lock"]
+    patient.fault = None
+    folder, _ = resolve_model("someone/ijepa", False)
+    check_model_files(folder, "someone/ijepa")
+
+
+def test_a_file_that_lost_its_hash_is_refused_until_it_is_deleted(here):
+    folder, _ = resolve_model("someone/ijepa", False)
+    blob = (folder / "model.safetensors").resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match="does not have the hash the hub gave") as caught:
+        check_model_files(folder, "someone/ijepa")
+    assert blob == Path(caught.value.hint.split()[1])
     blob.unlink()
     folder, _ = resolve_model("someone/ijepa", False)
     check_model_files(folder, "someone/ijepa")
+    assert here.downloads().count("model.safetensors") == 2
 
 
 def test_small_files_are_checked_against_gits_hash(here):
@@ -564,7 +904,7 @@ def test_an_answer_that_is_no_listing_is_a_user_error(monkeypatch, body):
     assert "could not be downloaded" in failure("someone/ijepa").problem
 
 
-@pytest.mark.parametrize("part", ["sha", "name", "etag", "commit"])
+@pytest.mark.parametrize("part", ["sha", "name", "etag", "quoted", "commit", "tree"])
 @pytest.mark.parametrize("ups", [0, 3, 4])
 def test_names_that_a_server_makes_up_lead_nowhere_outside_the_cache(here, tmp_path, part, ups):
     away = "../" * ups + "evil" if ups else str(tmp_path / "evil")
@@ -572,9 +912,15 @@ def test_names_that_a_server_makes_up_lead_nowhere_outside_the_cache(here, tmp_p
         here.files = {**here.files, f"{away}.safetensors": here.files["model.safetensors"]}
     if part == "sha":
         here.commit = away
+    if part == "tree":
+        here.tree = {"lfs": {"oid": f"{away}/x", "size": 9, "pointerSize": 9}, "xetHash": 64 * "0"}
 
     def fault(handler, body, headers):
-        changes = {"etag": {"ETag": f'"{away}"'}, "commit": {"X_Repo_Commit": away}}
+        changes = {
+            "etag": {"ETag": f'"{away}"'},
+            "quoted": {"ETag": f'W"{away}"'},
+            "commit": {"X_Repo_Commit": away},
+        }
         handler.answer(200, body, **{**headers, **changes.get(part, {})})
         return True
 
@@ -595,22 +941,167 @@ def test_a_hash_in_base64_is_as_good_as_any(here, monkeypatch):
     assert here.downloads() == WANTED
 
 
-@pytest.mark.parametrize("of", ["file", "listing"])
-def test_an_answer_that_grows_on_reading_is_a_user_error(patient, monkeypatch, of):
-    bomb = gzip.compress(bytes(10**8))
+def endless(handler, status=200, **headers):
+    """Send 128 MB, which is endless here, unless the client hangs up."""
+    handler.send_response(status)
+    for name, value in {"Transfer_Encoding": "chunked", **headers}.items():
+        handler.send_header(name.replace("_", "-"), value)
+    handler.end_headers()
+    handler.close_connection = True
+    piece = b"10000\r\n" + bytes(2**16) + b"\r\n"
+    with contextlib.suppress(ConnectionError):
+        for _ in range(2**11):
+            handler.wfile.write(piece)
+            handler.server.sent += 2**16
+        handler.wfile.write(b"0\r\n\r\n")
 
+
+@functools.cache
+def compressed_zeros():
+    return gzip.compress(bytes(2**27))
+
+
+def bomb(handler, **headers):
+    with contextlib.suppress(ConnectionError):
+        handler.answer(200, compressed_zeros(), Content_Encoding="gzip", **headers)
+
+
+def pages(handler):
+    """Lists that name a next one, each of them short enough; 128 of them are endless here."""
+    entries = [{"type": "file", "path": "a" * 2**16, "size": 1, "oid": ""} for _ in range(16)]
+    body = json.dumps(entries).encode()
+    handler.server.sent += len(body)
+    link = f'<{handler.server.address}{handler.path}>; rel="next"'
+    handler.answer(200, body, **({"Link": link} if handler.server.sent < 2**27 else {}))
+
+
+@pytest.fixture
+def held(patient, tmp_path):
+    """Bytes that this process takes at most, and those of the files that it keeps."""
+    patient.sent = 0
+    compressed_zeros()  # the server's own memory does not count
+    tracemalloc.start()
+    yield lambda: (
+        tracemalloc.get_traced_memory()[1],
+        sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()),
+    )
+    tracemalloc.stop()
+
+
+SENT_MORE = "sends more than 16,777,216 bytes"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        endless,
+        bomb,
+        pages,
+        lambda handler: endless(handler, 500),
+        lambda handler: endless(handler, 302, Location="/elsewhere"),
+    ],
+    ids=["endless", "bomb", "pages", "error", "redirect"],
+)
+def test_a_list_that_is_too_long_is_a_user_error(patient, monkeypatch, held, answer):
+    listing = HubHandler.answer_json
+
+    def answer_json(handler, content):
+        if answer is pages and "/tree/" not in handler.path:
+            listing(handler, content)
+        else:
+            answer(handler)
+
+    monkeypatch.setattr(HubHandler, "answer_json", answer_json)
+    with pytest.raises(UserError, match=SENT_MORE) as caught:
+        resolve_model("someone/ijepa", False)
+    assert "HF_ENDPOINT" in caught.value.hint
+    memory, kept = held()
+    assert memory < 3 * 2**24
+    assert kept < 2**24
+    assert patient.sent < 2**26
+
+
+PEAK = """
+import re
+from pathlib import Path
+from ijepa.errors import UserError
+from ijepa.hub import resolve_model
+import huggingface_hub.hf_api
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+Path("/proc/self/clear_refs").write_text("5")
+before = peak()
+try:
+    resolve_model("someone/ijepa", False)
+except UserError as error:
+    print((peak() - before) // 1024, error.problem)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the kernel's account of the process")
+def test_a_list_that_is_just_short_enough_takes_less_than_half_a_gigabyte(
+    hub, monkeypatch, tmp_path
+):
+    entry = b'{"":0}'  # of all that was tried, what JSON makes most of
+    count = (2**24 - 2**12) // (len(entry) + 1)
+    body = b"[" + b",".join([entry] * count) + b"]"
+    monkeypatch.setattr(HubHandler, "answer_json", lambda handler, _: handler.answer(200, body))
+    result, _ = start(hub, PEAK, tmp_path).communicate()
+    mebibytes, problem = result.split(" ", 1)
+    assert "could not be downloaded" in problem
+    assert 2**8 < int(mebibytes) < 2**9
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("answer", [endless, bomb])
+def test_a_file_that_is_longer_than_announced_is_a_user_error(
+    patient, monkeypatch, held, name, answer
+):
+    answer_file = HubHandler.answer_file
+
+    def answer_longer(handler, model, asked):
+        if asked != name or handler.command == "HEAD":
+            answer_file(handler, model, asked)
+        else:
+            answer(handler, ETag='"x"')
+
+    monkeypatch.setattr(HubHandler, "answer_file", answer_longer)
+    size = len(patient.files[name]) if name == "model.safetensors" else 2**24
+    with pytest.raises(UserError, match=f"sends more than {size:,} bytes"):
+        resolve_model("someone/ijepa", False)
+    memory, kept = held()
+    assert memory < 4 * 2**24
+    assert kept < 2**24
+    assert patient.sent < 2**26
+
+
+@pytest.mark.parametrize("status", [302, 500])
+def test_no_answer_but_a_file_is_as_long_as_a_file(patient, held, status):
     def fault(handler, _, headers):
-        if handler.command == "HEAD" and of == "file":
-            return False
-        handler.answer(200, bomb, **{**headers, "Content_Encoding": "gzip"})
+        if handler.command == "HEAD":
+            handler.answer(200, **headers, X_Linked_Size=2**30)
+        else:
+            endless(handler, status, Location="/elsewhere")
         return True
 
     patient.fault = fault
-    if of == "listing":
-        monkeypatch.setattr(
-            HubHandler, "answer_json", lambda handler, _: fault(handler, b"", {"ETag": '"x"'})
-        )
-    check_model_files_fails("someone/ijepa")
+    with pytest.raises(UserError, match="500|" + SENT_MORE):
+        resolve_model("someone/ijepa", False)
+    memory, _ = held()
+    assert memory < 3 * 2**24
+    assert patient.sent < 2**26
+
+
+def test_every_model_has_the_whole_allowance(here, monkeypatch):
+    monkeypatch.setattr(hub_module, "LARGEST_ANSWERS", 2000)
+    for _ in range(5):
+        resolve_model("someone/ijepa", False)
+    monkeypatch.setattr(hub_module, "LARGEST_ANSWERS", 200)
+    with pytest.raises(UserError, match="sends more than 200 bytes"):
+        resolve_model("someone/ijepa", False)
+    assert here.downloads() == WANTED
 
 
 def test_a_directory_is_taken_before_the_hub(here, tmp_path, monkeypatch):
