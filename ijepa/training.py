@@ -59,9 +59,9 @@ class TrainConfig:
     min_crop: float = 0.25
     """Smallest share of the image's area that a view shows."""
     jitter: float = 0.4
-    """Strength of the colour jitter on what the context encoder sees; see `color_jitter`."""
+    """Strength of the colour jitter of both views; see `color_jitter`."""
     grey_share: float = 0.2
-    """Share of the context encoder's views without colour."""
+    """Share of the views without colour."""
     matching_weight: float = 1.0
     temperature: float = 0.1
     spread_weight: float = 0.05
@@ -179,32 +179,32 @@ def spread_loss(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
 
 
 def matching_loss(
-    context: Float[Tensor, "B D"], target: Float[Tensor, "B D"], temperature: float
+    queries: Float[Tensor, "B D"], keys: Float[Tensor, "B D"], temperature: float
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of finding, for each context embedding, its image among all targets.
+    """Cross-entropy of finding, for each query, the key of its image among all keys.
 
-    InfoNCE on cosine similarities (van den Oord et al. 2018, https://arxiv.org/abs/1807.03748),
-    against a moving average as in MoCo v3 (Chen et al. 2021, https://arxiv.org/abs/2104.02057),
-    without its projection heads: the mean token itself shall be like that of another crop.
+    InfoNCE on cosine similarities (van den Oord et al. 2018, https://arxiv.org/abs/1807.03748).
+    The keys are a moving average's as in MoCo v3 (Chen et al. 2021,
+    https://arxiv.org/abs/2104.02057) and also the context encoder's own as in SimCLR (Chen et al.
+    2020, https://arxiv.org/abs/2002.05709). There are no projection heads: the mean token itself
+    shall be like that of another crop.
     """
-    similarities = F.normalize(context, dim=-1) @ F.normalize(target, dim=-1).T
+    similarities = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).T
     return F.cross_entropy(
-        similarities / temperature, torch.arange(len(context), device=context.device)
+        similarities / temperature, torch.arange(len(queries), device=queries.device)
     )
 
 
 class Views(NamedTuple):
-    """What one update sees of its images."""
+    """What one update sees of its images: two crops of each, in colours of their own."""
 
-    target: Float[Tensor, "B 3 H W"]
-    """For the target encoder: a crop in its own colours."""
-    context: Float[Tensor, "B 3 H W"]
-    """For the context encoder: the same crop in other colours, of which `masks` shows a part."""
-    other: Float[Tensor, "B 3 H W"]
-    """Another crop in other colours, of which `other_patches` are shown."""
+    first: Float[Tensor, "B 3 H W"]
+    """Whole for the target encoder, `context_patches` of it for the context encoder."""
+    second: Float[Tensor, "B 3 H W"]
+    """For the context encoder, which sees `second_patches` of it."""
     context_patches: Int[Tensor, "B K"]
     target_blocks: Int[Tensor, "B T M"]
-    other_patches: Int[Tensor, "B K"]
+    second_patches: Int[Tensor, "B K"]
 
 
 def draw_views(config: TrainConfig, images: UInt8[Tensor, "B 3 H W"], step: int) -> Views:
@@ -212,14 +212,19 @@ def draw_views(config: TrainConfig, images: UInt8[Tensor, "B 3 H W"], step: int)
     seed = derive_seed(config.seed, step)
     device, grid_size = images.device, config.vit.grid_size
     generator = torch.Generator(device).manual_seed(seed)
-    target, other = (random_resized_crop(images, config.min_crop, generator) for _ in range(2))
-    context, other = (
-        color_jitter(view, config.jitter, config.grey_share, generator) for view in (target, other)
+    first, second = (
+        color_jitter(
+            random_resized_crop(images, config.min_crop, generator),
+            config.jitter,
+            config.grey_share,
+            generator,
+        )
+        for _ in range(2)
     )
     masks = sample_masks(config.mask, grid_size, len(images), seed, device)
     scores = torch.rand(len(images), grid_size**2, generator=generator, device=device)
-    other_patches = scores.topk(config.mask.context_patches).indices
-    return Views(*map(standardize, (target, context, other)), *masks, other_patches)
+    second_patches = scores.topk(config.mask.context_patches).indices
+    return Views(standardize(first), standardize(second), *masks, second_patches)
 
 
 class Losses(NamedTuple):
@@ -235,22 +240,25 @@ def compute_losses(
 ) -> Losses:
     """The terms over the rows of all processes; matrix products of the networks in `dtype`."""
     B, T, M = views.target_blocks.shape
-    with torch.autocast(views.target.device.type, dtype, enabled=dtype != torch.float32):
+    with torch.autocast(views.first.device.type, dtype, enabled=dtype != torch.float32):
         with torch.no_grad():
-            tokens = state.target_encoder(views.target).float()
-        context = state.context_encoder(views.context, views.context_patches)
+            tokens = state.target_encoder(views.first).float()
+        context = state.context_encoder(views.first, views.context_patches)
         predicted = state.predictor(context, views.context_patches, views.target_blocks)
-        other = state.context_encoder(views.other, views.other_patches)
+        second = state.context_encoder(views.second, views.second_patches)
     # Normalised over channels without learned scale, as in the authors' code, so that the targets'
     # size cannot shrink.
     targets = gather_tokens(
         F.layer_norm(tokens, tokens.shape[-1:]), views.target_blocks.flatten(1)
     ).reshape(B, T, M, -1)
     prediction = gather_rows(F.smooth_l1_loss(predicted.float(), targets)[None]).mean()
-    mean_context, mean_other, mean_target = (
-        gather_rows(x.float().mean(dim=1)) for x in (context, other, tokens)
+    mean_context, mean_second, mean_target = (
+        gather_rows(x.float().mean(dim=1)) for x in (context, second, tokens)
     )
-    matching = matching_loss(mean_other, mean_target, config.temperature)
+    matching = matching_loss(mean_second, mean_target, config.temperature) + 0.5 * (
+        matching_loss(mean_second, mean_context, config.temperature)
+        + matching_loss(mean_context, mean_second, config.temperature)
+    )
     return Losses(prediction, matching, spread_loss(mean_context))
 
 
