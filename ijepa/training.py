@@ -14,6 +14,7 @@ stopped and resumed at any step is the undisturbed run bit for bit. Nothing here
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import permutations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,9 +60,11 @@ class TrainConfig:
     min_crop: float = 0.25
     """Smallest share of the image's area that a view shows."""
     jitter: float = 0.4
-    """Strength of the colour jitter of both views; see `color_jitter`."""
+    """Strength of the colour jitter of every view; see `color_jitter`."""
     grey_share: float = 0.2
     """Share of the views without colour."""
+    num_views: int = 3
+    """Crops of each image in an update, at least 2."""
     matching_weight: float = 1.0
     temperature: float = 0.1
     spread_weight: float = 0.05
@@ -196,15 +199,13 @@ def matching_loss(
 
 
 class Views(NamedTuple):
-    """What one update sees of its images: two crops of each, in colours of their own."""
+    """What one update sees of its images: V crops of each, in colours of their own."""
 
-    first: Float[Tensor, "B 3 H W"]
-    """Whole for the target encoder, `context_patches` of it for the context encoder."""
-    second: Float[Tensor, "B 3 H W"]
-    """For the context encoder, which sees `second_patches` of it."""
-    context_patches: Int[Tensor, "B K"]
+    pixels: Float[Tensor, "B V 3 H W"]
+    """Of these the target encoder sees the first, whole."""
+    patches: Int[Tensor, "B V K"]
+    """What the context encoder sees; of the first view nothing that is in a target block."""
     target_blocks: Int[Tensor, "B T M"]
-    second_patches: Int[Tensor, "B K"]
 
 
 def draw_views(config: TrainConfig, images: UInt8[Tensor, "B 3 H W"], step: int) -> Views:
@@ -212,19 +213,17 @@ def draw_views(config: TrainConfig, images: UInt8[Tensor, "B 3 H W"], step: int)
     seed = derive_seed(config.seed, step)
     device, grid_size = images.device, config.vit.grid_size
     generator = torch.Generator(device).manual_seed(seed)
-    first, second = (
-        color_jitter(
-            random_resized_crop(images, config.min_crop, generator),
-            config.jitter,
-            config.grey_share,
-            generator,
-        )
-        for _ in range(2)
-    )
+    views = []
+    for _ in range(config.num_views):
+        crop = random_resized_crop(images, config.min_crop, generator)
+        crop = color_jitter(crop, config.jitter, config.grey_share, generator)
+        views.append(standardize(crop))
     masks = sample_masks(config.mask, grid_size, len(images), seed, device)
-    scores = torch.rand(len(images), grid_size**2, generator=generator, device=device)
-    second_patches = scores.topk(config.mask.context_patches).indices
-    return Views(standardize(first), standardize(second), *masks, second_patches)
+    shape = (len(images), config.num_views - 1, grid_size**2)
+    scores = torch.rand(shape, generator=generator, device=device)
+    others = scores.topk(config.mask.context_patches).indices
+    patches = torch.cat([masks.context[:, None], others], dim=1)
+    return Views(torch.stack(views, dim=1), patches, masks.targets)
 
 
 class Losses(NamedTuple):
@@ -240,26 +239,24 @@ def compute_losses(
 ) -> Losses:
     """The terms over the rows of all processes; matrix products of the networks in `dtype`."""
     B, T, M = views.target_blocks.shape
-    with torch.autocast(views.first.device.type, dtype, enabled=dtype != torch.float32):
+    with torch.autocast(views.pixels.device.type, dtype, enabled=dtype != torch.float32):
         with torch.no_grad():
-            tokens = state.target_encoder(views.first).float()
-        context = state.context_encoder(views.first, views.context_patches)
-        predicted = state.predictor(context, views.context_patches, views.target_blocks)
-        second = state.context_encoder(views.second, views.second_patches)
+            tokens = state.target_encoder(views.pixels[:, 0]).float()
+        seen = state.context_encoder(views.pixels.flatten(0, 1), views.patches.flatten(0, 1))
+        seen = seen.unflatten(0, views.patches.shape[:2])  # (B, V, K, D)
+        predicted = state.predictor(seen[:, 0], views.patches[:, 0], views.target_blocks)
     # Normalised over channels without learned scale, as in the authors' code, so that the targets'
     # size cannot shrink.
     targets = gather_tokens(
         F.layer_norm(tokens, tokens.shape[-1:]), views.target_blocks.flatten(1)
     ).reshape(B, T, M, -1)
     prediction = gather_rows(F.smooth_l1_loss(predicted.float(), targets)[None]).mean()
-    mean_context, mean_second, mean_target = (
-        gather_rows(x.float().mean(dim=1)) for x in (context, second, tokens)
-    )
-    matching = matching_loss(mean_second, mean_target, config.temperature) + 0.5 * (
-        matching_loss(mean_second, mean_context, config.temperature)
-        + matching_loss(mean_context, mean_second, config.temperature)
-    )
-    return Losses(prediction, matching, spread_loss(mean_context))
+    mean_target = gather_rows(tokens.mean(dim=1))
+    means = gather_rows(seen.float().mean(dim=2)).unbind(dim=1)
+    to_target = [matching_loss(view, mean_target, config.temperature) for view in means[1:]]
+    to_views = [matching_loss(*pair, config.temperature) for pair in permutations(means, 2)]
+    matching = torch.stack(to_target).mean() + torch.stack(to_views).mean()
+    return Losses(prediction, matching, spread_loss(means[0]))
 
 
 def train_step(

@@ -172,50 +172,64 @@ def test_the_losses_are_those_of_a_loop_over_images_blocks_and_patches(config, i
     views = draw_views(config, images[:3], 0)
     losses = compute_losses(state, config, views, FLOAT)
 
-    errors, targets, contexts, seconds = [], [], [], []
-    for row in range(3):
-        one = type(views)(*(part[row : row + 1] for part in views))
+    errors, targets, means = [], [], []
+    for pixels, patches, blocks in zip(*views, strict=True):
         with torch.no_grad():
-            tokens = state.target_encoder(one.first)[0]
-            visible = state.context_encoder(one.first, one.context_patches)
-            seconds.append(state.context_encoder(one.second, one.second_patches)[0].mean(dim=0))
-        contexts.append(visible[0].mean(dim=0))
+            tokens = state.target_encoder(pixels[:1])[0]
+            seen = [
+                state.context_encoder(view[None], visible[None])
+                for view, visible in zip(pixels, patches, strict=True)
+            ]
+        means.append(torch.cat(seen).mean(dim=1))
         targets.append(tokens.mean(dim=0))
         normalized = (tokens - tokens.mean(1, keepdim=True)) / torch.sqrt(
             tokens.var(1, correction=0, keepdim=True) + 1e-5
         )
-        for block in one.target_blocks[0]:
-            predicted = state.predictor(visible, one.context_patches, block[None, None])[0, 0]
+        for block in blocks:
+            predicted = state.predictor(seen[0], patches[:1], block[None, None])[0, 0]
             for prediction, patch in zip(predicted, block.tolist(), strict=True):
                 errors.append(F.smooth_l1_loss(prediction, normalized[patch]).item())
     assert losses.prediction.item() == pytest.approx(np.mean(errors), rel=1e-5)
     assert losses.prediction.item() > 0.1
-    pairs = ((seconds, targets, 1.0), (seconds, contexts, 0.5), (contexts, seconds, 0.5))
+    first, second, third = torch.stack(means, dim=1)
+    target = torch.stack(targets)
+    pairs = {
+        2: [(second, target), (third, target)],
+        6: [(first, second), (first, third), (second, third)],
+    }
+    pairs[6] += [(keys, queries) for queries, keys in pairs[6]]
     matching = sum(
-        weight * matching_loss(torch.stack(queries), torch.stack(keys), config.temperature).item()
-        for queries, keys, weight in pairs
+        matching_loss(queries, keys, config.temperature).item() / share
+        for share, members in pairs.items()
+        for queries, keys in members
     )
     assert losses.matching.item() == pytest.approx(matching, rel=1e-4)
-    assert losses.spread.item() == pytest.approx(
-        spread_loss(torch.stack(contexts)).item(), rel=1e-4
-    )
+    assert losses.spread.item() == pytest.approx(spread_loss(first).item(), rel=1e-4)
 
 
-def test_the_two_views_are_crops_and_colours_of_their_own(config, images):
+def test_every_view_is_a_crop_and_colours_of_its_own(config, images):
     plain = dataclasses.replace(config, jitter=0.0, grey_share=0.0)
-    views = draw_views(plain, images, 5)
-    assert (views.second - views.first).abs().mean() > 0.1
-    colored = draw_views(dataclasses.replace(config, grey_share=0.5), images, 5)
-    for view, uncolored in ((colored.first, views.first), (colored.second, views.second)):
-        grey = (view.std(dim=1) < 1e-6).flatten(1).all(dim=1)
-        assert 0 < grey.sum() < len(images)
+    views, colored = (
+        draw_views(one, images, 5) for one in (plain, dataclasses.replace(config, grey_share=0.5))
+    )
+    for view, after in ((0, 1), (1, 2), (2, 0)):
+        another_crop = (views.pixels[:, view] - views.pixels[:, after]).abs().mean()
+        assert another_crop > 0.1
         # Of the same crop: what colours change is small beside what another crop changes.
-        change = (view - uncolored).abs().mean()
-        assert 0.05 < change < 0.8 * (views.second - views.first).abs().mean()
-    first, second = (view.mean(dim=(2, 3)) for view in (colored.first, colored.second))
-    assert not torch.allclose(first, second, atol=0.01)
-    assert all((row.unique().numel(), row.max().item() < 64) == (20, True) for row in views[-1])
-    assert not torch.equal(views.second_patches, draw_views(plain, images, 6).second_patches)
+        change = (colored.pixels[:, view] - views.pixels[:, view]).abs().mean()
+        assert 0.05 < change < 0.8 * another_crop
+        grey = (colored.pixels[:, view].std(dim=1) < 1e-6).flatten(1).all(dim=1)
+        assert 0 < grey.sum() < len(images)
+
+
+def test_a_view_shows_patches_of_its_own_and_the_first_none_of_a_target(config, images):
+    views = draw_views(config, images, 5)
+    assert views.patches.shape == (len(images), 3, 20)
+    for patches, blocks in zip(views.patches, views.target_blocks, strict=True):
+        assert all(row.unique().numel() == 20 and row.max() < 64 for row in patches)
+        assert not torch.isin(patches[0], blocks).any()
+        assert not torch.equal(patches[1].sort().values, patches[2].sort().values)
+    assert not torch.equal(views.patches[:, 1:], draw_views(config, images, 6).patches[:, 1:])
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
@@ -421,6 +435,7 @@ FIELDS = {
     "min_crop": 0.9,
     "jitter": 0.1,
     "grey_share": 0.9,
+    "num_views": 2,
     "matching_weight": 0.1,
     "temperature": 0.5,
     "spread_weight": 0.5,
