@@ -14,7 +14,6 @@ from jaxtyping import Bool, Float, Int
 
 from ijepa.agreement import (
     cka_null,
-    demean_by_class,
     holm,
     linear_cka,
     mcnemar_exact_p,
@@ -26,14 +25,15 @@ from ijepa.metrics import (
     chance_precision,
     covariance_spectrum,
     effective_rank,
+    effective_rank_of_spectrum,
     explained_variance,
     hubness,
     knn_correct,
+    mean_silhouettes,
     num_components,
     participation_ratio,
     precision_at_k,
     silhouette_samples,
-    unit_scale,
     validate_embeddings,
 )
 from ijepa.uncertainty import (
@@ -50,7 +50,6 @@ from ijepa.uncertainty import (
     mutual_knn_halves,
     neighbor_halves,
     overall,
-    silhouette_halves,
     spectrum_deviations,
 )
 
@@ -105,7 +104,6 @@ def analyze(X: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], name: st
         UserError: If a row is not finite or has zero length; names the model and the image.
     """
     validate_embeddings(X, name)
-    X = unit_scale(X)
     silhouettes = {
         metric: silhouette_samples(X, labels, metric) for metric in ("euclidean", "cosine")
     }
@@ -136,7 +134,7 @@ METRICS: dict[str, Callable[[Analysis], float]] = {
     "precision_at_10": lambda a: float(a.precisions(10).mean()),
     "precision_at_20": lambda a: float(a.precisions(20).mean()),
     "knn_accuracy": lambda a: float(a.knn_correct().mean()),
-    "effective_rank": lambda a: effective_rank(a.embeddings),
+    "effective_rank": lambda a: effective_rank_of_spectrum(a.eigenvalues),
     "effective_rank_uncentered": lambda a: effective_rank(a.embeddings, centered=False),
     "participation_ratio": lambda a: participation_ratio(a.eigenvalues, len(a.labels)),
     "hubness_skew": lambda a: a.hubness()[0],
@@ -182,7 +180,7 @@ def deviations(a: Analysis, by_class: Deviations, parts: Resampling | None) -> D
     if parts is None:
         return {}
     silhouettes = {
-        name: half_deviations(silhouette_halves(a.embeddings, a.labels, parts.halves, metric))
+        name: half_deviations(mean_silhouettes(a.embeddings, a.labels, parts.halves, metric))
         for name, metric in (("silhouette", "euclidean"), ("silhouette_cosine", "cosine"))
     }
     neighbors = {name: overall(values, a.labels) for name, values in by_class.items()}
@@ -447,14 +445,13 @@ def agreement(analyses: Mapping[str, Analysis], pair: Deviations, seed: int) -> 
     mutual = mutual_per_image(analyses)
     common = overall(pair["mutual_knn"], labels) if pair else None
     class_only = np.minimum(MUTUAL_K / np.maximum(counts - 1, 1), 1.0)[labels].mean()
-    demeaned = [demean_by_class(a.embeddings, labels) for a in (local, hf)]
     null = cka_null(local.embeddings, hf.embeddings, labels, seed=seed)
     return {
         "mutual_knn": with_interval(NAN if mutual is None else float(mutual.mean()), common),
         "mutual_knn_chance": MUTUAL_K / (n - 1) if n > MUTUAL_K else NAN,
         "mutual_knn_class_only": float(class_only) if n > MUTUAL_K else NAN,
         "cka": linear_cka(local.embeddings, hf.embeddings),
-        "cka_class_demeaned": linear_cka(*demeaned),
+        "cka_class_demeaned": linear_cka(local.embeddings, hf.embeddings, labels),
         "cka_null_p99": float(np.quantile(null, 0.99)),
         "similarity_spearman": similarity_spearman(local.embeddings, hf.embeddings),
     }
