@@ -5,6 +5,7 @@ Differences are always hf - local. Where a class has too few images for halves t
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,8 @@ from ijepa.uncertainty import (
 
 NAN = float("nan")
 MUTUAL_K = 10
+PROBE = 2048
+"""Images whose pairs tell the time of all: a tile of similarities, four of distances."""
 HEADLINES = ("variance_10pc", "variance_50pc", "silhouette", "precision_at_5")
 """The rows of the table, after the embedding dimension."""
 
@@ -263,12 +266,14 @@ def compare(
     for name, X in [*embeddings.items(), *references.items(), *others]:
         if len(X) != len(labels):
             raise ValueError(f"{name} has {len(X)} rows for {len(labels)} labels")
-    analyses = {name: analyze(X, labels, name) for name, X in embeddings.items()}
-    baselines = {name: analyze(X, labels, name) for name, X in references.items()}
-    values = {name: measure(a) for name, a in {**baselines, **analyses}.items()}
     parts = resample(labels, seed)
-    by_class = {name: class_deviations(a, parts) for name, a in {**baselines, **analyses}.items()}
+    analyses = {name: analyze(X, labels, name) for name, X in embeddings.items()}
+    values = {name: measure(a) for name, a in analyses.items()}
+    by_class = {name: class_deviations(a, parts) for name, a in analyses.items()}
     deviating = {name: deviations(a, by_class[name], parts) for name, a in analyses.items()}
+    for name, X in references.items():
+        reference = analyze(X, labels, name)
+        values[name], by_class[name] = measure(reference), class_deviations(reference, parts)
     paired = len(analyses) == 2
     pair = paired_deviations(analyses, by_class, parts) if paired else {}
     return Comparison(
@@ -280,8 +285,8 @@ def compare(
             }
             for name in analyses
         },
-        references={name: values[name] for name in baselines},
-        gains={name: gain(values, by_class, labels, name) for name in baselines},
+        references={name: values[name] for name in references},
+        gains={name: gain(values, by_class, labels, name) for name in references},
         differences=differences(analyses, values, deviating, seed) if paired else {},
         per_class=per_class(analyses, pair, seed) if paired else [],
         class_precision={name: class_precision(a, by_class[name]) for name, a in analyses.items()},
@@ -292,6 +297,34 @@ def compare(
         num_halves=len(parts.halves) if parts else 0,
         seed=seed,
     )
+
+
+def pairwise_seconds(
+    embeddings: Mapping[str, Float[np.ndarray, "n _"]],
+    references: Mapping[str, Float[np.ndarray, "n _"]],
+    num_classes: int,
+) -> float:
+    """Seconds that `compare` will need for all pairs of images here, from those of a few.
+
+    Neighbours and silhouettes of n images cost a n + b n^2. Two small n tell b; the rest of a
+    comparison is soon less than that.
+    """
+    few = min(PROBE, len(embeddings["local"]) // 2)
+    generator = np.random.default_rng(0)
+
+    def seconds(n: int) -> float:
+        labels, halves = np.arange(n) % num_classes, generator.random((NUM_HALVES, n)) < 0.5
+        began = time.perf_counter()
+        for name, X in {**references, **embeddings}.items():
+            list_neighbors(X[:n])
+            silhouette_samples(X[:n], labels)
+            if name in embeddings:
+                mean_silhouettes(X[:n], labels, halves)
+        return time.perf_counter() - began
+
+    seconds(few)  # the first time is slower
+    curvature = (seconds(2 * few) - 2 * seconds(few)) / 2
+    return max(curvature, 0.0) * (len(embeddings["local"]) / few) ** 2
 
 
 def gain(

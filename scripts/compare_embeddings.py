@@ -21,6 +21,8 @@ BUNDLED = ROOT / "checkpoints_300ep"
 HUB_MODEL = "facebook/ijepa_vith14_1k"
 FULL_EPOCHS = 300
 """What the bundled checkpoint is meant to have."""
+MANY_IMAGES = 10_000
+"""From this many on a comparison may take over a minute, which is measured before it starts."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -249,20 +251,20 @@ def join_processes() -> None:
     distributed.init_process_group("gloo", timeout=timedelta(days=7))
 
 
-def extract_all(args: argparse.Namespace, loaded: list[Any], split: Any) -> dict[str, Any]:
+def extract_all(
+    args: argparse.Namespace, loaded: list[Any], split: Any, split_hash: str
+) -> dict[str, Any]:
     """Embed the sample with every encoder, through the cache unless it is off."""
     from functools import partial
 
     from tqdm import tqdm
 
-    from ijepa.data import fingerprint
     from ijepa.embeddings import cache_folder, extract
     from ijepa.parallel import process_rank
 
     first = process_rank() == 0
     progress = partial(tqdm, unit=" images", delay=2, file=sys.stderr, disable=not first)
     cache = None if args.no_cache else args.output_dir / ".cache"
-    split_hash = fingerprint(split)
     results = {}
     for encoder in loaded:
         folder = cache_folder(cache, encoder, split_hash) if cache else None
@@ -273,7 +275,7 @@ def extract_all(args: argparse.Namespace, loaded: list[Any], split: Any) -> dict
                 "computing anew",
                 file=sys.stderr,
             )
-        result = extract(encoder, split, args.batch_size, folder, progress)
+        result = extract(encoder, split, args.batch_size, folder, progress, args.output_dir)
         if result.damaged:
             print(
                 f"{len(result.damaged)} cached chunks of {encoder.name} embeddings were damaged "
@@ -364,6 +366,7 @@ def compare_run(args: argparse.Namespace) -> None:
         import torch
 
         from ijepa.comparison import compare
+        from ijepa.data import fingerprint
         from ijepa.embeddings import save_embeddings
         from ijepa.narrative import console_table, headline_lines, table
         from ijepa.parallel import first_process_first, leave_processes, process_rank
@@ -375,7 +378,8 @@ def compare_run(args: argparse.Namespace) -> None:
     with watch.stage("load_models"), first_process_first():
         loaded = load_encoders(args)
     with watch.stage("extract"):
-        results = extract_all(args, loaded, split)
+        split_hash = fingerprint(split)
+        results = extract_all(args, loaded, split, split_hash)
         reports = process_rank() == 0
         leave_processes()
     if not reports:
@@ -385,13 +389,14 @@ def compare_run(args: argparse.Namespace) -> None:
         models = {name: values[name] for name in ("local", "hf") if name in values}
         references = {name: values[name] for name in ("pixels", "random_weights")}
         seeds = [values[name] for name in values if name not in {*models, *references}]
+        announce_wait(models, references, len(split.classes))
         comparison = compare(models, references, split.labels, args.seed, seeds)
     with watch.stage("project"):
         maps = project(comparison, args.seed)
     with watch.stage("write"):
         for name in models:
             save_embeddings(args.output_dir / f"embeddings_{name}.npz", values[name], split)
-        facts = describe_run(args, watch, loaded, results, split)
+        facts = describe_run(args, watch, loaded, results, split, split_hash)
         facts["run"]["torch_threads"] = torch.get_num_threads()
         notes = caveats(comparison, loaded, maps)
         written = write_report(args.output_dir, comparison, maps, split, facts, notes)
@@ -402,12 +407,33 @@ def compare_run(args: argparse.Namespace) -> None:
     print(f"wrote {len(written) + len(models)} files to {args.output_dir} ({stages})")
 
 
+def announce_wait(models: dict[str, Any], references: dict[str, Any], num_classes: int) -> None:
+    """Say how long all pairs of images will take where nobody would wait for them."""
+    from ijepa.comparison import pairwise_seconds
+
+    n = len(models["local"])
+    if n < MANY_IMAGES:
+        return
+    seconds = pairwise_seconds(models, references, num_classes)
+    if seconds > 60:
+        wait = f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.0f} hours"
+        print(
+            f"comparing all pairs of {n:,} images will take about {wait}; "
+            "--max-samples compares fewer",
+            file=sys.stderr,
+        )
+
+
 def describe_run(
-    args: argparse.Namespace, watch: Stopwatch, loaded: list[Any], results: Any, split: Any
+    args: argparse.Namespace,
+    watch: Stopwatch,
+    loaded: list[Any],
+    results: Any,
+    split: Any,
+    split_hash: str,
 ) -> dict[str, Any]:
     """The provenance parts of metrics.json."""
     from ijepa.comparison import MUTUAL_K
-    from ijepa.data import fingerprint
     from ijepa.uncertainty import NUM_BLOCKS, NUM_HALVES
 
     counts = [int((split.labels == label).sum()) for label in range(len(split.classes))]
@@ -427,7 +453,7 @@ def describe_run(
             "n": len(split),
             "per_class": counts,
             "classes": list(split.classes),
-            "sha256": fingerprint(split),
+            "sha256": split_hash,
         },
         "models": {
             encoder.name: {
