@@ -220,8 +220,9 @@ def nearest_neighbors(
         return (X[rows] / norms[rows, None]).astype(np.float32, order="C") + np.float32(0)
 
     # The last bit of a matrix product depends on the position in the matrix. Products of distinct
-    # rows in the order of their hashes make it a function of the embeddings alone.
-    _, first, group = np.unique(_row_hashes(unit, X.shape), return_index=True, return_inverse=True)
+    # rows in a fixed order make it a function of the embeddings alone.
+    names = _row_names(unit, X.shape)
+    _, first, group = np.unique(names, return_index=True, return_inverse=True)
     # One more than asked for: the image itself is among them and leaves at the end.
     keys = _search(lambda rows: unit(first[rows]), first, k + 1)
     if len(first) < n:
@@ -237,13 +238,13 @@ def nearest_neighbors(
     return neighbors, similarities
 
 
-def _row_hashes(
+def _row_names(
     make: Callable[[Rows], Float[np.ndarray, "t d"]], shape: tuple[int, int]
 ) -> Shaped[np.ndarray, " n"]:
-    """128 bits of each row, by which equal rows are known and different ones put in order."""
+    """The first bytes of each row and 128 bits of its hash: equal for equal rows, else in order."""
     lines = (line for rows in row_blocks(*shape) for line in make(rows))
-    digests = (hashlib.blake2b(line, digest_size=16).digest() for line in lines)
-    return np.frombuffer(b"".join(digests), "V16")
+    names = [line[:4].tobytes() + hashlib.blake2b(line, digest_size=16).digest() for line in lines]
+    return np.frombuffer(b"".join(names), f"V{len(names[0])}")
 
 
 def _search(

@@ -196,13 +196,12 @@ def load_images(args: argparse.Namespace) -> Any:
     return sample
 
 
-def load_encoders(args: argparse.Namespace) -> list[Any]:
+def load_encoders(args: argparse.Namespace, device: Any) -> list[Any]:
     """The local encoder, the other one if asked for, the two references, and other seeds."""
     from ijepa import encoders
     from ijepa.checkpoint import load_checkpoint
-    from ijepa.devices import choose_device, choose_dtype
+    from ijepa.devices import choose_dtype
 
-    device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     local, *others = (
         encoders.load_local_encoder(path, args.local_weights, device, dtype)
@@ -239,16 +238,6 @@ def check_seeds(local: Any, others: list[Any]) -> None:
                     f"{local.description[key]}",
                     hint="give checkpoints of the same training that differ in their seed",
                 )
-
-
-def join_processes() -> None:
-    """Under torchrun, join its processes, which share the extraction."""
-    if "WORLD_SIZE" not in os.environ:
-        return
-    from torch import distributed
-
-    # A process whose chunks are all in the cache waits for those that compute theirs.
-    distributed.init_process_group("gloo", timeout=timedelta(days=7))
 
 
 def extract_all(
@@ -365,18 +354,24 @@ def compare_run(args: argparse.Namespace) -> None:
     with watch.stage("import"):
         import torch
 
-        from ijepa.comparison import compare
         from ijepa.data import fingerprint
+        from ijepa.devices import choose_device
         from ijepa.embeddings import save_embeddings
         from ijepa.narrative import console_table, headline_lines, table
-        from ijepa.parallel import first_process_first, leave_processes, process_rank
+        from ijepa.parallel import (
+            first_process_first,
+            join_processes,
+            leave_processes,
+            process_rank,
+        )
         from ijepa.report import project, write_report
 
-        join_processes()
+        # A process whose chunks are all in the cache waits for those that compute theirs.
+        device = join_processes(choose_device(args.device), "gloo", timedelta(days=7))
     with watch.stage("load_images"), first_process_first():
         split = load_images(args)
     with watch.stage("load_models"), first_process_first():
-        loaded = load_encoders(args)
+        loaded = load_encoders(args, device)
     with watch.stage("extract"):
         split_hash = fingerprint(split)
         results = extract_all(args, loaded, split, split_hash)
@@ -385,17 +380,12 @@ def compare_run(args: argparse.Namespace) -> None:
     if not reports:
         return
     with watch.stage("compare"):
-        values = {name: result.values for name, result in results.items()}
-        models = {name: values[name] for name in ("local", "hf") if name in values}
-        references = {name: values[name] for name in ("pixels", "random_weights")}
-        seeds = [values[name] for name in values if name not in {*models, *references}]
-        announce_wait(models, references, len(split.classes))
-        comparison = compare(models, references, split.labels, args.seed, seeds)
+        models, comparison = compare_all(results, split, args.seed)
     with watch.stage("project"):
         maps = project(comparison, args.seed)
     with watch.stage("write"):
         for name in models:
-            save_embeddings(args.output_dir / f"embeddings_{name}.npz", values[name], split)
+            save_embeddings(args.output_dir / f"embeddings_{name}.npz", models[name], split)
         facts = describe_run(args, watch, loaded, results, split, split_hash)
         facts["run"]["torch_threads"] = torch.get_num_threads()
         notes = caveats(comparison, loaded, maps)
@@ -405,6 +395,18 @@ def compare_run(args: argparse.Namespace) -> None:
         print(line)
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in watch.seconds.items())
     print(f"wrote {len(written) + len(models)} files to {args.output_dir} ({stages})")
+
+
+def compare_all(results: dict[str, Any], split: Any, seed: int) -> tuple[dict[str, Any], Any]:
+    """The embeddings of the models that are compared, and all that was found."""
+    from ijepa.comparison import compare
+
+    values = {name: result.values for name, result in results.items()}
+    models = {name: values[name] for name in ("local", "hf") if name in values}
+    references = {name: values[name] for name in ("pixels", "random_weights")}
+    seeds = [values[name] for name in values if name not in {*models, *references}]
+    announce_wait(models, references, len(split.classes))
+    return models, compare(models, references, split.labels, seed, seeds)
 
 
 def announce_wait(models: dict[str, Any], references: dict[str, Any], num_classes: int) -> None:

@@ -381,3 +381,21 @@ def test_the_error_of_several_processes_is_printed_once(tmp_path):
     lines = result.stderr.splitlines()
     assert len([line for line in lines if line.startswith("error: ") and str(missing) in line]) == 1
     assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(59, ""), (600, "about 10 minutes; --max-samples"), (7300, "about 2 hours; --max-samples")],
+)
+def test_a_long_comparison_says_beforehand_how_long_it_will_take(
+    monkeypatch, capsys, seconds, words
+):
+    monkeypatch.setattr("ijepa.comparison.pairwise_seconds", lambda *_: seconds)
+    script = load_script()
+    script.announce_wait({"local": np.zeros(20_000)}, {}, 2)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert bool(words) == ("comparing all pairs of 20,000 images" in said.err)
+    assert words in said.err
+    script.announce_wait({"local": np.zeros(9_999)}, {}, 2)
+    assert capsys.readouterr().err == ""
