@@ -124,7 +124,7 @@ def scratch_file(folder: Path | None, num_bytes: int) -> Iterator[IO[bytes]]:
         try:
             if folder:
                 folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+            file = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
             file.truncate(num_bytes)
         except OSError as error:
             raise cannot_write(folder or tempfile.gettempdir(), error) from error
@@ -139,8 +139,9 @@ def store_rows(file: IO[bytes], start: int, values: Float[np.ndarray, "b d"]) ->
     """
     try:
         file.seek(start * values.itemsize * values.shape[1])
-        file.write(np.ascontiguousarray(values))
-        file.flush()
+        left = memoryview(np.ascontiguousarray(values)).cast("B")
+        while left:
+            left = left[file.write(left) :]
     except OSError as error:
         raise cannot_write("the embeddings beside the results", error) from error
 

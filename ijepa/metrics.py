@@ -241,7 +241,7 @@ def nearest_neighbors(
 def _row_names(
     make: Callable[[Rows], Float[np.ndarray, "t d"]], shape: tuple[int, int]
 ) -> Shaped[np.ndarray, " n"]:
-    """The first bytes of each row and 128 bits of its hash: equal for equal rows, else in order."""
+    """Equal for equal rows alone and ordered for others: first numbers, then 128 bits of a hash."""
     lines = (line for rows in row_blocks(*shape) for line in make(rows))
     names = [line[:4].tobytes() + hashlib.blake2b(line, digest_size=16).digest() for line in lines]
     return np.frombuffer(b"".join(names), f"V{len(names[0])}")

@@ -1,4 +1,5 @@
 import contextlib
+import io
 import os
 import pathlib
 import resource
@@ -84,6 +85,18 @@ def test_embeddings_are_mapped_from_a_file_that_leaves_nothing_behind(tmp_path):
     assert not found.flags.writeable
     assert list(scratch.iterdir()) == []
     np.testing.assert_array_equal(found, extract(ENCODER, make_split(), 3, None, Bar()).values)
+
+
+def test_rows_are_stored_whole_however_little_the_system_takes_at_once(tmp_path):
+    class Slow(io.FileIO):
+        def write(self, data):
+            return super().write(data[:10])
+
+    values = np.arange(12, dtype=np.float32).reshape(4, 3)
+    with Slow(tmp_path / "rows", "w") as file:
+        embeddings.store_rows(file, 2, values[2:])
+        embeddings.store_rows(file, 0, values[:2])
+    assert (tmp_path / "rows").read_bytes() == values.tobytes()
 
 
 def test_a_full_disk_under_the_embeddings_is_a_user_error(tmp_path):
