@@ -440,15 +440,16 @@ def silhouette_samples(
     As `silhouette_of_subsets` for the one subset of all images.
     """
     codes, counts = np.unique(labels, return_inverse=True, return_counts=True)[1:]
-    # The sums that let each distance serve both images are one for each class and image.
-    many = len(counts) * len(X) > 16 * TILE_ENTRIES
+    # The sums that let each distance serve both images are one for each class and image: 0.5 GB.
+    many = len(counts) * len(X) > 8 * TILE_ENTRIES
     if metric != "euclidean" or len(counts) < 2 or many:
         return silhouette_of_subsets(X, labels, np.ones((1, len(X)), bool), metric)[0]
-    sums = _sum_distances(X, codes)
+    order = np.argsort(codes, kind="stable")
+    sums, codes = _sum_distances(X, codes, order), codes[order]
     scores = np.empty(len(X))
     for rows in row_blocks(len(X), len(counts)):
         part = _silhouette(sums[:, rows, None], counts[:, None], codes[rows])
-        scores[rows] = part[:, 0]
+        scores[order[rows]] = part[:, 0]
     return scores
 
 
@@ -487,10 +488,9 @@ def _distances(
 
 
 def _sum_distances(
-    X: Float[np.ndarray, "n d"], codes: Int[np.ndarray, " n"]
+    X: Float[np.ndarray, "n d"], codes: Int[np.ndarray, " n"], order: Int[np.ndarray, " n"]
 ) -> Float[np.ndarray, "C n"]:
-    """Sums of each image's Euclidean distances to the images of each class."""
-    order = np.argsort(codes, kind="stable")
+    """Sums of each image's Euclidean distances to the images of each class, which order sorts."""
     codes, points = codes[order], _shifted(X)
     squares = _squares(points, X.shape)[order]
     sums = np.zeros((codes[-1] + 1, len(X)))
@@ -506,7 +506,7 @@ def _sum_distances(
             sums[classes, columns] += np.stack([part.sum(axis=0) for part in parts])
         classes, starts = np.unique(codes[columns], return_index=True)
         sums[classes, rows] += np.add.reduceat(distances, starts, axis=1).T
-    return sums[:, np.argsort(order)]
+    return sums
 
 
 def silhouette_of_subsets(
@@ -558,11 +558,9 @@ def _silhouette_tiles(
     counts = np.stack([keep[:, codes == code].sum(axis=1) for code in range(codes.max() + 1)])
     if ((counts > 0).sum(axis=0) < 2).any():
         raise ValueError("a silhouette needs at least 2 classes in every subset, got 1")
-    # The cosine silhouettes hold a vector for each class and subset.
-    at_once = (
-        len(keep) if metric == "euclidean" else max(1, TILE_ENTRIES // (len(counts) * X.shape[1]))
-    )
-    side = _distance_side()
+    side, at_once = _distance_side(), len(keep)
+    if metric == "cosine":  # there is a vector for each class and subset
+        at_once = max(1, TILE_ENTRIES // (len(counts) * X.shape[1]))
     for at in range(0, len(keep), at_once):
         subsets = slice(at, at + at_once)
         sums_of = class_sums[metric](X, codes, keep[subsets])
