@@ -10,12 +10,11 @@ but pages of files, which the system takes back at will; 0.1 to 0.2 GB of it are
 its libraries.
 
 What looks at all pairs of images is run to its end up to --pairs images. Beyond, the first --tiles
-tiles are run, which need the memory of all, and their time is multiplied: an extrapolation, marked
-with ~.
+tiles are run, which need the memory of all, and the time is that of the largest whole run times the
+square of how many more images there are: an extrapolation, marked with ~.
 """
 
 import argparse
-import math
 import subprocess
 import sys
 import tempfile
@@ -119,35 +118,26 @@ def figures(X, labels, _):
 
 
 def first_tiles(metrics, tiles):
-    """Let only some tiles of all pairs be computed; gives how many times more there are."""
-    factor = []
+    """Let only some tiles of all pairs be computed, unless it is 0."""
     every = metrics._tile_pairs
-
-    def some(make, n, side):
-        count = math.comb(-(-n // side) + 1, 2)
-        factor.append(max(1.0, count / tiles))
-        return islice(every(make, n, side), tiles)
-
-    metrics._tile_pairs = some
-    return factor
+    if tiles:
+        metrics._tile_pairs = lambda *of: islice(every(*of), tiles)
 
 
 def neighbors(X, _, tiles):
     """The 64 nearest of each image."""
     from ijepa import metrics
 
-    factor = first_tiles(metrics, tiles) if tiles else [1]
+    first_tiles(metrics, tiles)
     metrics.nearest_neighbors(X, 64)
-    return factor[0]
 
 
 def silhouettes(X, labels, tiles):
     """Euclidean silhouettes of all images."""
     from ijepa import metrics
 
-    factor = first_tiles(metrics, tiles) if tiles else [1]
+    first_tiles(metrics, tiles)
     metrics.silhouette_samples(X, labels)
-    return factor[0]
 
 
 def silhouettes_of_halves(X, labels, tiles):
@@ -155,13 +145,9 @@ def silhouettes_of_halves(X, labels, tiles):
     from ijepa import metrics
     from ijepa.uncertainty import half_samples
 
-    halves = half_samples(labels, HALVES)
-    if not tiles:
-        metrics.mean_silhouettes(X, labels, halves)
-        return 1
-    for _ in islice(metrics._silhouette_tiles(X, labels, halves, "euclidean"), 1):
+    rows = metrics._silhouette_tiles(X, labels, half_samples(labels, HALVES), "euclidean")
+    for _ in islice(rows, 1 if tiles else None):
         pass
-    return len(X) / metrics._distance_side()
 
 
 def lists_of_halves(X, labels, _):
@@ -185,12 +171,12 @@ PAIRS = {stage.__name__: stage for stage in (neighbors, silhouettes, silhouettes
 
 
 def run_stage(name, path, tiles):
-    """In a process of its own: print its CPU seconds and the factor of an extrapolation."""
+    """In a process of its own: print its CPU seconds."""
     X = np.memmap(path, np.float32, "r").reshape(-1, WIDTH)
     labels = np.arange(len(X)) % CLASSES
     began = time.process_time()
-    factor = (STAGES | PAIRS)[name](X, labels, tiles)
-    print(time.process_time() - began, factor or 1)
+    (STAGES | PAIRS)[name](X, labels, tiles)
+    print(time.process_time() - began)
 
 
 def anonymous_bytes(process):
@@ -201,9 +187,18 @@ def anonymous_bytes(process):
     return 0
 
 
-def measure(name, path, n, tiles):
-    """Print one line of the table."""
-    command = [sys.executable, __file__, "--stage", name, "--file", path, "--tiles", tiles]
+def measure(name, path, tiles):
+    """CPU seconds of a stage and the most that it held, in GiB."""
+    command = [
+        sys.executable,
+        Path(__file__).resolve(),
+        "--stage",
+        name,
+        "--file",
+        path,
+        "--tiles",
+        tiles,
+    ]
     process = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, text=True, cwd=path.parent
     )
@@ -212,10 +207,8 @@ def measure(name, path, n, tiles):
         peak = max(peak, anonymous_bytes(process.pid))
         time.sleep(0.02)
     if process.returncode:
-        sys.exit(f"{name} failed at {n} images")
-    seconds, factor = map(float, process.stdout.read().split())
-    about = "~" if factor > 1 else ""
-    print(f"| {n:,} | {name} | {about}{seconds * factor:,.0f} | {peak / 2**30:.2f} |", flush=True)
+        sys.exit(f"{name} failed")
+    return float(process.stdout.read()), peak / 2**30
 
 
 def main():
@@ -235,13 +228,21 @@ def main():
     args.folder.mkdir(parents=True, exist_ok=True)
     print("| images | stage | CPU s | memory, GiB |")
     print("| --- | --- | --- | --- |")
+    whole_runs = {}
     for n in args.sizes:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             path = Path(folder).resolve() / "embeddings"
             write_sample(path, n)
             for name in args.only:
                 whole = name in STAGES or n <= args.pairs
-                measure(name, path, n, 0 if whole else args.tiles)
+                seconds, peak = measure(name, path, 0 if whole else args.tiles)
+                if whole:
+                    whole_runs[name] = n, seconds
+                else:
+                    most, seconds = whole_runs[name]
+                    seconds *= (n / most) ** 2
+                about = "" if whole else "~"
+                print(f"| {n:,} | {name} | {about}{seconds:,.0f} | {peak:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
