@@ -279,6 +279,8 @@ def caveats(comparison: Any, loaded: list[Any], maps: Any) -> list[str]:
     """What a reader must know before believing a number."""
     from math import isfinite
 
+    from ijepa.report import MAX_POINTS
+
     n = len(comparison.analyses["local"].labels)
     notes = [
         "the intervals cover images, not training: "
@@ -304,6 +306,11 @@ def caveats(comparison: Any, loaded: list[Any], maps: Any) -> list[str]:
             )
     if not comparison.num_halves:
         notes.append("fewer than 20 images in a class: no intervals")
+    if n > MAX_POINTS:
+        notes.append(
+            f"maps show {MAX_POINTS:,} of {n:,} images, as many of each class as possible; "
+            "all numbers are of all images"
+        )
     if (perplexity := next(iter(maps.values())).perplexity) < 30:
         notes.append(f"t-SNE perplexity lowered from 30 to {perplexity:.1f} for {n} images")
     for name, analysis in comparison.analyses.items():

@@ -265,7 +265,7 @@ def test_several_checkpoints_give_the_spread_over_seeds(models, other_seed, tmp_
     assert alone["training_seeds"] == {}
 
 
-def test_an_effective_rank_near_its_bound_is_a_caveat():
+def test_an_effective_rank_near_its_bound_and_thinned_maps_are_caveats(monkeypatch):
     X = np.random.default_rng(0).normal(size=(60, 200)).astype(np.float32)
     comparison = compare({"local": X}, {"pixels": X[:, :8]}, np.arange(60) % 2, seed=0)
     description = {"epochs": 9, "planned_epochs": 9, "source": "x.pt"}
@@ -273,6 +273,10 @@ def test_an_effective_rank_near_its_bound_is_a_caveat():
     maps = {"local": SimpleNamespace(perplexity=30)}
     found = load_script().caveats(comparison, loaded, maps)
     assert any("effective rank of the local embeddings is above half" in c for c in found)
+    assert not any("maps show" in c for c in found)
+    monkeypatch.setattr("ijepa.report.MAX_POINTS", 50)
+    found = load_script().caveats(comparison, loaded, maps)
+    assert any("maps show 50 of 60 images, as many of each class" in c for c in found)
 
 
 def test_a_checkpoint_given_twice_is_no_second_seed(models, tmp_path, capsys):
