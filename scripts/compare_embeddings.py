@@ -279,8 +279,6 @@ def caveats(comparison: Any, loaded: list[Any], maps: Any) -> list[str]:
     """What a reader must know before believing a number."""
     from math import isfinite
 
-    from ijepa.report import MAX_POINTS
-
     n = len(comparison.analyses["local"].labels)
     notes = [
         "the intervals cover images, not training: "
@@ -306,13 +304,7 @@ def caveats(comparison: Any, loaded: list[Any], maps: Any) -> list[str]:
             )
     if not comparison.num_halves:
         notes.append("fewer than 20 images in a class: no intervals")
-    if n > MAX_POINTS:
-        notes.append(
-            f"maps show {MAX_POINTS:,} of {n:,} images, as many of each class as possible; "
-            "all numbers are of all images"
-        )
-    if (perplexity := next(iter(maps.values())).perplexity) < 30:
-        notes.append(f"t-SNE perplexity lowered from 30 to {perplexity:.1f} for {n} images")
+    notes += map_caveats(maps, n)
     for name, analysis in comparison.analyses.items():
         rank = comparison.metrics[name]["effective_rank"]
         if comparison.num_halves and isfinite(rank.value) and not isfinite(rank.se):
@@ -321,6 +313,21 @@ def caveats(comparison: Any, loaded: list[Any], maps: Any) -> list[str]:
                 "which bounds it: no interval"
             )
         notes += collapse_warning(comparison, name, analysis.embeddings.shape[1])
+    return notes
+
+
+def map_caveats(maps: Any, n: int) -> list[str]:
+    """What to know of the maps of n images."""
+    from ijepa.report import MAX_POINTS
+
+    notes = []
+    if n > MAX_POINTS:
+        notes.append(
+            f"maps show {MAX_POINTS:,} of {n:,} images, as many of each class as possible; "
+            "all numbers are of all images"
+        )
+    if (perplexity := next(iter(maps.values())).perplexity) < 30:
+        notes.append(f"t-SNE perplexity lowered from 30 to {perplexity:.1f} for {n} images")
     return notes
 
 
