@@ -11,7 +11,14 @@ import math
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from ijepa.metrics import center_columns, unit_rows
+from ijepa.metrics import (
+    TILE_ENTRIES,
+    Residuals,
+    cross_product,
+    residuals,
+    row_blocks,
+    unit_rows,
+)
 
 # All pairs of this many images: two million similarities, which two cores rank in a second.
 MAX_SPEARMAN_IMAGES = 2000
@@ -37,44 +44,46 @@ def mutual_knn(
     return common.sum(axis=(1, 2)) / k
 
 
-def linear_cka(X: Float[np.ndarray, "n d"], Y: Float[np.ndarray, "n e"]) -> float:
+def linear_cka(
+    X: Float[np.ndarray, "n d"],
+    Y: Float[np.ndarray, "n e"],
+    labels: Int[np.ndarray, " n"] | None = None,
+) -> float:
     """Debiased linear centred kernel alignment; 1 for equal up to rotation, scale and offset.
 
     Unrelated embeddings give 0 on average whatever their widths, so that single values may be
-    slightly negative; they are not clamped. NaN for fewer than 4 images and where the self term of
-    a model is not positive. The ratio of the unbiased HSIC estimators of Song et al. 2012,
+    slightly negative; they are not clamped. With labels it is that of what is left beside the
+    classes: each row less the mean of its class. NaN for fewer than 4 images and where the self
+    term of a model is not positive. The ratio of the unbiased HSIC estimators of Song et al. 2012,
     Journal of Machine Learning Research 13, computed from the embeddings without n x n matrices.
     """
     if len(X) < 4:
         return float("nan")
-    X, Y = center_columns(X), center_columns(Y)
+    A, B = residuals(X, labels), residuals(Y, labels)
+    scale = _cka_scale(A, B)
+    return _debiased_product(A, B) / scale if scale > 0 else float("nan")
+
+
+def _cka_scale(X: Residuals, Y: Residuals) -> float:
+    """Geometric mean of the self terms, by which the cross term is divided; 0 if one is not > 0."""
     self_terms = _debiased_product(X, X), _debiased_product(Y, Y)
-    if min(self_terms) <= 0:
-        return float("nan")
-    return float(_debiased_product(X, Y) / math.sqrt(self_terms[0] * self_terms[1]))
+    return math.prod(math.sqrt(max(term, 0.0)) for term in self_terms)
 
 
-def _debiased_product(X: Float[np.ndarray, "n d"], Y: Float[np.ndarray, "n e"]) -> float:
+def _debiased_product(X: Residuals, Y: Residuals) -> float:
     """Unbiased inner product of the Gram matrices of two centred matrices, up to a factor of n."""
-    return float(np.square(X.T @ Y).sum()) - _bias(np.square(X).sum(1), np.square(Y).sum(1))
+    bias = _bias(_row_squares(X), _row_squares(Y))
+    return float(np.square(cross_product(X, Y)).sum()) - bias
+
+
+def _row_squares(X: Residuals) -> Float[np.ndarray, " n"]:
+    return np.concatenate([np.square(X[rows]).sum(axis=1) for rows in row_blocks(*X.shape)])
 
 
 def _bias(r_x: Float[np.ndarray, " n"], r_y: Float[np.ndarray, " n"]) -> float:
     """Part of ||X^T Y||^2 that comes from the diagonals of the Gram matrices, given as r."""
     n = len(r_x)
     return float(n / (n - 2) * (r_x @ r_y) - r_x.sum() * r_y.sum() / ((n - 1) * (n - 2)))
-
-
-def demean_by_class(
-    X: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"]
-) -> Float[np.ndarray, "n d"]:
-    """Embeddings less the mean of their class, float64: what is left beside the classes."""
-    codes = np.unique(labels, return_inverse=True)[1]
-    residuals = X.astype(np.float64)
-    for code in range(codes.max() + 1):
-        # center_columns and not a plain mean, so that a class of equal rows becomes exactly zero.
-        residuals[codes == code] = center_columns(X[codes == code])
-    return residuals
 
 
 def cka_null(
@@ -88,24 +97,46 @@ def cka_null(
 
     What two models that share the classes and nothing else would give. NaN as in `linear_cka`.
     """
-    if math.isnan(linear_cka(X, Y)):
+    n = len(labels)
+    narrow, wide = map(residuals, (X, Y) if X.shape[1] < Y.shape[1] else (Y, X))
+    scale = _cka_scale(narrow, wide) if n >= 4 else 0.0
+    if scale == 0:
         return np.full(num_permutations, np.nan)
-    X, Y = center_columns(X), center_columns(Y)
-    narrow, wide = (X, Y) if X.shape[1] < Y.shape[1] else (Y, X)
-    scale = math.sqrt(_debiased_product(X, X) * _debiased_product(Y, Y))
-    r_narrow, r_wide = np.square(narrow).sum(axis=1), np.square(wide).sum(axis=1)
-    # Each product feeds d * e squares into one sum: float32 costs it 1e-6 and saves half the time.
-    narrow32, wide32 = narrow.astype(np.float32), wide.astype(np.float32)
+    r_narrow, r_wide = _row_squares(narrow), _row_squares(wide)
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     generator = np.random.default_rng(seed)
     values = np.empty(num_permutations)
-    for index in range(num_permutations):
-        order = np.empty(len(labels), np.int64)
-        for images in members:
-            order[images] = generator.permutation(images)
-        cross = np.square(wide32.T @ narrow32[order], dtype=np.float64).sum()
-        values[index] = (cross - _bias(r_narrow[order], r_wide)) / scale
+    # As many orders at once as their products have room for: each time all rows are made anew.
+    step = max(1, TILE_ENTRIES // max(n, narrow.shape[1] * wide.shape[1]))
+    for start in range(0, num_permutations, step):
+        orders = np.empty((min(step, num_permutations - start), n), np.int64)
+        for order in orders:
+            for images in members:
+                order[images] = generator.permutation(images)
+        crosses = _shuffled_products(narrow, wide, orders, r_narrow.max(), r_wide.max())
+        for row, (order, cross) in enumerate(zip(orders, crosses, strict=True), start=start):
+            values[row] = (cross - _bias(r_narrow[order], r_wide)) / scale
     return values
+
+
+def _shuffled_products(
+    narrow: Residuals,
+    wide: Residuals,
+    orders: Int[np.ndarray, "o n"],
+    *largest: float,
+) -> Float[np.ndarray, " o"]:
+    """||wide^T narrow||^2 for rows of narrow in several orders, from the largest squares of rows.
+
+    Each product feeds d * e squares into one sum: float32 costs it 1e-6 and saves half the time.
+    A power of two keeps the squares inside its range.
+    """
+    shrink, shrink_wide = (2.0 ** -np.frexp(np.sqrt(square))[1] for square in largest)
+    totals = np.zeros((len(orders), wide.shape[1], narrow.shape[1]))
+    for rows in row_blocks(*wide.shape):
+        block = (wide[rows] * shrink_wide).astype(np.float32).T
+        for order, total in zip(orders, totals, strict=True):
+            total += block @ (narrow[order[rows]] * shrink).astype(np.float32)
+    return np.square(totals).sum(axis=(1, 2)) / (shrink * shrink_wide) ** 2
 
 
 def similarity_spearman(

@@ -5,6 +5,7 @@ Differences are always hf - local. Where a class has too few images for halves t
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,6 @@ from jaxtyping import Bool, Float, Int
 
 from ijepa.agreement import (
     cka_null,
-    demean_by_class,
     holm,
     linear_cka,
     mcnemar_exact_p,
@@ -26,14 +26,15 @@ from ijepa.metrics import (
     chance_precision,
     covariance_spectrum,
     effective_rank,
+    effective_rank_of_spectrum,
     explained_variance,
     hubness,
     knn_correct,
+    mean_silhouettes,
     num_components,
     participation_ratio,
     precision_at_k,
     silhouette_samples,
-    unit_scale,
     validate_embeddings,
 )
 from ijepa.uncertainty import (
@@ -50,12 +51,13 @@ from ijepa.uncertainty import (
     mutual_knn_halves,
     neighbor_halves,
     overall,
-    silhouette_halves,
     spectrum_deviations,
 )
 
 NAN = float("nan")
 MUTUAL_K = 10
+PROBE = 2048
+"""Images whose pairs tell the time of all: a tile of similarities, four of distances."""
 HEADLINES = ("variance_10pc", "variance_50pc", "silhouette", "precision_at_5")
 """The rows of the table, after the embedding dimension."""
 
@@ -105,7 +107,6 @@ def analyze(X: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], name: st
         UserError: If a row is not finite or has zero length; names the model and the image.
     """
     validate_embeddings(X, name)
-    X = unit_scale(X)
     silhouettes = {
         metric: silhouette_samples(X, labels, metric) for metric in ("euclidean", "cosine")
     }
@@ -136,7 +137,7 @@ METRICS: dict[str, Callable[[Analysis], float]] = {
     "precision_at_10": lambda a: float(a.precisions(10).mean()),
     "precision_at_20": lambda a: float(a.precisions(20).mean()),
     "knn_accuracy": lambda a: float(a.knn_correct().mean()),
-    "effective_rank": lambda a: effective_rank(a.embeddings),
+    "effective_rank": lambda a: effective_rank_of_spectrum(a.eigenvalues),
     "effective_rank_uncentered": lambda a: effective_rank(a.embeddings, centered=False),
     "participation_ratio": lambda a: participation_ratio(a.eigenvalues, len(a.labels)),
     "hubness_skew": lambda a: a.hubness()[0],
@@ -182,7 +183,7 @@ def deviations(a: Analysis, by_class: Deviations, parts: Resampling | None) -> D
     if parts is None:
         return {}
     silhouettes = {
-        name: half_deviations(silhouette_halves(a.embeddings, a.labels, parts.halves, metric))
+        name: half_deviations(mean_silhouettes(a.embeddings, a.labels, parts.halves, metric))
         for name, metric in (("silhouette", "euclidean"), ("silhouette_cosine", "cosine"))
     }
     neighbors = {name: overall(values, a.labels) for name, values in by_class.items()}
@@ -265,12 +266,14 @@ def compare(
     for name, X in [*embeddings.items(), *references.items(), *others]:
         if len(X) != len(labels):
             raise ValueError(f"{name} has {len(X)} rows for {len(labels)} labels")
-    analyses = {name: analyze(X, labels, name) for name, X in embeddings.items()}
-    baselines = {name: analyze(X, labels, name) for name, X in references.items()}
-    values = {name: measure(a) for name, a in {**baselines, **analyses}.items()}
     parts = resample(labels, seed)
-    by_class = {name: class_deviations(a, parts) for name, a in {**baselines, **analyses}.items()}
+    analyses = {name: analyze(X, labels, name) for name, X in embeddings.items()}
+    values = {name: measure(a) for name, a in analyses.items()}
+    by_class = {name: class_deviations(a, parts) for name, a in analyses.items()}
     deviating = {name: deviations(a, by_class[name], parts) for name, a in analyses.items()}
+    for name, X in references.items():
+        reference = analyze(X, labels, name)
+        values[name], by_class[name] = measure(reference), class_deviations(reference, parts)
     paired = len(analyses) == 2
     pair = paired_deviations(analyses, by_class, parts) if paired else {}
     return Comparison(
@@ -282,8 +285,8 @@ def compare(
             }
             for name in analyses
         },
-        references={name: values[name] for name in baselines},
-        gains={name: gain(values, by_class, labels, name) for name in baselines},
+        references={name: values[name] for name in references},
+        gains={name: gain(values, by_class, labels, name) for name in references},
         differences=differences(analyses, values, deviating, seed) if paired else {},
         per_class=per_class(analyses, pair, seed) if paired else [],
         class_precision={name: class_precision(a, by_class[name]) for name, a in analyses.items()},
@@ -294,6 +297,34 @@ def compare(
         num_halves=len(parts.halves) if parts else 0,
         seed=seed,
     )
+
+
+def pairwise_seconds(
+    embeddings: Mapping[str, Float[np.ndarray, "n _"]],
+    references: Mapping[str, Float[np.ndarray, "n _"]],
+    num_classes: int,
+) -> float:
+    """Seconds that `compare` will need for all pairs of images here, from those of a few.
+
+    Neighbours and silhouettes of n images cost a n + b n^2. Two small n tell b; the rest of a
+    comparison is soon less than that.
+    """
+    few = min(PROBE, len(embeddings["local"]) // 2)
+    generator = np.random.default_rng(0)
+
+    def seconds(n: int) -> float:
+        labels, halves = np.arange(n) % num_classes, generator.random((NUM_HALVES, n)) < 0.5
+        began = time.perf_counter()
+        for name, X in {**references, **embeddings}.items():
+            list_neighbors(X[:n])
+            silhouette_samples(X[:n], labels)
+            if name in embeddings:
+                mean_silhouettes(X[:n], labels, halves)
+        return time.perf_counter() - began
+
+    seconds(few)  # the first time is slower
+    curvature = (seconds(2 * few) - 2 * seconds(few)) / 2
+    return max(curvature, 0.0) * (len(embeddings["local"]) / few) ** 2
 
 
 def gain(
@@ -447,14 +478,13 @@ def agreement(analyses: Mapping[str, Analysis], pair: Deviations, seed: int) -> 
     mutual = mutual_per_image(analyses)
     common = overall(pair["mutual_knn"], labels) if pair else None
     class_only = np.minimum(MUTUAL_K / np.maximum(counts - 1, 1), 1.0)[labels].mean()
-    demeaned = [demean_by_class(a.embeddings, labels) for a in (local, hf)]
     null = cka_null(local.embeddings, hf.embeddings, labels, seed=seed)
     return {
         "mutual_knn": with_interval(NAN if mutual is None else float(mutual.mean()), common),
         "mutual_knn_chance": MUTUAL_K / (n - 1) if n > MUTUAL_K else NAN,
         "mutual_knn_class_only": float(class_only) if n > MUTUAL_K else NAN,
         "cka": linear_cka(local.embeddings, hf.embeddings),
-        "cka_class_demeaned": linear_cka(*demeaned),
+        "cka_class_demeaned": linear_cka(local.embeddings, hf.embeddings, labels),
         "cka_null_p99": float(np.quantile(null, 0.99)),
         "similarity_spearman": similarity_spearman(local.embeddings, hf.embeddings),
     }

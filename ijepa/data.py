@@ -230,16 +230,18 @@ def load_split(dataset: str, data_dir: Path, split: str, offline: bool) -> Split
     return partial(load_folder, folder)(data_dir, split, offline)
 
 
-def balanced_sample(split: Split, max_samples: int, seed: int) -> Split:
-    """At most `max_samples` images, as many of each class as possible, drawn by `seed`.
+def balanced_rows(
+    labels: Int[np.ndarray, " n"], num_classes: int, max_samples: int, seed: int
+) -> Int[np.ndarray, " m"]:
+    """At most `max_samples` positions in order, as many of each class as possible, by `seed`.
 
     Classes get equal shares; where a class has fewer images the others fill up, and a remainder
-    goes to classes drawn by the seed. Rows keep the data set's order; 0 keeps every image.
+    goes to classes drawn by the seed.
     """
-    if max_samples == 0 or max_samples >= len(split):
-        return split
+    if max_samples >= len(labels):
+        return np.arange(len(labels))
     rng = np.random.default_rng(seed)
-    counts = np.bincount(split.labels, minlength=len(split.classes))
+    counts = np.bincount(labels, minlength=num_classes)
     take = np.zeros_like(counts)
     priority = rng.permutation(len(counts))
     while (left := max_samples - take.sum()) > 0:
@@ -250,10 +252,17 @@ def balanced_sample(split: Split, max_samples: int, seed: int) -> Split:
         else:
             take[open_classes] = np.minimum(take[open_classes] + share, counts[open_classes])
     rows = [
-        rng.choice(np.flatnonzero(split.labels == c), size=take[c], replace=False)
+        rng.choice(np.flatnonzero(labels == c), size=take[c], replace=False)
         for c in range(len(counts))
     ]
-    return split.take(np.sort(np.concatenate(rows)))
+    return np.sort(np.concatenate(rows))
+
+
+def balanced_sample(split: Split, max_samples: int, seed: int) -> Split:
+    """At most `max_samples` images as of `balanced_rows`; 0 keeps every image."""
+    if max_samples == 0 or max_samples >= len(split):
+        return split
+    return split.take(balanced_rows(split.labels, len(split.classes), max_samples, seed))
 
 
 def fingerprint(split: Split) -> str:

@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import chain, zip_longest
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from ijepa.data import Split
 from ijepa.encoders import FrozenEncoder
-from ijepa.files import write_atomically
+from ijepa.files import cannot_write, write_atomically
 from ijepa.parallel import gather_objects, num_processes, process_rank
 
 CHUNK = 128
@@ -34,6 +36,7 @@ class Embeddings:
     """One model's embeddings of a split, row by row."""
 
     values: Float[np.ndarray, "n d"]
+    """Mapped from a file without a name, which is gone with them: they may exceed the memory."""
     images_per_second: float | None
     """Of what was computed in this run; None when nothing was."""
     from_cache: bool
@@ -54,11 +57,12 @@ def extract(
     batch_size: int,
     cache: Path | None,
     progress: Progress,
+    scratch: Path | None = None,
 ) -> Embeddings:
     """Embed every image of the split in order.
 
     Several processes take chunks in turn, each through the cache. Process 0 gets all rows, in the
-    same bytes as one process would; the others get their own.
+    same bytes as one process would; the others get their own, and zeros in the place of the rest.
 
     Args:
         encoder: What to embed with.
@@ -67,13 +71,20 @@ def extract(
             result beyond rounding.
         cache: Folder for finished chunks, which are read instead of computed; None for no cache.
         progress: See `Progress`.
+        scratch: Folder with room for the embeddings while they are in use; None for the system's.
+
+    Raises:
+        UserError: If the cache or the scratch folder cannot be written, or another process ended.
     """
-    chunks: list[np.ndarray] = []
     damaged: list[Path] = []
     computed, seconds = 0, 0.0
+    shape = len(split), encoder.embed_dim
     own = range(0, len(split), CHUNK)[process_rank() :: num_processes()]
     num_images = sum(min(CHUNK, len(split) - start) for start in own)
-    with progress(total=num_images, desc=encoder.name) as bar:
+    with (
+        scratch_file(scratch, 4 * math.prod(shape)) as stored,
+        progress(total=num_images, desc=encoder.name) as bar,
+    ):
         for start in own:
             rows = range(start, min(start + CHUNK, len(split)))
             file = cache / f"{start:09d}.chunk" if cache else None
@@ -87,20 +98,63 @@ def extract(
                 computed += len(rows)
                 if file:
                     write_chunk(file, values)
-            chunks.append(values)
+            store_rows(stored, start, values)
             bar.update(len(rows))
-    found = gather_objects((chunks, computed, seconds, damaged))
-    shares, counts, times, all_damaged = zip(*found, strict=True)
-    turns = chain.from_iterable(zip_longest(*shares))
-    # The empty start is all there is for a process without a chunk.
-    nothing = np.empty((0, encoder.embed_dim), np.float32)
+        everything = np.memmap(stored, np.float32, "r", shape=shape)
+        gather_rows_of_others(stored, everything)
+    found = gather_objects((computed, seconds, damaged))
+    counts, times, all_damaged = zip(*found, strict=True)
     computed, seconds = sum(counts), max(times)
     return Embeddings(
-        np.concatenate([nothing, *(chunk for chunk in turns if chunk is not None)]),
+        everything,
         computed / seconds if computed else None,
         not computed,
         tuple(chain.from_iterable(all_damaged)),
     )
+
+
+@contextmanager
+def scratch_file(folder: Path | None, num_bytes: int) -> Iterator[IO[bytes]]:
+    """A file of zeros without a name: its space is free again when nothing maps it any more.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
+    with ExitStack() as stack:
+        try:
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
+            file.truncate(num_bytes)
+        except OSError as error:
+            raise cannot_write(folder or tempfile.gettempdir(), error) from error
+        yield file
+
+
+def store_rows(file: IO[bytes], start: int, values: Float[np.ndarray, "b d"]) -> None:
+    """Put rows in their place.
+
+    Raises:
+        UserError: If the disk is full. Writing to a map of the file would end the process instead.
+    """
+    try:
+        file.seek(start * values.itemsize * values.shape[1])
+        left = memoryview(np.ascontiguousarray(values)).cast("B")
+        while left:
+            left = left[file.write(left) :]
+    except OSError as error:
+        raise cannot_write("the embeddings beside the results", error) from error
+
+
+def gather_rows_of_others(file: IO[bytes], mapped: Float[np.ndarray, "n d"]) -> None:
+    """Store what other processes have computed in process 0, chunk by chunk."""
+    rank, step = process_rank(), num_processes()
+    starts = range(0, len(mapped), CHUNK)
+    for turn in range(0, len(starts), step) if step > 1 else ():
+        own = starts[turn + rank : turn + rank + 1]
+        mine = [(start, np.array(mapped[start : start + CHUNK])) for start in own]
+        for start, values in chain.from_iterable(gather_objects(mine)[1:]):
+            store_rows(file, start, values)
 
 
 def embed_rows(

@@ -2,23 +2,33 @@
 
 Every function takes arrays and returns a number or one number per image; shares and precisions are
 fractions in [0, 1]. Statistics run in float64 on float32 embeddings, because sums of thousands of
-float32 products lose about three digits.
+float32 products lose about three digits. Embeddings may be mapped from a file larger than memory:
+only blocks of rows and tiles of pairs are ever copied.
 
 Dimension key: n images, d width of an embedding, k neighbours of an image, C classes,
 b subsets of the images, t images of one tile.
 """
 
+import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from ijepa.errors import UserError
 
-# Entries of an n-column block computed at once: at most about 200 MB with its sort keys.
+# Numbers in what is computed at once, a block of rows or the keys of a tile: about 200 MB at most.
 TILE_ENTRIES = 2**23
+
+Rows = slice | Int[np.ndarray, " t"]
+
+
+def row_blocks(n: int, d: int) -> Iterator[slice]:
+    """Slices that cover n rows of d numbers, each small enough for float64 copies of its rows."""
+    step = max(1, TILE_ENTRIES // d)
+    return (slice(at, min(at + step, n)) for at in range(0, n, step))
 
 
 def validate_embeddings(X: Float[np.ndarray, "n d"], name: str) -> None:
@@ -27,35 +37,89 @@ def validate_embeddings(X: Float[np.ndarray, "n d"], name: str) -> None:
     Raises:
         UserError: A row holds NaN or infinity, or is zero and so has no direction.
     """
-    faults = {"NaN or infinity": ~np.isfinite(X).all(axis=1), "only zeros": ~X.any(axis=1)}
-    for fault, rows in faults.items():
-        if rows.any():
-            problem = f"the {name} model gives {fault} for image {rows.argmax()}"
+    broken: dict[str, list[Bool[np.ndarray, " t"]]] = {"NaN or infinity": [], "only zeros": []}
+    for rows in row_blocks(*X.shape):
+        broken["NaN or infinity"].append(~np.isfinite(X[rows]).all(axis=1))
+        broken["only zeros"].append(~X[rows].any(axis=1))
+    for fault, blocks in broken.items():
+        found = np.concatenate(blocks)
+        if found.any():
+            problem = f"the {name} model gives {fault} for image {found.argmax()}"
             hint = f"check the weights and preprocessing of the {name} model, or use float32"
-            raise UserError(f"{problem} ({rows.sum()} of {len(X)} images)", hint=hint)
+            raise UserError(f"{problem} ({found.sum()} of {len(X)} images)", hint=hint)
 
 
-def unit_scale(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-    """The embeddings times a power of two, so that the largest number is at least 0.5 and below 1.
+def class_means(
+    X: Float[np.ndarray, "n d"], codes: Int[np.ndarray, " n"]
+) -> Float[np.ndarray, "C d"]:
+    """Float64 mean embedding of each class, numbered from 0."""
+    # Float64 sums of equal float32 values are exact: so is the mean of a constant column.
+    sums = np.zeros((codes.max() + 1, X.shape[1]))
+    for rows in row_blocks(*X.shape):
+        order = np.argsort(codes[rows], kind="stable")
+        present, starts = np.unique(codes[rows][order], return_index=True)
+        for code, part in zip(present, np.split(X[rows][order], starts[1:]), strict=True):
+            sums[code] += part.astype(np.float64).sum(axis=0)
+    return sums / np.bincount(codes)[:, None]
 
-    That is exact and changes no metric; squares of very large or small numbers would leave float32.
-    """
-    return np.ldexp(X, -np.frexp(np.abs(X).max())[1])
+
+@dataclass(frozen=True)
+class Residuals:
+    """Embeddings less the mean of their class, in float64, made anew of the rows asked for."""
+
+    X: Float[np.ndarray, "n d"]
+    means: Float[np.ndarray, "C d"]
+    codes: Int[np.ndarray, " n"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of rows and of columns."""
+        return self.X.shape
+
+    def __getitem__(self, rows: Rows) -> Float[np.ndarray, "t d"]:
+        return self.X[rows] - self.means[self.codes[rows]]
 
 
-def center_columns(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-    """Float64 copy of the embeddings with zero column means."""
-    wide = X.astype(np.float64)
-    # Float64 sums of equal float32 values are exact: a constant column becomes exactly zero.
-    wide -= wide.mean(axis=0)
-    return wide
+def residuals(
+    X: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"] | None = None
+) -> Residuals:
+    """Embeddings with zero column means, with labels also in each class."""
+    codes = np.zeros(len(X), np.int64)
+    if labels is not None:
+        codes = np.unique(labels, return_inverse=True)[1]
+    return Residuals(X, class_means(X, codes), codes)
+
+
+def cross_product(
+    X: Float[np.ndarray, "n d"] | Residuals, Y: Float[np.ndarray, "n e"] | Residuals
+) -> Float[np.ndarray, "d e"]:
+    """X^T Y in float64."""
+    total = np.zeros((X.shape[1], Y.shape[1]))
+    for rows in row_blocks(X.shape[0], max(total.shape)):
+        x = X[rows].astype(np.float64, copy=False)
+        y = x if Y is X else Y[rows].astype(np.float64, copy=False)
+        total += x.T @ y
+    return total
+
+
+def gram(X: Float[np.ndarray, "n d"] | Residuals) -> Float[np.ndarray, "m m"]:
+    """The smaller one of X^T X and X X^T in float64."""
+    n, d = X.shape
+    if d <= n:
+        return cross_product(X, X)
+    rows = X[:].astype(np.float64, copy=False)
+    return rows @ rows.T
+
+
+def row_norms(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " n"]:
+    """Float64 lengths of the embeddings."""
+    blocks = row_blocks(*X.shape)
+    return np.concatenate([np.linalg.norm(X[rows].astype(np.float64), axis=1) for rows in blocks])
 
 
 def unit_rows(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
     """Float64 copy of the embeddings with rows of length 1."""
-    wide = X.astype(np.float64)
-    wide /= np.linalg.norm(wide, axis=1, keepdims=True)
-    return wide
+    return X / row_norms(X)[:, None]
 
 
 def gram_eigenvalues(gram: Float[np.ndarray, "m m"], n: int) -> Float[np.ndarray, " m"]:
@@ -68,12 +132,6 @@ def gram_eigenvalues(gram: Float[np.ndarray, "m m"], n: int) -> Float[np.ndarray
     return np.where(values > floor, values, 0.0)
 
 
-def _squared_singular_values(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " rank"]:
-    """Squared singular values, descending, from the smaller of the two Gram matrices."""
-    n, d = X.shape
-    return gram_eigenvalues(X.T @ X if d <= n else X @ X.T, max(n, d))
-
-
 def covariance_spectrum(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " rank"]:
     """Eigenvalues of the covariance of the embeddings: min(n, d) of them, descending, >= 0.
 
@@ -84,7 +142,7 @@ def covariance_spectrum(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " rank
     """
     if len(X) < 2:
         raise ValueError(f"a covariance needs at least 2 images, got {len(X)}")
-    return _squared_singular_values(center_columns(X)) / (len(X) - 1)
+    return gram_eigenvalues(gram(residuals(X)), max(X.shape)) / (len(X) - 1)
 
 
 def explained_variance(eigenvalues: Float[np.ndarray, " rank"], k: int) -> float:
@@ -128,8 +186,8 @@ def effective_rank(X: Float[np.ndarray, "n d"], centered: bool = True) -> float:
     https://arxiv.org/abs/2210.02885, without the paper's epsilon, which adds 9 % at 1280 columns.
     The paper does not centre; a common offset then hides all other directions.
     """
-    matrix = center_columns(X) if centered else X.astype(np.float64)
-    return effective_rank_of_spectrum(_squared_singular_values(matrix))
+    squares = gram(residuals(X) if centered else X)
+    return effective_rank_of_spectrum(gram_eigenvalues(squares, max(X.shape)))
 
 
 def effective_rank_of_spectrum(squares: Float[np.ndarray, " rank"]) -> float:
@@ -155,39 +213,66 @@ def nearest_neighbors(
     n = len(X)
     if not 1 <= k <= n - 1:
         raise ValueError(f"k must be from 1 to the {n - 1} other images, got {k}")
+    norms = row_norms(X)
+
+    def unit(rows: Rows) -> Float[np.ndarray, "t d"]:
+        # Adding 0 removes -0.
+        return (X[rows] / norms[rows, None]).astype(np.float32, order="C") + np.float32(0)
+
     # The last bit of a matrix product depends on the position in the matrix. Products of distinct
-    # rows in sorted order make it a function of the embeddings alone. Adding 0 removes -0.
-    rows = unit_rows(X).astype(np.float32, order="C") + np.float32(0)
-    row_bytes = rows.view(f"V{4 * rows.shape[1]}").ravel()
-    _, first, group = np.unique(row_bytes, return_index=True, return_inverse=True)
+    # rows in a fixed order make it a function of the embeddings alone.
+    names = _row_names(unit, X.shape)
+    _, first, group = np.unique(names, return_index=True, return_inverse=True)
     # One more than asked for: the image itself is among them and leaves at the end.
-    keys = _search(rows[first], first, k + 1)
+    keys = _search(lambda rows: unit(first[rows]), first, k + 1)
     if len(first) < n:
         keys = _with_duplicates(keys, group, k + 1)
-    images = _positions(keys)[group]
-    own = images == np.arange(n)[:, None]
-    own[:, -1] |= ~own.any(axis=1)
-    others = (n, k)
-    return images[~own].reshape(others), _similarities(keys)[group][~own].reshape(others)
+    neighbors, similarities = np.empty((n, k), np.int32), np.empty((n, k), np.float32)
+    for rows in row_blocks(n, k + 1):
+        lists = keys[group[rows]]
+        images = _positions(lists)
+        own = images == np.arange(n)[rows, None]
+        own[:, -1] |= ~own.any(axis=1)
+        neighbors[rows] = images[~own].reshape(-1, k)
+        similarities[rows] = _similarities(lists)[~own].reshape(-1, k)
+    return neighbors, similarities
+
+
+def _row_names(
+    make: Callable[[Rows], Float[np.ndarray, "t d"]], shape: tuple[int, int]
+) -> Shaped[np.ndarray, " n"]:
+    """Equal for equal rows alone and ordered for others: first numbers, then 128 bits of a hash."""
+    lines = (line for rows in row_blocks(*shape) for line in make(rows))
+    names = [line[:4].tobytes() + hashlib.blake2b(line, digest_size=16).digest() for line in lines]
+    return np.frombuffer(b"".join(names), f"V{len(names[0])}")
 
 
 def _search(
-    Z: Float[np.ndarray, "t d"], positions: Int[np.ndarray, " t"], k: int
+    make: Callable[[Rows], Float[np.ndarray, "t d"]], positions: Int[np.ndarray, " t"], k: int
 ) -> Int[np.ndarray, "t m"]:
     """Keys of the k largest products (or all, if fewer) of each row with all rows, best first."""
-    best = np.full((len(Z), min(k, len(Z))), _NOTHING)
-    for rows, columns in _tile_pairs(len(Z), math.isqrt(TILE_ENTRIES // 2)):
-        tile = Z[rows] @ Z[columns].T
+    n = len(positions)
+    best = np.full((n, min(k, n)), _NOTHING)
+    for rows, left, columns, right in _tile_pairs(make, n, math.isqrt(TILE_ENTRIES // 2)):
+        tile = left @ right.T
         best[rows] = _merge(best[rows], tile, positions[columns])
         if rows != columns:  # every product serves both of its images
             best[columns] = _merge(best[columns], tile.T, positions[rows])
     return best[:, ::-1]
 
 
-def _tile_pairs(n: int, side: int) -> Iterator[tuple[slice, slice]]:
-    """Square tiles that cover a symmetric n x n matrix on and above its diagonal."""
+def _tile_pairs(
+    make: Callable[[Rows], Float[np.ndarray, "t d"]], n: int, side: int
+) -> Iterator[tuple[slice, Float[np.ndarray, "t d"], slice, Float[np.ndarray, "u d"]]]:
+    """Square tiles that cover a symmetric n x n matrix on and above its diagonal.
+
+    Each comes as the positions and the rows that it multiplies, of both sides.
+    """
     tiles = [slice(at, min(at + side, n)) for at in range(0, n, max(side, 1))]
-    return ((rows, columns) for i, rows in enumerate(tiles) for columns in tiles[i:])
+    for row, rows in enumerate(tiles):
+        left = make(rows)
+        yield rows, left, rows, left
+        yield from ((rows, left, columns, make(columns)) for columns in tiles[row + 1 :])
 
 
 def _merge(
@@ -315,12 +400,15 @@ def knn_correct(
     the same name, with weights softmax(s / T) or 1 / distance. Ties go to the lowest label.
     """
     classes, codes = np.unique(labels, return_inverse=True)
-    votes = np.zeros((len(neighbors), len(classes)))
-    # exp(s - 1) changes no order and cannot overflow at small temperatures.
-    weights = np.exp((similarities[:, :k].astype(np.float64) - 1.0) / temperature)
-    for rank in range(k):
-        votes[np.arange(len(votes)), codes[neighbors[:, rank]]] += weights[:, rank]
-    return classes[votes.argmax(axis=1)] == labels
+    winners = []
+    for rows in row_blocks(len(neighbors), max(len(classes), k)):
+        # exp(s - 1) changes no order and cannot overflow at small temperatures.
+        weights = np.exp((similarities[rows, :k].astype(np.float64) - 1.0) / temperature)
+        votes = np.zeros((len(weights), len(classes)))
+        for rank in range(k):
+            votes[np.arange(len(votes)), codes[neighbors[rows, rank]]] += weights[:, rank]
+        winners.append(votes.argmax(axis=1))
+    return classes[np.concatenate(winners)] == labels
 
 
 @dataclass(frozen=True)
@@ -352,29 +440,63 @@ def silhouette_samples(
     As `silhouette_of_subsets` for the one subset of all images.
     """
     codes, counts = np.unique(labels, return_inverse=True, return_counts=True)[1:]
-    if metric != "euclidean" or len(counts) < 2:
+    # The sums that let each distance serve both images are one for each class and image: 0.5 GB.
+    many = len(counts) * len(X) > 8 * TILE_ENTRIES
+    if metric != "euclidean" or len(counts) < 2 or many:
         return silhouette_of_subsets(X, labels, np.ones((1, len(X)), bool), metric)[0]
-    sums = _sum_distances(X, codes)
-    return _silhouette(sums[:, :, None], counts[:, None, None].astype(np.float64), codes)[:, 0]
+    order = np.argsort(codes, kind="stable")
+    sums, codes = _sum_distances(X, codes, order), codes[order]
+    scores = np.empty(len(X))
+    for rows in row_blocks(len(X), len(counts)):
+        part = _silhouette(sums[:, rows, None], counts[:, None], codes[rows])
+        scores[order[rows]] = part[:, 0]
+    return scores
+
+
+def _distance_side() -> int:
+    """Side of a tile of distances that stays in the processor's cache through all its steps."""
+    return math.isqrt(TILE_ENTRIES // 8)
+
+
+def _shifted(X: Float[np.ndarray, "n d"]) -> Callable[[Rows], Float[np.ndarray, "t d"]]:
+    """Float64 copies of rows, so shifted that few digits are lost in differences of squares.
+
+    By the median of a hundred rows, because one huge row would draw a mean away from all others.
+    """
+    median = np.median(X[:: max(1, len(X) // 100)].astype(np.float64), axis=0)
+    return lambda rows: X[rows] - median
+
+
+def _squares(
+    points: Callable[[Rows], Float[np.ndarray, "t d"]], shape: tuple[int, int]
+) -> Float[np.ndarray, " n"]:
+    """Squares of the lengths of all rows."""
+    return np.concatenate([np.square(points(rows)).sum(axis=1) for rows in row_blocks(*shape)])
+
+
+def _distances(
+    left: Float[np.ndarray, "t d"],
+    right: Float[np.ndarray, "u d"],
+    left_squares: Float[np.ndarray, " t"],
+    right_squares: Float[np.ndarray, " u"],
+) -> Float[np.ndarray, "t u"]:
+    """Euclidean distances from rows and the squares of their lengths."""
+    distances = (-2.0 * left) @ right.T
+    distances += right_squares
+    distances += left_squares[:, None]
+    return np.sqrt(np.maximum(distances, 0.0, out=distances), out=distances)
 
 
 def _sum_distances(
-    X: Float[np.ndarray, "n d"], codes: Int[np.ndarray, " n"]
+    X: Float[np.ndarray, "n d"], codes: Int[np.ndarray, " n"], order: Int[np.ndarray, " n"]
 ) -> Float[np.ndarray, "C n"]:
-    """Sums of each image's Euclidean distances to the images of each class."""
-    order = np.argsort(codes, kind="stable")
-    points, codes = X[order].astype(np.float64), codes[order]
-    # A shift leaves distances as they are and keeps a common offset out of the subtraction below.
-    # By the median of a hundred rows, because one huge row would draw a mean away from all others.
-    points -= np.median(X[:: max(1, len(X) // 100)], axis=0)
-    squares = np.square(points).sum(axis=1)
+    """Sums of each image's Euclidean distances to the images of each class, which order sorts."""
+    codes, points = codes[order], _shifted(X)
+    squares = _squares(points, X.shape)[order]
     sums = np.zeros((codes[-1] + 1, len(X)))
-    # Small tiles stay in the processor's cache through all the steps below.
-    for rows, columns in _tile_pairs(len(X), math.isqrt(TILE_ENTRIES // 8)):
-        distances = (-2.0 * points[rows]) @ points[columns].T
-        distances += squares[columns]
-        distances += squares[rows, None]
-        np.sqrt(np.maximum(distances, 0.0, out=distances), out=distances)
+    side = _distance_side()
+    for rows, left, columns, right in _tile_pairs(lambda t: points(order[t]), len(X), side):
+        distances = _distances(left, right, squares[rows], squares[columns])
         if rows == columns:
             np.fill_diagonal(distances, 0.0)
         else:  # every distance serves both of its images
@@ -384,7 +506,7 @@ def _sum_distances(
             sums[classes, columns] += np.stack([part.sum(axis=0) for part in parts])
         classes, starts = np.unique(codes[columns], return_index=True)
         sums[classes, rows] += np.add.reduceat(distances, starts, axis=1).T
-    return sums[:, np.argsort(order)]
+    return sums
 
 
 def silhouette_of_subsets(
@@ -403,70 +525,118 @@ def silhouette_of_subsets(
     Raises:
         ValueError: The metric is unknown or a subset holds fewer than two classes.
     """
+    scores = np.full(keep.shape, np.nan)
+    for subsets, rows, tile in _silhouette_tiles(X, labels, keep, metric):
+        scores[subsets, rows] = np.where(keep[subsets, rows], tile.T, np.nan)
+    return scores
+
+
+def mean_silhouettes(
+    X: Float[np.ndarray, "n d"],
+    labels: Int[np.ndarray, " n"],
+    keep: Bool[np.ndarray, "b n"],
+    metric: str = "euclidean",
+) -> Float[np.ndarray, " b"]:
+    """Mean over the kept images of `silhouette_of_subsets`, without a number for each of them."""
+    sums = np.zeros(len(keep))
+    for subsets, rows, tile in _silhouette_tiles(X, labels, keep, metric):
+        sums[subsets] += (tile.T * keep[subsets, rows]).sum(axis=1)
+    return sums / keep.sum(axis=1)
+
+
+def _silhouette_tiles(
+    X: Float[np.ndarray, "n d"],
+    labels: Int[np.ndarray, " n"],
+    keep: Bool[np.ndarray, "b n"],
+    metric: str,
+) -> Iterator[tuple[slice, slice, Float[np.ndarray, "t b"]]]:
+    """Yield some subsets, some rows, and the silhouettes of these rows in these subsets."""
     class_sums = {"euclidean": _euclidean_class_sums, "cosine": _cosine_class_sums}
     if metric not in class_sums:
         raise ValueError(f"unknown metric {metric!r}; choose from: {', '.join(class_sums)}")
     codes = np.unique(labels, return_inverse=True)[1]
-    onehot = codes[:, None] == np.arange(codes.max() + 1)
-    counts = (onehot.T.astype(np.float64) @ keep.T)[:, None]  # (C, 1, b)
+    counts = np.stack([keep[:, codes == code].sum(axis=1) for code in range(codes.max() + 1)])
     if ((counts > 0).sum(axis=0) < 2).any():
         raise ValueError("a silhouette needs at least 2 classes in every subset, got 1")
-    scores = np.empty(keep.shape[::-1])
-    step = max(1, TILE_ENTRIES // (2 * max(len(X), counts.size)))
-    tiles = [slice(start, start + step) for start in range(0, len(X), step)]
-    for tile, sums in zip(tiles, class_sums[metric](X, codes, keep, tiles), strict=True):
-        scores[tile] = _silhouette(sums, counts, codes[tile])
-    return np.where(keep, scores.T, np.nan)
+    side, at_once = _distance_side(), len(keep)
+    if metric == "cosine":  # there is a vector for each class and subset
+        at_once = max(1, TILE_ENTRIES // (len(counts) * X.shape[1]))
+    for at in range(0, len(keep), at_once):
+        subsets = slice(at, at + at_once)
+        sums_of = class_sums[metric](X, codes, keep[subsets])
+        for start in range(0, len(X), side):
+            rows = slice(start, start + side)
+            yield subsets, rows, _silhouette(sums_of(rows), counts[:, subsets], codes[rows])
 
 
 def _silhouette(
-    sums: Float[np.ndarray, "C t b"],
-    counts: Float[np.ndarray, "C 1 b"],
+    class_sums: Iterable[Float[np.ndarray, "t b"]],
+    counts: Int[np.ndarray, "C b"],
     codes: Int[np.ndarray, " t"],
 ) -> Float[np.ndarray, "t b"]:
-    """Silhouettes from the sums of an image's distances to the kept images of each class."""
-    own = (codes, np.arange(len(codes)))
-    own_counts = counts[codes, 0]
-    inside = sums[own] / np.maximum(own_counts - 1, 1)
-    means = np.divide(sums, counts, out=np.full_like(sums, np.inf), where=counts > 0)
-    means[own] = np.inf
-    outside = means.min(axis=0)
+    """Silhouettes from the sums of an image's distances to the kept images, class by class."""
+    inside = np.zeros((len(codes), counts.shape[1]))
+    outside = np.full_like(inside, np.inf)
+    for code, sums in enumerate(class_sums):
+        own, count = codes == code, counts[code]
+        inside[own] = sums[own] / np.maximum(count - 1, 1)
+        means = np.divide(sums, count, out=np.full_like(sums, np.inf), where=count > 0)
+        means[own] = np.inf
+        np.minimum(outside, means, out=outside)
     larger = np.maximum(inside, outside)
-    defined = (own_counts > 1) & (larger > 0)
+    defined = (counts[codes] > 1) & (larger > 0)
     return np.divide(outside - inside, larger, out=np.zeros_like(larger), where=defined)
+
+
+ClassSums = Callable[[slice], Iterable[Float[np.ndarray, "t b"]]]
+"""Sums of the distances of some rows to the kept images of each class in turn."""
 
 
 def _euclidean_class_sums(
     X: Float[np.ndarray, "n d"],
     codes: Int[np.ndarray, " n"],
     keep: Bool[np.ndarray, "b n"],
-    tiles: list[slice],
-) -> Iterator[Float[np.ndarray, "C t b"]]:
-    """Yield, tile by tile, the sums of Euclidean distances to the kept images of each class."""
+) -> ClassSums:
+    """Sums of Euclidean distances."""
+    points = _shifted(X)
+    squares = _squares(points, X.shape)
     members = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
-    weights = [keep[:, images].T.astype(np.float64) for images in members]
-    # A shift leaves distances as they are and keeps a common offset out of the subtraction below.
-    # By the median of a hundred rows, because one huge row would draw a mean away from all others.
-    points = X.astype(np.float64) - np.median(X[:: max(1, len(X) // 100)], axis=0)
-    squares = np.square(points).sum(axis=1)
-    for tile in tiles:
-        distances = squares[tile, None] + squares - 2.0 * (points[tile] @ points.T)
-        np.sqrt(np.maximum(distances, 0.0, out=distances), out=distances)
-        yield np.stack([distances[:, i] @ w for i, w in zip(members, weights, strict=True)])
+    side = _distance_side()
+
+    def sums_of(rows: slice) -> Iterator[Float[np.ndarray, "t b"]]:
+        left = points(rows)
+        for images in members:
+            total = np.zeros((len(left), len(keep)))
+            for at in range(0, len(images), side):
+                part = images[at : at + side]
+                distances = _distances(left, points(part), squares[rows], squares[part])
+                total += distances @ keep[:, part].T.astype(np.float64)
+            yield total
+
+    return sums_of
 
 
 def _cosine_class_sums(
     X: Float[np.ndarray, "n d"],
     codes: Int[np.ndarray, " n"],
     keep: Bool[np.ndarray, "b n"],
-    tiles: list[slice],
-) -> Iterator[Float[np.ndarray, "C t b"]]:
-    """Yield the same for cosine distances: a class's sum of 1 - z.z_j is count - z.(sum of z_j)."""
-    Z = unit_rows(X)
-    members = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
-    totals = np.stack([keep[:, i].astype(np.float64) @ Z[i] for i in members])  # (C, b, d)
-    counts = np.stack([keep[:, i].sum(axis=1) for i in members])[:, None]  # (C, 1, b)
-    for tile in tiles:
-        sums = counts - Z[tile] @ totals.transpose(0, 2, 1)
-        # Equal directions leave only rounding error, whose quotient would be any number.
-        yield np.where(sums < 1e-12 * counts, 0.0, sums)
+) -> ClassSums:
+    """Sums of 1 - cosine similarity: for a class they are count - z.(sum of z_j)."""
+    counts = np.zeros((codes.max() + 1, len(keep)))
+    totals = np.zeros((*counts.shape, X.shape[1]))
+    for rows in row_blocks(*X.shape):
+        Z = unit_rows(X[rows])
+        for code in np.unique(codes[rows]):
+            own = codes[rows] == code
+            kept = keep[:, rows][:, own].astype(np.float64)
+            counts[code] += kept.sum(axis=1)
+            totals[code] += kept @ Z[own]
+
+    def sums_of(rows: slice) -> Iterator[Float[np.ndarray, "t b"]]:
+        products = unit_rows(X[rows]) @ totals.reshape(-1, X.shape[1]).T
+        for count, part in zip(counts, np.split(products, len(counts), axis=1), strict=True):
+            sums = count - part
+            # Equal directions leave only rounding error, whose quotient would be any number.
+            yield np.where(sums < 1e-12 * count, 0.0, sums)
+
+    return sums_of

@@ -3,8 +3,10 @@
 Without a process group each function is the identity, and a run is one process.
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -14,6 +16,31 @@ from torch import Tensor, distributed, nn
 from ijepa.errors import UserError
 
 Item = TypeVar("Item")
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun tells each process that it starts; some of it alone means nothing."""
+
+
+def join_processes(
+    device: torch.device, backend: str, timeout: timedelta | None = None
+) -> torch.device:
+    """Under torchrun, join its processes and take the GPU of this one; else the device as it is.
+
+    Raises:
+        UserError: If there are more processes than GPUs.
+    """
+    if not all(name in os.environ for name in TORCHRUN):
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"process {device.index} has no GPU of its own, there are "
+                f"{torch.cuda.device_count()}",
+                hint="lower --nproc-per-node of torchrun",
+            )
+        torch.cuda.set_device(device)
+    distributed.init_process_group(backend, timeout=timeout)
+    return device
 
 
 def num_processes() -> int:

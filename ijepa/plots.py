@@ -30,6 +30,8 @@ from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 
+from ijepa.metrics import class_means, gram, residuals, row_blocks, row_norms
+
 FONT = "DejaVu Sans"  # ships with Matplotlib, so a figure is the same on every machine
 STYLE: dict[Any, Any] = {
     "font.family": FONT,
@@ -122,19 +124,20 @@ class Neighbors:
 
 def project_pca(X: Float[np.ndarray, "n d"], k: int) -> PcaProjection:
     """Project on k principal components, each with its largest absolute loading positive."""
-    centered = X.astype(np.float64) - X.mean(axis=0, dtype=np.float64)
+    centered = residuals(X)
     n, d = X.shape
     # On cores shared with other work, more threads made these a hundred times slower.
     with threadpool_limits(limits=1):
         if n < d:
-            _, singular, loadings = np.linalg.svd(centered, full_matrices=False)
+            _, singular, loadings = np.linalg.svd(centered[:], full_matrices=False)
             variances = np.pad(singular**2, (0, d - n))
         else:  # cheaper: 1 s instead of 8 s for 50,000 x 1280
-            ascending, vectors = np.linalg.eigh(centered.T @ centered)
+            ascending, vectors = np.linalg.eigh(gram(centered))
             variances, loadings = ascending[::-1].clip(min=0), vectors[:, ::-1].T
     loadings = loadings[:k]
     largest = loadings[np.arange(len(loadings)), np.abs(loadings).argmax(axis=1)]
-    scores = centered @ (loadings * np.sign(largest)[:, None]).T
+    axes = (loadings * np.sign(largest)[:, None]).T
+    scores = np.concatenate([centered[rows] @ axes for rows in row_blocks(n, d)])
     total = variances.sum()
     shares = variances / total if total > 0 else np.zeros(d)
     return PcaProjection(np.pad(scores, ((0, 0), (0, k - scores.shape[1]))), shares)
@@ -198,10 +201,11 @@ def class_similarity(
 
     A class whose mean vanishes has no direction: its row and column are NaN.
     """
-    X = X.astype(np.float64)
-    scale = np.linalg.norm(X, axis=1).mean()
-    X = X - X.mean(axis=0) * centered
-    means = np.stack([X[labels == label].mean(axis=0) for label in np.unique(labels)])
+    codes = np.unique(labels, return_inverse=True)[1]
+    scale = row_norms(X).mean()
+    means = class_means(X, codes)
+    if centered:
+        means -= class_means(X, np.zeros_like(codes))
     norms = np.linalg.norm(means, axis=1, keepdims=True)
     unit = means / np.where(norms > 1e-9 * scale, norms, np.nan)
     # Rounding takes parallel means just beyond 1.

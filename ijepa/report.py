@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from ijepa import plots
 from ijepa.comparison import Comparison, neighbor_confusion
-from ijepa.data import Split, shrink
+from ijepa.data import Split, balanced_rows, shrink
 from ijepa.explorer import Maps
 from ijepa.files import sha256, write_atomically, write_text
 from ijepa.markdown import markdown
@@ -30,7 +30,9 @@ from ijepa.page import page
 
 SCHEMA_VERSION = 1
 MAX_POINTS = 5000
-"""Images in a t-SNE map at most; beyond that it takes minutes and shows a blot."""
+"""Images on a map at most; beyond that t-SNE takes minutes and a map shows a blot."""
+CSV_ROWS = 10_000
+"""Lines of `per_image.csv` made at once."""
 MAX_QUERIES = 10
 SHOWN_SIDE = 224
 """Sides of a neighbour's picture in pixels at most."""
@@ -54,33 +56,31 @@ def project(comparison: Comparison, seed: int) -> dict[str, plots.TsneProjection
 
 
 def shown_rows(comparison: Comparison, seed: int) -> Int[np.ndarray, " m"]:
-    """The images on the maps: all of them, or a seeded sample in order."""
-    n = len(comparison.analyses["local"].labels)
-    if n <= MAX_POINTS:
-        return np.arange(n)
-    return np.sort(np.random.default_rng(seed).choice(n, MAX_POINTS, replace=False))
+    """The images on the maps: all of them, or a class-balanced sample in order."""
+    labels = comparison.analyses["local"].labels
+    return balanced_rows(labels, int(labels.max()) + 1, MAX_POINTS, seed)
 
 
-def draw(
-    comparison: Comparison, maps: Mapping[str, plots.TsneProjection], split: Split, seed: int
-) -> Figures:
+def draw(comparison: Comparison, maps: Maps, split: Split, seed: int) -> Figures:
     """Every figure of the report with its file name; a new one is a line here."""
     labels, classes = split.labels, split.classes
     where = f"{split.name} {split.split}, n = {len(split)}"
     embeddings = {name: a.embeddings for name, a in comparison.analyses.items()}
-    pca = {name: plots.project_pca(X, 2) for name, X in embeddings.items()}
-    caption = plots.Caption
-    rows = shown_rows(comparison, seed)
-    shown = "" if len(rows) == len(split) else f" {len(rows)} images shown."
+    caption, rows = plots.Caption, maps.rows
+    shown = "" if len(rows) == len(split) else f" {len(rows):,} images shown, of every class alike."
 
-    perplexity = next(iter(maps.values())).perplexity
+    perplexity = next(iter(maps.tsne.values())).perplexity
     how = f"L2-normalised, PCA to 50, perplexity {perplexity:.0f}, seed {seed}.{shown}"
     title = f"t-SNE of the embeddings: {where}"
-    yield "tsne_comparison.png", plots.plot_tsne(maps, labels[rows], classes, caption(title, how))
+    yield (
+        "tsne_comparison.png",
+        plots.plot_tsne(maps.tsne, labels[rows], classes, caption(title, how)),
+    )
 
     title = f"Principal components: {where}"
-    how = "Centred, not standardised; each component's largest loading is positive."
-    yield "pca_comparison.png", plots.plot_pca(pca, labels, classes, caption(title, how))
+    how = f"Centred, not standardised; each component's largest loading is positive.{shown}"
+    points = {name: replace(pca, scores=pca.scores[rows]) for name, pca in maps.pca.items()}
+    yield "pca_comparison.png", plots.plot_pca(points, labels[rows], classes, caption(title, how))
 
     title = f"Cosine similarity of class means: {where}"
     how = "Raw: class means as they are. Centred: minus the mean of all images."
@@ -91,7 +91,7 @@ def draw(
 
     title = f"Explained variance: {where}"
     how = "Share of the total variance; marks at 10 and 50 components."
-    yield "variance_explained.png", plots.plot_variance_explained(pca, caption(title, how))
+    yield "variance_explained.png", plots.plot_variance_explained(maps.pca, caption(title, how))
 
     title = f"Nearest neighbours: {where}"
     how = f"Queries drawn by seed {seed}, one of each class (at most {MAX_QUERIES})."
@@ -159,34 +159,45 @@ def save_figure(path: Path, figure: Figure) -> None:
     )
 
 
-def per_image_csv(
-    comparison: Comparison, maps: Mapping[str, plots.TsneProjection], split: Split, seed: int
-) -> str:
-    """One line per image: label, both models' scores, neighbours (data set indices), map."""
-    columns: dict[str, Sequence[Any]] = {
-        "index": split.indices.tolist(),
-        "label": split.labels.tolist(),
-        "class": [split.classes[label] for label in split.labels],
-    }
-    rows = shown_rows(comparison, seed)
-    for name, analysis in comparison.analyses.items():
-        columns[f"precision_at_5_{name}"] = blank_nan(analysis.precisions(5))
-        columns[f"silhouette_{name}"] = blank_nan(analysis.silhouettes["euclidean"])
-        columns[f"silhouette_cosine_{name}"] = blank_nan(analysis.silhouettes["cosine"])
-        columns[f"neighbors_{name}"] = [
-            " ".join(map(str, split.indices[found])) for found in analysis.lists.neighbors[:, :5]
-        ]
-        points = np.full((len(split), 2), np.nan)
-        points[rows] = maps[name].coordinates
-        columns[f"tsne_x_{name}"] = blank_nan(points[:, 0])
-        columns[f"tsne_y_{name}"] = blank_nan(points[:, 1])
-    if comparison.mutual is not None:
-        columns["mutual_knn"] = blank_nan(comparison.mutual)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(zip(*columns.values(), strict=True))
-    return text.getvalue()
+def per_image_csv(comparison: Comparison, maps: Maps, split: Split) -> Iterator[str]:
+    """One line per image: label, both models' scores, neighbours (data set indices), map.
+
+    In pieces of `CSV_ROWS` lines, below a line of names.
+    """
+    places = {name: np.full((len(split), 2), np.nan) for name in comparison.analyses}
+    for name, points in places.items():
+        points[maps.rows] = maps.tsne[name].coordinates
+    precisions = {name: analysis.precisions(5) for name, analysis in comparison.analyses.items()}
+    for start in range(0, len(split), CSV_ROWS):
+        rows = slice(start, start + CSV_ROWS)
+        columns: dict[str, Sequence[Any]] = {
+            "index": split.indices[rows].tolist(),
+            "label": split.labels[rows].tolist(),
+            "class": [split.classes[label] for label in split.labels[rows]],
+        }
+        for name, analysis in comparison.analyses.items():
+            columns[f"precision_at_5_{name}"] = blank_nan(precisions[name][rows])
+            columns[f"silhouette_{name}"] = blank_nan(analysis.silhouettes["euclidean"][rows])
+            columns[f"silhouette_cosine_{name}"] = blank_nan(analysis.silhouettes["cosine"][rows])
+            columns[f"neighbors_{name}"] = [
+                " ".join(map(str, split.indices[found]))
+                for found in analysis.lists.neighbors[rows, :5]
+            ]
+            columns[f"tsne_x_{name}"] = blank_nan(places[name][rows, 0])
+            columns[f"tsne_y_{name}"] = blank_nan(places[name][rows, 1])
+        if comparison.mutual is not None:
+            columns["mutual_knn"] = blank_nan(comparison.mutual[rows])
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        if start == 0:
+            writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+        yield text.getvalue()
+
+
+def write_pieces(path: Path, pieces: Iterator[str]) -> None:
+    """Write a text that need not be in memory as a whole."""
+    write_atomically(path, lambda file: file.writelines(piece.encode() for piece in pieces))
 
 
 def blank_nan(values: Float[np.ndarray, " n"]) -> list[str]:
@@ -276,10 +287,12 @@ def write_report(
         how(folder / name)
         written.append(folder / name)
 
-    for name, figure in draw(comparison, maps, split, comparison.seed):
+    pca = {name: plots.project_pca(a.embeddings, 2) for name, a in comparison.analyses.items()}
+    shown = Maps(shown_rows(comparison, comparison.seed), maps, pca)
+    for name, figure in draw(comparison, shown, split, comparison.seed):
         write(name, lambda path, figure=figure: save_figure(path, figure))
-    rows = per_image_csv(comparison, maps, split, comparison.seed)
-    write("per_image.csv", lambda path: write_text(path, rows))
+    pieces = per_image_csv(comparison, shown, split)
+    write("per_image.csv", lambda path: write_pieces(path, pieces))
     text = markdown(comparison, facts, caveats)
     write("report.md", lambda path: write_text(path, text))
 
@@ -290,8 +303,6 @@ def write_report(
         files = [*(path for path in saved if path.exists()), *written]
         return metrics_json(comparison, facts, caveats, [artifact(path) for path in files])
 
-    pca = {name: plots.project_pca(a.embeddings, 2) for name, a in comparison.analyses.items()}
-    shown = Maps(shown_rows(comparison, comparison.seed), maps, pca)
     html = page(comparison, shown, split, facts, caveats, metrics())
     write("report.html", lambda path: write_text(path, html))
     content = metrics()

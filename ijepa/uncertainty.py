@@ -30,13 +30,15 @@ from scipy.special import stdtrit
 
 from ijepa.agreement import mutual_knn
 from ijepa.metrics import (
-    center_columns,
+    Residuals,
     effective_rank_of_spectrum,
     explained_variance,
+    gram,
     gram_eigenvalues,
     knn_correct,
     nearest_neighbors,
-    silhouette_of_subsets,
+    residuals,
+    row_blocks,
 )
 
 NUM_HALVES = 200
@@ -205,16 +207,6 @@ def mutual_knn_halves(
     return np.array(values)
 
 
-def silhouette_halves(
-    X: Float[np.ndarray, "n d"],
-    labels: Int[np.ndarray, " n"],
-    halves: Bool[np.ndarray, "B n"],
-    metric: str = "euclidean",
-) -> Float[np.ndarray, " B"]:
-    """Values of the mean silhouette on the halves."""
-    return np.nanmean(silhouette_of_subsets(X, labels, halves, metric), axis=1)
-
-
 def jackknife_blocks(labels: Int[np.ndarray, " n"], seed: int = 0) -> Int[np.ndarray, " n"]:
     """Block of each image, from 0: random blocks of equal size and class balance, to within one."""
     generator = np.random.default_rng(seed)
@@ -236,34 +228,38 @@ def spectrum_deviations(
     so near to its bound it measures the number of images, and a jackknife overstates its error
     about twofold.
     """
-    points, num_blocks = center_columns(X), int(blocks.max()) + 1
+    points, num_blocks = residuals(X), int(blocks.max()) + 1
     values: dict[str, list[float]] = {f"variance_{k}pc": [] for k in VARIANCE_COMPONENTS}
     values["effective_rank"] = []
-    for gram in grams_without_blocks(points, blocks):
-        spectrum = gram_eigenvalues(gram, max(points.shape))
+    for others in grams_without_blocks(points, blocks):
+        spectrum = gram_eigenvalues(others, max(points.shape))
         for k in VARIANCE_COMPONENTS:
             values[f"variance_{k}pc"].append(explained_variance(spectrum, k))
         values["effective_rank"].append(effective_rank_of_spectrum(spectrum))
-    if np.mean(values["effective_rank"]) > len(points) / 2:
+    if np.mean(values["effective_rank"]) > len(X) / 2:
         values["effective_rank"] = [float("nan")] * num_blocks
     stretch = np.sqrt(num_blocks - 1)
     return {name: stretch * (np.array(r) - np.mean(r)) for name, r in values.items()}
 
 
 def grams_without_blocks(
-    points: Float[np.ndarray, "n d"], blocks: Int[np.ndarray, " n"]
+    points: Residuals, blocks: Int[np.ndarray, " n"]
 ) -> Iterator[Float[np.ndarray, "s s"]]:
     """Yield, block by block, the smaller Gram matrix of the other images, centred on their mean."""
     n, d = points.shape
-    whole = points.T @ points if d <= n else points @ points.T
+    whole = gram(points)
     for block in range(blocks.max() + 1):
         if d <= n:
-            left_out = points[blocks == block]
+            left_out = np.flatnonzero(blocks == block)
+            product, offset = np.zeros((d, d)), np.zeros(d)
+            for part in row_blocks(len(left_out), d):
+                rows = points[left_out[part]]
+                product += rows.T @ rows
+                offset += rows.sum(axis=0)
             # The columns of all images sum to 0, so that those of the others sum to -offset.
-            offset, num_left = left_out.sum(axis=0), n - len(left_out)
-            yield whole - left_out.T @ left_out - np.outer(offset, offset) / num_left
+            yield whole - product - np.outer(offset, offset) / (n - len(left_out))
         else:
             others = np.flatnonzero(blocks != block)
-            gram = whole[np.ix_(others, others)]
-            gram = gram - gram.mean(axis=0)
-            yield gram - gram.mean(axis=1, keepdims=True)
+            products = whole[np.ix_(others, others)]
+            products = products - products.mean(axis=0)
+            yield products - products.mean(axis=1, keepdims=True)

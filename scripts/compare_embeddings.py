@@ -21,6 +21,8 @@ BUNDLED = ROOT / "checkpoints_300ep"
 HUB_MODEL = "facebook/ijepa_vith14_1k"
 FULL_EPOCHS = 300
 """What the bundled checkpoint is meant to have."""
+MANY_IMAGES = 10_000
+"""From this many on a comparison may take over a minute, which is measured before it starts."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -194,13 +196,12 @@ def load_images(args: argparse.Namespace) -> Any:
     return sample
 
 
-def load_encoders(args: argparse.Namespace) -> list[Any]:
+def load_encoders(args: argparse.Namespace, device: Any) -> list[Any]:
     """The local encoder, the other one if asked for, the two references, and other seeds."""
     from ijepa import encoders
     from ijepa.checkpoint import load_checkpoint
-    from ijepa.devices import choose_device, choose_dtype
+    from ijepa.devices import choose_dtype
 
-    device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     local, *others = (
         encoders.load_local_encoder(path, args.local_weights, device, dtype)
@@ -239,30 +240,20 @@ def check_seeds(local: Any, others: list[Any]) -> None:
                 )
 
 
-def join_processes() -> None:
-    """Under torchrun, join its processes, which share the extraction."""
-    if "WORLD_SIZE" not in os.environ:
-        return
-    from torch import distributed
-
-    # A process whose chunks are all in the cache waits for those that compute theirs.
-    distributed.init_process_group("gloo", timeout=timedelta(days=7))
-
-
-def extract_all(args: argparse.Namespace, loaded: list[Any], split: Any) -> dict[str, Any]:
+def extract_all(
+    args: argparse.Namespace, loaded: list[Any], split: Any, split_hash: str
+) -> dict[str, Any]:
     """Embed the sample with every encoder, through the cache unless it is off."""
     from functools import partial
 
     from tqdm import tqdm
 
-    from ijepa.data import fingerprint
     from ijepa.embeddings import cache_folder, extract
     from ijepa.parallel import process_rank
 
     first = process_rank() == 0
     progress = partial(tqdm, unit=" images", delay=2, file=sys.stderr, disable=not first)
     cache = None if args.no_cache else args.output_dir / ".cache"
-    split_hash = fingerprint(split)
     results = {}
     for encoder in loaded:
         folder = cache_folder(cache, encoder, split_hash) if cache else None
@@ -273,7 +264,7 @@ def extract_all(args: argparse.Namespace, loaded: list[Any], split: Any) -> dict
                 "computing anew",
                 file=sys.stderr,
             )
-        result = extract(encoder, split, args.batch_size, folder, progress)
+        result = extract(encoder, split, args.batch_size, folder, progress, args.output_dir)
         if result.damaged:
             print(
                 f"{len(result.damaged)} cached chunks of {encoder.name} embeddings were damaged "
@@ -313,8 +304,7 @@ def caveats(comparison: Any, loaded: list[Any], maps: Any) -> list[str]:
             )
     if not comparison.num_halves:
         notes.append("fewer than 20 images in a class: no intervals")
-    if (perplexity := next(iter(maps.values())).perplexity) < 30:
-        notes.append(f"t-SNE perplexity lowered from 30 to {perplexity:.1f} for {n} images")
+    notes += map_caveats(maps, n)
     for name, analysis in comparison.analyses.items():
         rank = comparison.metrics[name]["effective_rank"]
         if comparison.num_halves and isfinite(rank.value) and not isfinite(rank.se):
@@ -323,6 +313,21 @@ def caveats(comparison: Any, loaded: list[Any], maps: Any) -> list[str]:
                 "which bounds it: no interval"
             )
         notes += collapse_warning(comparison, name, analysis.embeddings.shape[1])
+    return notes
+
+
+def map_caveats(maps: Any, n: int) -> list[str]:
+    """What to know of the maps of n images."""
+    from ijepa.report import MAX_POINTS
+
+    notes = []
+    if n > MAX_POINTS:
+        notes.append(
+            f"maps show {MAX_POINTS:,} of {n:,} images, as many of each class as possible; "
+            "all numbers are of all images"
+        )
+    if (perplexity := next(iter(maps.values())).perplexity) < 30:
+        notes.append(f"t-SNE perplexity lowered from 30 to {perplexity:.1f} for {n} images")
     return notes
 
 
@@ -363,35 +368,39 @@ def compare_run(args: argparse.Namespace) -> None:
     with watch.stage("import"):
         import torch
 
-        from ijepa.comparison import compare
+        from ijepa.data import fingerprint
+        from ijepa.devices import choose_device
         from ijepa.embeddings import save_embeddings
         from ijepa.narrative import console_table, headline_lines, table
-        from ijepa.parallel import first_process_first, leave_processes, process_rank
+        from ijepa.parallel import (
+            first_process_first,
+            join_processes,
+            leave_processes,
+            process_rank,
+        )
         from ijepa.report import project, write_report
 
-        join_processes()
+        # A process whose chunks are all in the cache waits for those that compute theirs.
+        device = join_processes(choose_device(args.device), "gloo", timedelta(days=7))
     with watch.stage("load_images"), first_process_first():
         split = load_images(args)
     with watch.stage("load_models"), first_process_first():
-        loaded = load_encoders(args)
+        loaded = load_encoders(args, device)
     with watch.stage("extract"):
-        results = extract_all(args, loaded, split)
+        split_hash = fingerprint(split)
+        results = extract_all(args, loaded, split, split_hash)
         reports = process_rank() == 0
         leave_processes()
     if not reports:
         return
     with watch.stage("compare"):
-        values = {name: result.values for name, result in results.items()}
-        models = {name: values[name] for name in ("local", "hf") if name in values}
-        references = {name: values[name] for name in ("pixels", "random_weights")}
-        seeds = [values[name] for name in values if name not in {*models, *references}]
-        comparison = compare(models, references, split.labels, args.seed, seeds)
+        models, comparison = compare_all(results, split, args.seed)
     with watch.stage("project"):
         maps = project(comparison, args.seed)
     with watch.stage("write"):
         for name in models:
-            save_embeddings(args.output_dir / f"embeddings_{name}.npz", values[name], split)
-        facts = describe_run(args, watch, loaded, results, split)
+            save_embeddings(args.output_dir / f"embeddings_{name}.npz", models[name], split)
+        facts = describe_run(args, watch, loaded, results, split, split_hash)
         facts["run"]["torch_threads"] = torch.get_num_threads()
         notes = caveats(comparison, loaded, maps)
         written = write_report(args.output_dir, comparison, maps, split, facts, notes)
@@ -402,12 +411,45 @@ def compare_run(args: argparse.Namespace) -> None:
     print(f"wrote {len(written) + len(models)} files to {args.output_dir} ({stages})")
 
 
+def compare_all(results: dict[str, Any], split: Any, seed: int) -> tuple[dict[str, Any], Any]:
+    """The embeddings of the models that are compared, and all that was found."""
+    from ijepa.comparison import compare
+
+    values = {name: result.values for name, result in results.items()}
+    models = {name: values[name] for name in ("local", "hf") if name in values}
+    references = {name: values[name] for name in ("pixels", "random_weights")}
+    seeds = [values[name] for name in values if name not in {*models, *references}]
+    announce_wait(models, references, len(split.classes))
+    return models, compare(models, references, split.labels, seed, seeds)
+
+
+def announce_wait(models: dict[str, Any], references: dict[str, Any], num_classes: int) -> None:
+    """Say how long all pairs of images will take where nobody would wait for them."""
+    from ijepa.comparison import pairwise_seconds
+
+    n = len(models["local"])
+    if n < MANY_IMAGES:
+        return
+    seconds = pairwise_seconds(models, references, num_classes)
+    if seconds > 60:
+        wait = f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.0f} hours"
+        print(
+            f"comparing all pairs of {n:,} images will take about {wait}; "
+            "--max-samples compares fewer",
+            file=sys.stderr,
+        )
+
+
 def describe_run(
-    args: argparse.Namespace, watch: Stopwatch, loaded: list[Any], results: Any, split: Any
+    args: argparse.Namespace,
+    watch: Stopwatch,
+    loaded: list[Any],
+    results: Any,
+    split: Any,
+    split_hash: str,
 ) -> dict[str, Any]:
     """The provenance parts of metrics.json."""
     from ijepa.comparison import MUTUAL_K
-    from ijepa.data import fingerprint
     from ijepa.uncertainty import NUM_BLOCKS, NUM_HALVES
 
     counts = [int((split.labels == label).sum()) for label in range(len(split.classes))]
@@ -427,7 +469,7 @@ def describe_run(
             "n": len(split),
             "per_class": counts,
             "classes": list(split.classes),
-            "sha256": fingerprint(split),
+            "sha256": split_hash,
         },
         "models": {
             encoder.name: {

@@ -329,27 +329,6 @@ def progress_bar(run: Run, step: int, num_images: int) -> Any:
     )
 
 
-def join_processes(device: Any) -> Any:
-    """Under torchrun, join its processes and take the device of this one."""
-    import torch
-
-    from ijepa.errors import UserError
-
-    if "WORLD_SIZE" not in os.environ:
-        return device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.index >= torch.cuda.device_count():
-            raise UserError(
-                f"process {device.index} has no GPU of its own, there are "
-                f"{torch.cuda.device_count()}",
-                hint="lower --nproc-per-node of torchrun",
-            )
-        torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
-
-
 def check_batch(args: argparse.Namespace) -> None:
     """Raise UserError unless the processes can share a batch evenly."""
     from ijepa.errors import UserError
@@ -366,10 +345,11 @@ def train_run(args: argparse.Namespace) -> int:
     """Load, resume, train, save; the exit code."""
     from ijepa.devices import choose_device, choose_dtype
     from ijepa.errors import UserError
-    from ijepa.parallel import leave_processes, num_processes, process_rank
+    from ijepa.parallel import join_processes, leave_processes, num_processes, process_rank
     from ijepa.training import init_state
 
-    device = join_processes(choose_device(args.device))
+    device = choose_device(args.device)
+    device = join_processes(device, "nccl" if device.type == "cuda" else "gloo")
     check_batch(args)
     dtype = choose_dtype(args.dtype, device)
     config = build_config(args)

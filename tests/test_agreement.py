@@ -80,16 +80,17 @@ def test_cka_is_nan_where_it_is_not_defined():
     assert null.shape == (3,)
 
 
-def test_demeaned_classes_have_zero_mean_and_keep_their_differences():
-    X, _ = pair()
+def test_cka_beside_the_classes_is_that_of_rows_less_the_mean_of_their_class():
+    X, Y = pair()
     labels = np.arange(40) % 3 * 5
-    residuals = agreement.demean_by_class(X, labels)
-    for label in (0, 5, 10):
-        np.testing.assert_allclose(residuals[labels == label].mean(axis=0), 0, atol=1e-12)
-        expected = X[labels == label].astype(float)
-        np.testing.assert_allclose(
-            np.diff(residuals[labels == label], axis=0), np.diff(expected, axis=0)
-        )
+    demeaned = [Z.astype(np.float64) for Z in (X, Y)]
+    for Z in demeaned:
+        for label in (0, 5, 10):
+            Z[labels == label] -= Z[labels == label].mean(axis=0)
+    expected = agreement.linear_cka(*demeaned)
+    assert agreement.linear_cka(X, Y, labels) == pytest.approx(expected, rel=1e-12)
+    assert expected != pytest.approx(agreement.linear_cka(X, Y), abs=0.01)
+    assert np.isnan(agreement.linear_cka(np.eye(3)[labels // 5], Y, labels))
 
 
 def test_cka_null_equals_cka_of_the_same_shuffles():

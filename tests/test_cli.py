@@ -265,7 +265,7 @@ def test_several_checkpoints_give_the_spread_over_seeds(models, other_seed, tmp_
     assert alone["training_seeds"] == {}
 
 
-def test_an_effective_rank_near_its_bound_is_a_caveat():
+def test_an_effective_rank_near_its_bound_and_thinned_maps_are_caveats(monkeypatch):
     X = np.random.default_rng(0).normal(size=(60, 200)).astype(np.float32)
     comparison = compare({"local": X}, {"pixels": X[:, :8]}, np.arange(60) % 2, seed=0)
     description = {"epochs": 9, "planned_epochs": 9, "source": "x.pt"}
@@ -273,6 +273,10 @@ def test_an_effective_rank_near_its_bound_is_a_caveat():
     maps = {"local": SimpleNamespace(perplexity=30)}
     found = load_script().caveats(comparison, loaded, maps)
     assert any("effective rank of the local embeddings is above half" in c for c in found)
+    assert not any("maps show" in c for c in found)
+    monkeypatch.setattr("ijepa.report.MAX_POINTS", 50)
+    found = load_script().caveats(comparison, loaded, maps)
+    assert any("maps show 50 of 60 images, as many of each class" in c for c in found)
 
 
 def test_a_checkpoint_given_twice_is_no_second_seed(models, tmp_path, capsys):
@@ -381,3 +385,21 @@ def test_the_error_of_several_processes_is_printed_once(tmp_path):
     lines = result.stderr.splitlines()
     assert len([line for line in lines if line.startswith("error: ") and str(missing) in line]) == 1
     assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(59, ""), (600, "about 10 minutes; --max-samples"), (7300, "about 2 hours; --max-samples")],
+)
+def test_a_long_comparison_says_beforehand_how_long_it_will_take(
+    monkeypatch, capsys, seconds, words
+):
+    monkeypatch.setattr("ijepa.comparison.pairwise_seconds", lambda *_: seconds)
+    script = load_script()
+    script.announce_wait({"local": np.zeros(20_000)}, {}, 2)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert bool(words) == ("comparing all pairs of 20,000 images" in said.err)
+    assert words in said.err
+    script.announce_wait({"local": np.zeros(9_999)}, {}, 2)
+    assert capsys.readouterr().err == ""

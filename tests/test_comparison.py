@@ -3,8 +3,8 @@ import pytest
 from scipy.stats import binomtest, spearmanr
 from statsmodels.stats.multitest import multipletests
 
-from ijepa.agreement import cka_null, demean_by_class, linear_cka
-from ijepa.comparison import METRICS, analyze, compare, neighbor_confusion
+from ijepa.agreement import cka_null, linear_cka
+from ijepa.comparison import METRICS, analyze, compare, neighbor_confusion, pairwise_seconds
 from ijepa.errors import UserError
 from ijepa.uncertainty import NUM_HALVES
 
@@ -160,8 +160,7 @@ def test_agreement_holds_each_number_of_its_definition(pair):
     X, Y = (pair.analyses[name].embeddings for name in ("local", "hf"))
     labels = pair.analyses["local"].labels
     assert pair.agreement["cka"] == linear_cka(X, Y)
-    demeaned = [demean_by_class(Z, labels) for Z in (X, Y)]
-    assert pair.agreement["cka_class_demeaned"] == linear_cka(*demeaned)
+    assert pair.agreement["cka_class_demeaned"] == linear_cka(X, Y, labels)
     null = np.sort(cka_null(X, Y, labels, seed=0))
     assert null[197] <= pair.agreement["cka_null_p99"] <= null[198]
     unit = [Z / np.linalg.norm(Z.astype(float), axis=1, keepdims=True) for Z in (X, Y)]
@@ -238,3 +237,43 @@ def test_undefined_embeddings_are_refused_with_model_and_image(bad):
         analyze(X, labels, "hf")
     assert "hf" in caught.value.problem
     assert "7" in caught.value.problem
+
+
+@pytest.mark.parametrize("width", [8, 100])
+def test_blocks_of_rows_of_a_file_give_the_numbers_of_the_whole(monkeypatch, tmp_path, width):
+    def numbers():
+        X, labels = cloud(width)
+        Y, _ = cloud(12, seed=1)
+        (tmp_path / "X").write_bytes(X.tobytes())
+        mapped = np.memmap(tmp_path / "X", np.float32, "r", shape=X.shape)
+        found = compare({"local": mapped, "hf": Y}, {"pixels": mapped[:, :4]}, labels, seed=0)
+        estimates = [e for name in ("local", "hf") for e in found.metrics[name].values()]
+        estimates += [d["estimate"] for d in found.differences.values()]
+        estimates += [found.gains["pixels"], found.agreement["mutual_knn"]]
+        agreements = [v for k, v in found.agreement.items() if k != "mutual_knn"]
+        return np.array([[e.value, e.se] for e in estimates]), np.array(agreements)
+
+    whole = numbers()
+    for module in ("metrics", "agreement"):
+        monkeypatch.setattr(f"ijepa.{module}.TILE_ENTRIES", 700)
+    for blocks, expected in zip(numbers(), whole, strict=True):
+        # A distance of an image to itself is a rounding error; all else is equal within 1e-12.
+        np.testing.assert_allclose(blocks, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_the_time_of_all_pairs_is_told_from_the_curvature_of_the_time_of_few(monkeypatch):
+    spent = [0.0]
+
+    def spend(X, *_):
+        spent.append(spent[-1] + 5 * len(X) + 0.25 * len(X) ** 2)
+
+    for name in ("list_neighbors", "silhouette_samples", "mean_silhouettes"):
+        monkeypatch.setattr(f"ijepa.comparison.{name}", spend)
+    monkeypatch.setattr("ijepa.comparison.time.perf_counter", lambda: spent[-1])
+    X = np.zeros((3000, 2), np.float32)
+    monkeypatch.setattr("ijepa.comparison.PROBE", 100)
+    # Two models with three pieces of work, a reference with two.
+    found = pairwise_seconds({"local": X, "hf": X}, {"pixels": X}, 2)
+    assert found == pytest.approx(8 * 0.25 * 3000**2)
+    monkeypatch.undo()
+    assert 0 <= pairwise_seconds({"local": X[:50] + 1}, {}, 2) < 60

@@ -3,6 +3,7 @@ import torch
 
 from ijepa.devices import choose_device, choose_dtype, has_bfloat16
 from ijepa.errors import UserError
+from ijepa.parallel import TORCHRUN, join_processes
 
 
 def test_auto_takes_an_accelerator_where_there_is_one():
@@ -47,3 +48,25 @@ def test_number_formats_follow_their_names_and_auto_the_hardware():
 
 def test_metal_computes_in_float32():
     assert choose_dtype("auto", torch.device("mps")) == torch.float32
+
+
+def test_a_stray_variable_of_torchrun_starts_no_process_group(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert join_processes(torch.device("cpu"), "gloo") == torch.device("cpu")
+    assert not torch.distributed.is_initialized()
+
+
+def test_each_process_takes_its_own_gpu_or_is_refused(monkeypatch):
+    joined = []
+    for name in TORCHRUN:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", joined.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **_: joined.append(*a))
+    assert join_processes(torch.device("cuda"), "nccl") == torch.device("cuda", 1)
+    assert joined == [torch.device("cuda", 1), "nccl"]
+    assert join_processes(torch.device("cpu"), "gloo") == torch.device("cpu")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="process 2 has no GPU of its own, there are 2"):
+        join_processes(torch.device("cuda"), "nccl")

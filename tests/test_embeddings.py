@@ -1,6 +1,8 @@
 import contextlib
+import io
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 
@@ -74,6 +76,45 @@ def test_the_batch_size_does_not_change_the_embeddings(batch_size):
     split = make_split()
     found = extract(ENCODER, split, batch_size, None, Bar()).values
     np.testing.assert_allclose(found, extract(ENCODER, split, 7, None, Bar()).values, atol=1e-5)
+
+
+def test_embeddings_are_mapped_from_a_file_that_leaves_nothing_behind(tmp_path):
+    scratch = tmp_path / "made" / "anew"
+    found = extract(ENCODER, make_split(), 3, None, Bar(), scratch).values
+    assert isinstance(found, np.memmap)
+    assert not found.flags.writeable
+    assert list(scratch.iterdir()) == []
+    np.testing.assert_array_equal(found, extract(ENCODER, make_split(), 3, None, Bar()).values)
+
+
+def test_rows_are_stored_whole_however_little_the_system_takes_at_once(tmp_path):
+    class Slow(io.FileIO):
+        def write(self, data):
+            return super().write(data[:10])
+
+    values = np.arange(12, dtype=np.float32).reshape(4, 3)
+    with Slow(tmp_path / "rows", "w") as file:
+        embeddings.store_rows(file, 2, values[2:])
+        embeddings.store_rows(file, 0, values[:2])
+    assert (tmp_path / "rows").read_bytes() == values.tobytes()
+
+
+def test_a_full_disk_under_the_embeddings_is_a_user_error(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (24 * 4 * 10, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*: File too large"):
+            extract(ENCODER, make_split(), 3, None, Bar(), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with (
+        pathlib.Path("/dev/full").open("wb", buffering=0) as full,
+        pytest.raises(UserError, match=r"cannot write the embeddings .*: No space left"),
+    ):
+        embeddings.store_rows(full, 0, np.ones((2, 3), np.float32))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write .*file"):
+        extract(ENCODER, make_split(), 3, None, Bar(), tmp_path / "file")
 
 
 def test_no_batch_is_larger_than_asked_for():
@@ -329,11 +370,11 @@ def test_several_processes_give_the_bytes_of_one(tmp_path, processes):
     assert result.returncode == 0, result.stderr
     expected = extract(ENCODER, make_split(), 3, None, Bar()).values
     assert np.load(tmp_path / "0.npy").tobytes() == expected.tobytes()
-    chunks = [expected[at : at + CHUNK] for at in range(0, len(expected), CHUNK)]
+    owner = np.arange(len(expected)) // CHUNK % processes
     for rank in range(1, processes):
-        own = np.concatenate([np.empty((0, 24), np.float32), *chunks[rank::processes]])
+        own = np.where((owner == rank)[:, None], expected, np.float32(0))
         assert np.load(tmp_path / f"{rank}.npy").tobytes() == own.tobytes()
-    assert len(list((tmp_path / "chunks").iterdir())) == len(chunks)
+    assert len(list((tmp_path / "chunks").iterdir())) == -(-len(expected) // CHUNK)
 
 
 def test_a_failing_process_ends_the_run_with_its_own_error(tmp_path):

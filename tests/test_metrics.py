@@ -111,7 +111,7 @@ def test_neighbors_equal_scikit_learn(monkeypatch):
     np.testing.assert_array_equal(neighbors, expected)
     np.testing.assert_allclose(similarities, 1 - distances, atol=1e-6)
     assert similarities.dtype == np.float32
-    assert neighbors.dtype == np.int64
+    assert neighbors.dtype == np.int32
 
 
 @pytest.mark.parametrize("tile_entries", [7, 300, 2**23])

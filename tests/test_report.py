@@ -6,11 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import PathCollection
+from matplotlib.text import Text
 
 from ijepa import plots, report
 from ijepa.comparison import compare
 from ijepa.data import Split
 from ijepa.errors import UserError
+from ijepa.explorer import Maps
 from ijepa.report import (
     disagreements,
     draw_queries,
@@ -112,9 +115,12 @@ def test_the_same_run_writes_the_same_bytes(run, facts, tmp_path):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 
 
-def test_per_image_rows_read_back_as_the_numbers(run):
+def test_per_image_rows_read_back_as_the_numbers(run, monkeypatch):
     comparison, maps, split = run
-    rows = list(csv.DictReader(io.StringIO(per_image_csv(comparison, maps, split, 0))))
+    monkeypatch.setattr(report, "CSV_ROWS", 7)
+    pieces = list(per_image_csv(comparison, Maps(np.arange(40), maps, {}), split))
+    assert [piece.count("\n") for piece in pieces] == [8, 7, 7, 7, 7, 5]
+    rows = list(csv.DictReader(io.StringIO("".join(pieces))))
     assert [int(row["index"]) for row in rows] == list(range(100, 140))
     assert {row["class"] for row in rows} == {"a,b", "c"}
     for name in ("local", "hf"):
@@ -182,14 +188,38 @@ def test_queries_come_from_the_seed_and_one_of_each_class():
     assert (queries != draw_queries(labels, 4)).any()
 
 
-def test_maps_show_a_seeded_sample_in_order_when_images_are_many(run, monkeypatch):
+def test_maps_show_a_balanced_seeded_sample_in_order_when_images_are_many(run, monkeypatch):
+    assert report.MAX_POINTS == 5000
     np.testing.assert_array_equal(shown_rows(run[0], 0), np.arange(40))
     monkeypatch.setattr(report, "MAX_POINTS", 15)
     rows = shown_rows(run[0], 0)
     assert len(rows) == 15
     assert (np.diff(rows) > 0).all()
+    assert sorted(np.bincount(run[0].analyses["local"].labels[rows])) == [7, 8]
     np.testing.assert_array_equal(rows, shown_rows(run[0], 0))
     assert (rows != shown_rows(run[0], 1)).any()
+
+
+@pytest.mark.parametrize("most", [15, 5000])
+def test_maps_of_fewer_images_say_so(run, facts, monkeypatch, tmp_path, most):
+    monkeypatch.setattr(report, "MAX_POINTS", most)
+    comparison, _, split = run
+    drawn = {}
+
+    def keep(path, figure):
+        drawn[path.name] = figure
+        path.touch()
+
+    monkeypatch.setattr(report, "save_figure", keep)
+    maps = project(comparison, 0)
+    write_report(tmp_path, comparison, maps, split, facts, [])
+    for name in ("tsne_comparison.png", "pca_comparison.png"):
+        panels = drawn[name].findobj(PathCollection)
+        assert {len(panel.get_offsets()) for panel in panels} == {min(most, 40)}
+        words = " ".join(text.get_text() for text in drawn[name].findobj(Text))
+        assert ("15 images shown, of every class alike" in words) == (most == 15)
+    lines = (tmp_path / "per_image.csv").read_text().splitlines()
+    assert sum(line.count(",,") for line in lines) == (2 * 25 if most == 15 else 0)
 
 
 def test_undefined_numbers_become_null_and_are_named():

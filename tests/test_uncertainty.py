@@ -144,7 +144,7 @@ def test_silhouettes_of_halves_equal_scikit_learn(metric):
         sklearn_metrics.silhouette_score(X[keep].astype(float), labels[keep], metric=metric)
         for keep in halves
     ]
-    ours = uncertainty.silhouette_halves(X, labels, halves, metric)
+    ours = metrics.mean_silhouettes(X, labels, halves, metric)
     np.testing.assert_allclose(ours, expected, atol=1e-7)
 
 
@@ -252,7 +252,7 @@ def test_standard_errors_match_the_spread_over_fresh_samples():
         blocks = uncertainty.jackknife_blocks(labels)
         neighbors = uncertainty.neighbor_halves(lists, labels, halves)
         on_halves = [uncertainty.overall(neighbors[f"precision_at_{k}"], labels) for k in (1, 20)]
-        on_halves.append(uncertainty.silhouette_halves(X, labels, halves))
+        on_halves.append(metrics.mean_silhouettes(X, labels, halves))
         deviations = [uncertainty.half_deviations(half) for half in on_halves]
         deviations.append(uncertainty.spectrum_deviations(X, blocks)["effective_rank"])
         precisions = [metrics.precision_at_k(lists.neighbors, labels, k).mean() for k in (1, 20)]
