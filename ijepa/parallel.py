@@ -65,23 +65,28 @@ def own_part(rows: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "b ..."]:
 
 
 def gather_rows(rows: Shaped[Tensor, "b ..."]) -> Shaped[Tensor, "B ..."]:
-    """The rows of all processes in their order; gradients flow back to where each came from."""
+    """The rows of all processes in their order; gradients flow back to this process's own.
+
+    Where all compute the same number from them, the sum of their gradients is its gradient.
+    """
     if num_processes() == 1:
         return rows
-    return torch.cat(torch.distributed.nn.functional.all_gather(rows))
+    parts = [torch.empty_like(rows) for _ in range(num_processes())]
+    distributed.all_gather(parts, rows.detach().contiguous())
+    parts[process_rank()] = rows
+    return torch.cat(parts)
 
 
 @torch.no_grad()
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Give every process the mean of all gradients, in one message."""
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Give every process the sum of all gradients, in one message."""
     if num_processes() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     distributed.all_reduce(flat)
-    flat /= num_processes()
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(total.view_as(gradient))
 
 
 def any_process(flag: bool, device: torch.device) -> bool:

@@ -27,7 +27,7 @@ from ijepa.augmentation import color_jitter, random_resized_crop, standardize
 from ijepa.masking import MaskConfig, sample_masks
 from ijepa.metrics import effective_rank, nearest_neighbors, precision_at_k
 from ijepa.model import Predictor, PredictorConfig, VisionTransformer, ViTConfig, gather_tokens
-from ijepa.parallel import average_gradients, gather_rows, own_part
+from ijepa.parallel import gather_rows, own_part, sum_gradients
 
 CHECK_EVERY = 50
 """Updates between looks at the loss."""
@@ -282,7 +282,7 @@ def train_step(
         + config.spread_weight * losses.spread
     ).backward()
     parameters = [*state.context_encoder.parameters(), *state.predictor.parameters()]
-    average_gradients(parameters)
+    sum_gradients(parameters)
     torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
     state.optimizer.step()
     update_target(state.target_encoder, state.context_encoder, ema_momentum(config, state.step))
