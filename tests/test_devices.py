@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from ijepa import parallel
 from ijepa.devices import choose_device, choose_dtype, has_bfloat16
 from ijepa.errors import UserError
-from ijepa.parallel import TORCHRUN, join_processes
+from ijepa.parallel import TORCHRUN, gather_rows, join_processes, own_part, sum_gradients
 
 
 def test_auto_takes_an_accelerator_where_there_is_one():
@@ -70,3 +71,37 @@ def test_each_process_takes_its_own_gpu_or_is_refused(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="process 2 has no GPU of its own, there are 2"):
         join_processes(torch.device("cuda"), "nccl")
+
+
+def test_the_sum_over_processes_is_the_gradient_of_one(monkeypatch):
+    everything, weights = torch.randn(4, 3, dtype=torch.float64), torch.randn(3, 2).double()
+
+    def gradient(rows):
+        parameter = torch.nn.Parameter(weights.clone())
+        # A covariance: no process could compute it from its own rows.
+        gathered = gather_rows(rows @ parameter)
+        torch.cov(gathered.T).square().sum().backward()
+        return parameter
+
+    alone = gradient(everything).grad
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(parallel, "num_processes", lambda: 2)
+        monkeypatch.setattr(parallel, "process_rank", lambda rank=rank: rank)
+
+        def all_gather(found, _):
+            for part, rows in zip(found, everything.chunk(2), strict=True):
+                part.copy_(rows @ weights)
+
+        monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+        parts.append(gradient(own_part(everything)))
+    for mine, other in (parts, parts[::-1]):
+        added = other.grad.flatten().clone()
+        monkeypatch.setattr(
+            torch.distributed, "all_reduce", lambda flat, added=added: flat.add_(added)
+        )
+        result = torch.nn.Parameter(weights.clone())
+        result.grad = mine.grad.clone()
+        sum_gradients([result])
+        torch.testing.assert_close(result.grad, alone)
+    assert not torch.allclose(parts[0].grad, alone)
