@@ -429,7 +429,10 @@ def test_a_download_goes_on_after_a_lost_connection(patient, monkeypatch, tmp_pa
     assert not unfinished(tmp_path)
 
 
+# Whoever is started in the background by a shell has SIGINT ignored, and its children too.
 DOWNLOAD = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from ijepa.hub import resolve_model
 print(*resolve_model("someone/ijepa", False))
 """
@@ -472,7 +475,7 @@ def test_what_a_killed_run_downloaded_is_not_downloaded_again(here, tmp_path, by
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.send_signal(by)
-    process.communicate()
+    process.communicate(timeout=60)
     release.set()
     assert held.stat().st_size == kept
     assert starts(here) == [0]
