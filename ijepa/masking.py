@@ -22,7 +22,7 @@ from torch import Tensor
 class MaskConfig:
     """Sizes of the blocks as shares of the grid's area, and the number of context patches kept."""
 
-    num_targets: int = 4
+    num_targets: int = 2
     target_scale: tuple[float, float] = (0.15, 0.2)
     target_aspect: tuple[float, float] = (0.75, 1.5)
     context_scale: tuple[float, float] = (0.85, 1.0)

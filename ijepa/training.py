@@ -12,7 +12,7 @@ stopped and resumed at any step is the undisturbed run bit for bit. Nothing here
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from ijepa.augmentation import color_jitter, random_resized_crop, standardize
 from ijepa.masking import MaskConfig, sample_masks
@@ -46,13 +46,13 @@ class TrainConfig:
 
     epochs: int = 300
     batch_size: int = 64
-    lr: float = 7e-4
-    """Peak learning rate of AdamW, held from the end of the warm-up to the decay."""
+    lr: float = 4e-3
+    """Peak learning rate of both optimizers, held from the end of the warm-up to the decay."""
     warmup_epochs: float = 1.0
     decay_share: float = 0.2
     """Last share of the run, in which the learning rate falls linearly towards 0."""
     weight_decay: float = 0.05
-    """On matrices only."""
+    """On weights only, not on biases and norms."""
     ema_start: float = 0.99
     ema_window: float = 0.05
     """Share of the updates so far that the target encoder averages over; momentum <= 0.9999."""
@@ -81,7 +81,8 @@ class TrainState:
     context_encoder: VisionTransformer
     target_encoder: VisionTransformer
     predictor: Predictor
-    optimizer: torch.optim.AdamW
+    muon: torch.optim.Muon
+    adamw: torch.optim.AdamW
     loss_sums: Float[Tensor, "2"]
     """Prediction and matching loss, summed since the current epoch began, on the device."""
     step: int = 0
@@ -92,7 +93,8 @@ class TrainState:
             "context_encoder": self.context_encoder.state_dict(),
             "target_encoder": self.target_encoder.state_dict(),
             "predictor": self.predictor.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "muon": self.muon.state_dict(),
+            "adamw": self.adamw.state_dict(),
             "step": self.step,
             "loss_sums": self.loss_sums,
         }
@@ -102,7 +104,8 @@ class TrainState:
         self.context_encoder.load_state_dict(saved["context_encoder"])
         self.target_encoder.load_state_dict(saved["target_encoder"])
         self.predictor.load_state_dict(saved["predictor"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self.muon.load_state_dict(saved["muon"])
+        self.adamw.load_state_dict(saved["adamw"])
         self.step = saved["step"]
         self.loss_sums.copy_(saved["loss_sums"])
 
@@ -128,14 +131,33 @@ def init_state(config: TrainConfig, device: torch.device) -> TrainState:
         predictor = Predictor(config.vit, config.predictor)
     context_encoder, predictor = context_encoder.to(device), predictor.to(device)
     target_encoder = copy.deepcopy(context_encoder).requires_grad_(False)
-    parameters = [*context_encoder.parameters(), *predictor.parameters()]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+    muon, adamw = make_optimizers([*context_encoder.parameters(), *predictor.parameters()], config)
     loss_sums = torch.zeros(2, device=device)
-    return TrainState(context_encoder, target_encoder, predictor, optimizer, loss_sums)
+    return TrainState(context_encoder, target_encoder, predictor, muon, adamw, loss_sums)
+
+
+def make_optimizers(
+    parameters: Sequence[nn.Parameter], config: TrainConfig
+) -> tuple[torch.optim.Muon, torch.optim.AdamW]:
+    """Muon for the matrices, AdamW for patch projection, mask token, biases and norms.
+
+    Muon steps along the orthogonal matrix nearest to the averaged gradient (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon/), scaled so that its steps are as large as those of
+    AdamW with the same learning rate (Liu et al. 2025, section 2.2,
+    https://arxiv.org/abs/2502.16982). Vectors do not decay.
+    """
+    decay = config.weight_decay
+    muon = torch.optim.Muon(
+        [p for p in parameters if p.ndim == 2],
+        lr=config.lr,
+        weight_decay=decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 2], "weight_decay": decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return muon, torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
@@ -272,10 +294,9 @@ def train_step(
     single process, and computes on its own part.
     """
     views = Views(*map(own_part, draw_views(config, images, state.step)))
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(config, state.step, steps_per_epoch)
     losses = compute_losses(state, config, views, dtype)
-    state.optimizer.zero_grad()
+    state.muon.zero_grad()
+    state.adamw.zero_grad()
     (
         losses.prediction
         + config.matching_weight * losses.matching
@@ -284,7 +305,10 @@ def train_step(
     parameters = [*state.context_encoder.parameters(), *state.predictor.parameters()]
     sum_gradients(parameters)
     torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-    state.optimizer.step()
+    for optimizer in (state.muon, state.adamw):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, state.step, steps_per_epoch)
+        optimizer.step()
     update_target(state.target_encoder, state.context_encoder, ema_momentum(config, state.step))
     state.step += 1
     return Losses(*(loss.detach() for loss in losses))

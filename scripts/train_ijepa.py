@@ -32,7 +32,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dataset", default="cifar10", help="cifar10, or a folder with one sub-folder per class")
     add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or will be put")
     add("--batch-size", type=positive, default=64, help="images per update")
-    add("--lr", type=float, default=7e-4, help="peak learning rate")
+    add("--lr", type=float, default=4e-3, help="peak learning rate")
     add("--embed-dim", type=int, default=192, help="encoder width, a multiple of 64")
     add("--depth", type=int, default=6, help="encoder blocks")
     add("--patch-size", type=int, default=4, help="side of a patch in pixels")

@@ -285,32 +285,56 @@ def test_the_gradient_of_both_networks_is_clipped_together(config, images):
     assert torch.stack(norms).norm().item() == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_weights_decay_on_matrices_alone(config):
+def test_matrices_go_to_muon_and_vectors_do_not_decay(config):
     state = init_state(config, CPU)
-    decaying, fixed = state.optimizer.param_groups
-    assert fixed["weight_decay"] == 0.0
+    (muon,), (decaying, fixed) = state.muon.param_groups, state.adamw.param_groups
     networks = (state.context_encoder, state.predictor)
     for name, parameter in [pair for one in networks for pair in one.named_parameters()]:
-        is_vector = name.endswith("bias") or "norm" in name
-        assert any(parameter is p for p in (fixed if is_vector else decaying)["params"]), name
+        if name.endswith("bias") or "norm" in name:
+            group = fixed
+        elif name in ("patch_embed.proj.weight", "mask_token"):
+            group = decaying
+        else:
+            group = muon
+        assert any(parameter is p for p in group["params"]), name
+    assert sum(len(group["params"]) for group in (muon, decaying, fixed)) == sum(
+        len(list(network.parameters())) for network in networks
+    )
 
 
 def test_an_update_uses_the_rate_of_its_step_and_the_decay(config, images):
     state = init_state(config, CPU)
     state.step = 7
     train_step(state, config, images[:4], 3, FLOAT)
-    decaying, fixed = state.optimizer.param_groups
-    assert decaying["lr"] == fixed["lr"] == learning_rate(config, 7, 3) < config.lr
-    assert decaying["weight_decay"] == config.weight_decay
-    assert fixed["weight_decay"] == 0.0
+    groups = [*state.muon.param_groups, *state.adamw.param_groups]
+    assert [group["weight_decay"] for group in groups] == [config.weight_decay] * 2 + [0.0]
+    for group in groups:
+        assert group["lr"] == learning_rate(config, 7, 3) < config.lr
     assert state.step == 8
+
+
+def test_the_first_update_of_muon_is_orthogonal_and_as_large_as_one_of_adamw(config, images):
+    # Liu et al. 2025, section 2.2: a root mean square of 0.2 * lr, decay apart.
+    state = init_state(config, CPU)
+    weight = state.context_encoder.blocks[0].mlp.fc1.weight
+    before = weight.detach().clone()
+    train_step(state, config, images[:4], 3, FLOAT)
+    rate, decay = learning_rate(config, 0, 3), config.weight_decay
+    update = (weight.detach() - before * (1 - rate * decay)) / rate
+    nearest = np.linalg.svd(weight.grad.numpy(), full_matrices=False)
+    nearest = nearest[0] @ nearest[2]
+    # Newton-Schulz iterations leave most singular values between 0.7 and 1.2, not yet the smallest.
+    sizes = np.linalg.svd(update.numpy(), compute_uv=False) / (0.2 * math.sqrt(max(weight.shape)))
+    assert 0.6 < np.median(sizes) < sizes.max() < 1.3
+    cosine = -(update.numpy() * nearest).sum() / np.linalg.norm(update) / np.linalg.norm(nearest)
+    assert cosine > 0.9
 
 
 def test_the_first_update_of_adam_moves_each_weight_by_the_rate_and_the_decay(config, images):
     # AdamW's first update is lr * (sign of the gradient + decay * weight), where the gradient is
     # far above epsilon (Kingma and Ba 2015, section 2.1; Loshchilov and Hutter 2019, algorithm 2).
     state = init_state(config, CPU)
-    weight = state.context_encoder.blocks[0].mlp.fc1.weight
+    weight = state.context_encoder.patch_embed.proj.weight
     before = weight.detach().clone()
     train_step(state, config, images[:4], 3, FLOAT)
     rate, decay = learning_rate(config, 0, 3), config.weight_decay
