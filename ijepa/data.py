@@ -23,8 +23,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 # A file is taken for what its content says: without this list also for PostScript, which Pillow
 # hands to another program.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
-# Images are decoded in several threads, which share their warnings' filters: `check_size` refuses
-# what this warns of. Twice as many pixels are an error of Pillow's own.
+# Images are decoded beside other work, and all threads share their warnings' filters: `check_size`
+# refuses what this warns of. Twice as many pixels are an error of Pillow's own.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # What Pillow raises on damaged and hostile files.
 BAD_IMAGES = (

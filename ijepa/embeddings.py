@@ -3,12 +3,10 @@
 import hashlib
 import json
 import math
-import os
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -29,9 +27,6 @@ CHUNK = 128
 BATCH_VALUES = 2**29
 """Bytes of decoded images at which a batch is closed: 0.5 GB."""
 SUM_BYTES = hashlib.sha256().digest_size
-
-DECODERS = min(os.cpu_count() or 1, 8)
-"""Images decoded at the same time; also how many large ones are held beside the batches."""
 
 Item = TypeVar("Item")
 Progress = Callable[..., AbstractContextManager[Any]]
@@ -186,24 +181,12 @@ def batches(split: Split, rows: range, batch_size: int) -> Iterator[list[Tensor]
     """The images of some rows, `batch_size` at a time, or fewer where they are large."""
     batch: list[Tensor] = []
     values = 0
-    for row, image in zip(rows, decoded(split, rows), strict=True):
-        batch.append(image)
-        values += image.numel()
+    for row in rows:
+        batch.append(split.images[row])
+        values += batch[-1].numel()
         if len(batch) == batch_size or values >= BATCH_VALUES or row == rows[-1]:
             yield batch
             batch, values = [], 0
-
-
-def decoded(split: Split, rows: range) -> Iterator[Tensor]:
-    """The images of some rows in order; of files, one per processor is decoded at the same time."""
-    with ThreadPoolExecutor(DECODERS) as pool:
-        coming: deque[Future[Tensor]] = deque()
-        for row in rows:
-            coming.append(pool.submit(split.images.__getitem__, row))
-            if len(coming) == DECODERS:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
 
 
 def one_ahead(items: Iterator[Item]) -> Iterator[Item]:

@@ -158,47 +158,24 @@ def test_the_next_batch_is_prepared_while_one_is_embedded(batch_size):
 
 
 class Files(Sequence):
-    """Twelve images whose decoding waits until as many are being decoded as `together`."""
-
-    def __init__(self, together=1, broken=None):
-        self.barrier = threading.Barrier(together, timeout=20)
-        self.broken = broken
-        self.asked = None
+    """Twelve images, one of which cannot be decoded."""
 
     def __len__(self):
         return 12
 
     def __getitem__(self, row):
-        if self.asked is not None:
-            self.asked.append(row)
-            if row == self.broken:
-                raise UserError("cannot read image", hint="remove it")
-            self.barrier.wait()
+        if row == 10:
+            raise UserError("cannot read image", hint="remove it")
         return torch.full((3, 2, 2), row, dtype=torch.uint8)
 
-    def split(self):
-        made = Split("toy", "all", ("a",), self, np.zeros(12, int), np.arange(12))
-        self.asked = []  # what the check of types has asked for does not count
-        return made
 
-
-def test_images_are_decoded_together_and_come_in_order(monkeypatch):
-    monkeypatch.setattr(embeddings, "DECODERS", 3)
-    images = embeddings.decoded(Files(3).split(), range(12))
-    assert [int(image[0, 0, 0]) for image in images] == list(range(12))
-
-
-def test_no_more_images_are_decoded_ahead_than_there_are_decoders(monkeypatch):
-    monkeypatch.setattr(embeddings, "DECODERS", 3)
-    source = Files()
-    for position, _ in enumerate(embeddings.decoded(source.split(), range(12))):
-        assert len(source.asked) <= position + 3
-
-
-def test_an_image_that_cannot_be_decoded_ends_the_extraction_and_its_threads():
+def test_an_image_that_cannot_be_decoded_ends_the_extraction_and_its_threads(monkeypatch):
+    monkeypatch.setattr(embeddings, "CHUNK", 12)
     before = threading.active_count()
+    split = make_split(12)
+    object.__setattr__(split, "images", Files())
     with pytest.raises(UserError, match="cannot read image"):
-        extract(ENCODER, Files(broken=10).split(), 2, None, Bar())
+        extract(ENCODER, split, 2, None, Bar())
     assert threading.active_count() == before
 
 
