@@ -215,15 +215,14 @@ class Comparison(Campaign):
     def prepare(self, layer: Fatal) -> None:
         """Note every chunk that is computed."""
         super().prepare(layer)
-        compute = embeddings.embed_chunks
+        compute = embeddings.embed_rows
 
         def noted(*args: Any) -> Any:
-            for chunk in compute(*args):
-                with open("work", "a") as file:  # noqa: PTH123  Path.open is under the layer
-                    file.write(".")
-                yield chunk
+            with open("work", "a") as file:  # noqa: PTH123  Path.open is under the layer
+                file.write(".")
+            return compute(*args)
 
-        embeddings.embed_chunks = noted
+        embeddings.embed_rows = noted
 
     def work(self) -> int:
         """Chunks computed by all runs so far."""
