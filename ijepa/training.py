@@ -305,9 +305,10 @@ def train_step(
     parameters = [*state.context_encoder.parameters(), *state.predictor.parameters()]
     sum_gradients(parameters)
     torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+    rate = learning_rate(config, state.step, steps_per_epoch)
     for optimizer in (state.muon, state.adamw):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, state.step, steps_per_epoch)
+            group["lr"] = rate
         optimizer.step()
     update_target(state.target_encoder, state.context_encoder, ema_momentum(config, state.step))
     state.step += 1
