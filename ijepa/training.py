@@ -66,7 +66,10 @@ class TrainConfig:
     num_views: int = 3
     """Crops of each image in an update, at least 2."""
     matching_weight: float = 1.0
-    temperature: float = 0.1
+    sharp_epochs: float = 25.0
+    sharp_temperature: float = 0.1
+    """Of the matching loss at first; later `temperature`, which is kinder to similar images."""
+    temperature: float = 0.4
     spread_weight: float = 0.05
     seed: int = 0
     vit: ViTConfig = field(default_factory=ViTConfig)
@@ -182,6 +185,12 @@ def ema_momentum(config: TrainConfig, step: int) -> float:
     return max(config.ema_start, min(1 - 1 / (config.ema_window * (step + 1)), 0.9999))
 
 
+def matching_temperature(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Low at first, where telling near images apart teaches most, then `config.temperature`."""
+    sharp = step < config.sharp_epochs * steps_per_epoch
+    return config.sharp_temperature if sharp else config.temperature
+
+
 @torch.no_grad()
 def update_target(target: VisionTransformer, context: VisionTransformer, momentum: float) -> None:
     """Move the target encoder towards the context encoder: t <- m t + (1 - m) c."""
@@ -257,7 +266,7 @@ class Losses(NamedTuple):
 
 
 def compute_losses(
-    state: TrainState, config: TrainConfig, views: Views, dtype: torch.dtype
+    state: TrainState, views: Views, temperature: float, dtype: torch.dtype
 ) -> Losses:
     """The terms over the rows of all processes; matrix products of the networks in `dtype`."""
     B, T, M = views.target_blocks.shape
@@ -275,8 +284,8 @@ def compute_losses(
     prediction = gather_rows(F.smooth_l1_loss(predicted.float(), targets)[None]).mean()
     mean_target = gather_rows(tokens.mean(dim=1))
     means = gather_rows(seen.float().mean(dim=2)).unbind(dim=1)
-    to_target = [matching_loss(view, mean_target, config.temperature) for view in means[1:]]
-    to_views = [matching_loss(*pair, config.temperature) for pair in permutations(means, 2)]
+    to_target = [matching_loss(view, mean_target, temperature) for view in means[1:]]
+    to_views = [matching_loss(*pair, temperature) for pair in permutations(means, 2)]
     matching = torch.stack(to_target).mean() + torch.stack(to_views).mean()
     return Losses(prediction, matching, spread_loss(means[0]))
 
@@ -294,7 +303,8 @@ def train_step(
     single process, and computes on its own part.
     """
     views = Views(*map(own_part, draw_views(config, images, state.step)))
-    losses = compute_losses(state, config, views, dtype)
+    temperature = matching_temperature(config, state.step, steps_per_epoch)
+    losses = compute_losses(state, views, temperature, dtype)
     state.muon.zero_grad()
     state.adamw.zero_grad()
     (

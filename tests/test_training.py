@@ -24,6 +24,7 @@ from ijepa.training import (
     init_state,
     learning_rate,
     matching_loss,
+    matching_temperature,
     mean_losses,
     spread_loss,
     train,
@@ -44,6 +45,7 @@ def config(tiny_vit):
         lr=2e-3,
         warmup_epochs=0.7,
         decay_share=0.4,
+        sharp_epochs=1.5,
         ema_start=0.9,
         ema_window=5.0,
         vit=tiny_vit,
@@ -122,6 +124,12 @@ def test_momentum_has_a_memory_that_is_a_share_of_the_updates_so_far():
     np.testing.assert_allclose(values, [0.99, 0.99, 0.995, 0.9998, 0.9999], rtol=1e-12)
 
 
+def test_the_temperature_is_low_for_the_first_epochs():
+    config = TrainConfig(sharp_epochs=1.5, sharp_temperature=0.1, temperature=0.4)
+    temperatures = [matching_temperature(config, step, 10) for step in range(40)]
+    assert temperatures == [0.1] * 15 + [0.4] * 25
+
+
 # --- the moving average
 
 
@@ -170,7 +178,7 @@ def test_the_losses_are_those_of_a_loop_over_images_blocks_and_patches(config, i
         for parameter in [parameter for one in networks for parameter in one.parameters()]:
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator()))
     views = draw_views(config, images[:3], 0)
-    losses = compute_losses(state, config, views, FLOAT)
+    losses = compute_losses(state, views, 0.3, FLOAT)
 
     errors, targets, means = [], [], []
     for pixels, patches, blocks in zip(*views, strict=True):
@@ -199,7 +207,7 @@ def test_the_losses_are_those_of_a_loop_over_images_blocks_and_patches(config, i
     }
     pairs[6] += [(keys, queries) for queries, keys in pairs[6]]
     matching = sum(
-        matching_loss(queries, keys, config.temperature).item() / share
+        matching_loss(queries, keys, 0.3).item() / share
         for share, members in pairs.items()
         for queries, keys in members
     )
@@ -461,6 +469,8 @@ FIELDS = {
     "grey_share": 0.9,
     "num_views": 2,
     "matching_weight": 0.1,
+    "sharp_epochs": 1.0,
+    "sharp_temperature": 0.2,
     "temperature": 0.5,
     "spread_weight": 0.5,
     "seed": 1,
