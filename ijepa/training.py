@@ -50,7 +50,8 @@ class TrainConfig:
     """Peak learning rate of both optimizers, held from the end of the warm-up to the decay."""
     warmup_epochs: float = 1.0
     decay_share: float = 0.2
-    """Last share of the run, in which the learning rate falls linearly towards 0."""
+    """Last share of the run: the learning rate falls linearly towards 0, and the further views are
+    seen whole, as the encoder will be used."""
     weight_decay: float = 0.05
     """On weights only, not on biases and norms."""
     ema_start: float = 0.99
@@ -234,13 +235,21 @@ class Views(NamedTuple):
 
     pixels: Float[Tensor, "B V 3 H W"]
     """Of these the target encoder sees the first, whole."""
-    patches: Int[Tensor, "B V K"]
-    """What the context encoder sees; of the first view nothing that is in a target block."""
+    context: Int[Tensor, "B K"]
+    """What the context encoder sees of the first view: nothing that is in a target block."""
+    further: Int[Tensor, "B W L"]
+    """What it sees of the W = V - 1 others."""
     target_blocks: Int[Tensor, "B T M"]
 
 
-def draw_views(config: TrainConfig, images: UInt8[Tensor, "B 3 H W"], step: int) -> Views:
-    """Crops, colours and masks of one update, by the run's seed and the step."""
+def draw_views(
+    config: TrainConfig, images: UInt8[Tensor, "B 3 H W"], step: int, steps_per_epoch: int
+) -> Views:
+    """Crops, colours and masks of one update, by the run's seed and the step.
+
+    In the decay the further views are whole: Li et al. 2023, "Scaling Language-Image Pre-training
+    via Masking", section 3, https://arxiv.org/abs/2212.00794.
+    """
     seed = derive_seed(config.seed, step)
     device, grid_size = images.device, config.vit.grid_size
     generator = torch.Generator(device).manual_seed(seed)
@@ -252,9 +261,23 @@ def draw_views(config: TrainConfig, images: UInt8[Tensor, "B 3 H W"], step: int)
     masks = sample_masks(config.mask, grid_size, len(images), seed, device)
     shape = (len(images), config.num_views - 1, grid_size**2)
     scores = torch.rand(shape, generator=generator, device=device)
-    others = scores.topk(config.mask.context_patches).indices
-    patches = torch.cat([masks.context[:, None], others], dim=1)
-    return Views(torch.stack(views, dim=1), patches, masks.targets)
+    whole = step >= decay_start(config, steps_per_epoch)
+    further = scores.topk(grid_size**2 if whole else config.mask.context_patches).indices
+    return Views(torch.stack(views, dim=1), masks.context, further, masks.targets)
+
+
+def encode_views(
+    encoder: VisionTransformer, views: Views
+) -> tuple[Float[Tensor, "B K D"], Float[Tensor, "B W L D"]]:
+    """Tokens of the first view and of the further ones, in one pass where both are as many."""
+    B, V = views.pixels.shape[:2]
+    if views.context.shape[-1] == views.further.shape[-1]:
+        patches = torch.cat([views.context[:, None], views.further], dim=1)
+        tokens = encoder(views.pixels.flatten(0, 1), patches.flatten(0, 1)).unflatten(0, (B, V))
+        return tokens[:, 0], tokens[:, 1:]
+    first = encoder(views.pixels[:, 0], views.context)
+    further = encoder(views.pixels[:, 1:].flatten(0, 1), views.further.flatten(0, 1))
+    return first, further.unflatten(0, (B, V - 1))
 
 
 class Losses(NamedTuple):
@@ -273,9 +296,8 @@ def compute_losses(
     with torch.autocast(views.pixels.device.type, dtype, enabled=dtype != torch.float32):
         with torch.no_grad():
             tokens = state.target_encoder(views.pixels[:, 0]).float()
-        seen = state.context_encoder(views.pixels.flatten(0, 1), views.patches.flatten(0, 1))
-        seen = seen.unflatten(0, views.patches.shape[:2])  # (B, V, K, D)
-        predicted = state.predictor(seen[:, 0], views.patches[:, 0], views.target_blocks)
+        first, further = encode_views(state.context_encoder, views)
+        predicted = state.predictor(first, views.context, views.target_blocks)
     # Normalised over channels without learned scale, as in the authors' code, so that the targets'
     # size cannot shrink.
     targets = gather_tokens(
@@ -283,7 +305,8 @@ def compute_losses(
     ).reshape(B, T, M, -1)
     prediction = gather_rows(F.smooth_l1_loss(predicted.float(), targets)[None]).mean()
     mean_target = gather_rows(tokens.mean(dim=1))
-    means = gather_rows(seen.float().mean(dim=2)).unbind(dim=1)
+    means = torch.cat([first.float().mean(dim=1)[:, None], further.float().mean(dim=2)], dim=1)
+    means = gather_rows(means).unbind(dim=1)
     to_target = [matching_loss(view, mean_target, temperature) for view in means[1:]]
     to_views = [matching_loss(*pair, temperature) for pair in permutations(means, 2)]
     matching = torch.stack(to_target).mean() + torch.stack(to_views).mean()
@@ -302,7 +325,7 @@ def train_step(
     Every process is given the whole batch and draws all its views, so that they are those of a
     single process, and computes on its own part.
     """
-    views = Views(*map(own_part, draw_views(config, images, state.step)))
+    views = Views(*map(own_part, draw_views(config, images, state.step, steps_per_epoch)))
     temperature = matching_temperature(config, state.step, steps_per_epoch)
     losses = compute_losses(state, views, temperature, dtype)
     state.muon.zero_grad()

@@ -171,30 +171,31 @@ def test_no_gradient_reaches_the_target_encoder_and_all_others_get_one(config, i
 # --- the losses
 
 
-def test_the_losses_are_those_of_a_loop_over_images_blocks_and_patches(config, images):
+@pytest.mark.parametrize("step", [0, 5], ids=["at first", "in the decay"])
+def test_the_losses_are_those_of_a_loop_over_images_blocks_and_patches(config, images, step):
     state = init_state(config, CPU)
     with torch.no_grad():
         networks = (state.context_encoder, state.target_encoder, state.predictor)
         for parameter in [parameter for one in networks for parameter in one.parameters()]:
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator()))
-    views = draw_views(config, images[:3], 0)
+    views = draw_views(config, images[:3], step, 3)
     losses = compute_losses(state, views, 0.3, FLOAT)
 
     errors, targets, means = [], [], []
-    for pixels, patches, blocks in zip(*views, strict=True):
+    for pixels, context, further, blocks in zip(*views, strict=True):
         with torch.no_grad():
             tokens = state.target_encoder(pixels[:1])[0]
             seen = [
                 state.context_encoder(view[None], visible[None])
-                for view, visible in zip(pixels, patches, strict=True)
+                for view, visible in zip(pixels, [context, *further], strict=True)
             ]
-        means.append(torch.cat(seen).mean(dim=1))
+        means.append(torch.cat([one.mean(dim=1) for one in seen]))
         targets.append(tokens.mean(dim=0))
         normalized = (tokens - tokens.mean(1, keepdim=True)) / torch.sqrt(
             tokens.var(1, correction=0, keepdim=True) + 1e-5
         )
         for block in blocks:
-            predicted = state.predictor(seen[0], patches[:1], block[None, None])[0, 0]
+            predicted = state.predictor(seen[0], context[None], block[None, None])[0, 0]
             for prediction, patch in zip(predicted, block.tolist(), strict=True):
                 errors.append(F.smooth_l1_loss(prediction, normalized[patch]).item())
     assert losses.prediction.item() == pytest.approx(np.mean(errors), rel=1e-5)
@@ -218,7 +219,8 @@ def test_the_losses_are_those_of_a_loop_over_images_blocks_and_patches(config, i
 def test_every_view_is_a_crop_and_colours_of_its_own(config, images):
     plain = dataclasses.replace(config, jitter=0.0, grey_share=0.0)
     views, colored = (
-        draw_views(one, images, 5) for one in (plain, dataclasses.replace(config, grey_share=0.5))
+        draw_views(one, images, 5, 3)
+        for one in (plain, dataclasses.replace(config, grey_share=0.5))
     )
     for view, after in ((0, 1), (1, 2), (2, 0)):
         another_crop = (views.pixels[:, view] - views.pixels[:, after]).abs().mean()
@@ -230,14 +232,26 @@ def test_every_view_is_a_crop_and_colours_of_its_own(config, images):
         assert 0 < grey.sum() < len(images)
 
 
-def test_a_view_shows_patches_of_its_own_and_the_first_none_of_a_target(config, images):
-    views = draw_views(config, images, 5)
-    assert views.patches.shape == (len(images), 3, 20)
-    for patches, blocks in zip(views.patches, views.target_blocks, strict=True):
-        assert all(row.unique().numel() == 20 and row.max() < 64 for row in patches)
-        assert not torch.isin(patches[0], blocks).any()
-        assert not torch.equal(patches[1].sort().values, patches[2].sort().values)
-    assert not torch.equal(views.patches[:, 1:], draw_views(config, images, 6).patches[:, 1:])
+@pytest.mark.parametrize(("step", "count"), [(4, 20), (5, 64)], ids=["at first", "in the decay"])
+def test_a_view_shows_patches_of_its_own_and_the_first_none_of_a_target(
+    config, images, step, count
+):
+    assert decay_start(config, 3) == 5
+    views = draw_views(config, images, step, 3)
+    assert views.context.shape == (len(images), 20)
+    assert views.further.shape == (len(images), 2, count)
+    for patches in (views.context, *views.further.unbind(dim=1)):
+        assert all(row.unique().numel() == row.numel() and row.max() < 64 for row in patches)
+    for context, blocks in zip(views.context, views.target_blocks, strict=True):
+        assert not torch.isin(context, blocks).any()
+
+
+def test_views_and_updates_show_different_patches(config, images):
+    first, second = draw_views(config, images, 2, 3), draw_views(config, images, 3, 3)
+    for further in first.further:
+        assert not torch.equal(further[0].sort().values, further[1].sort().values)
+    assert not torch.equal(first.further, second.further)
+    assert not torch.equal(first.context, second.context)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
