@@ -2,6 +2,7 @@
 
     python benchmarks/extraction.py vit-huge --depth 2 --images 8 --repeats 5
     python benchmarks/extraction.py local --images 256 --repeats 5
+    python benchmarks/extraction.py photographs --images 256 --batch-size 32 --repeats 5
     python benchmarks/extraction.py fidelity --data-dir data --images 2000
 
 `vit-huge` makes an I-JEPA of random weights with the widths of ViT-H/14 at 224 pixels and the given
@@ -9,11 +10,14 @@ depth (the real one has 32 blocks) and embeds 32 x 32 images by turns with our e
 bfloat16, with transformers' model as it loads by default (float32) in a loop over batches, and with
 `pipeline("image-feature-extraction")`. `local` does the same for the bundled checkpoint against a
 float32 loop. The ceiling is a matrix product of the network's largest shape in bfloat16, timed
-between the others. `fidelity` compares bfloat16 with float32: embeddings of a random ViT-H of
-`--depth` blocks, P@5 and silhouette of the bundled checkpoint on CIFAR-10 test images.
+between the others. `photographs` embeds JPEG files of 500 x 375 pixels with the bundled checkpoint
+as `compare_embeddings.py` does, and in a loop that decodes a batch and then embeds it; its times
+are of the wall clock, as one processor decodes while another embeds. `fidelity` compares bfloat16
+with float32: embeddings of a random ViT-H of `--depth` blocks, P@5 and silhouette of the bundled
+checkpoint on CIFAR-10 test images.
 
-Times are CPU seconds of the process over all threads, so that other programs on the machine do not
-count: with one thread (`OMP_NUM_THREADS=1`) they are the wall time of an idle core.
+The other times are CPU seconds of the process over all threads, so that other programs on the
+machine do not count: with one thread (`OMP_NUM_THREADS=1`) they are the wall time of an idle core.
 """
 
 import argparse
@@ -29,6 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ijepa.data import balanced_sample, load_split
+from ijepa.embeddings import CHUNK, embed_chunks
 from ijepa.encoders import load_huggingface_encoder, load_local_encoder
 from ijepa.metrics import nearest_neighbors, precision_at_k, silhouette_samples
 
@@ -83,21 +88,21 @@ def ceiling(rows):
     return 3 * 2 * rows * WIDTH * HIDDEN / (time.process_time() - began)
 
 
-def timed_by_turns(works, repeats):
-    """CPU seconds of each work, one list per name; a first unmeasured turn warms everything up."""
+def timed_by_turns(works, repeats, clock=time.process_time):
+    """Seconds of each work, one list per name; a first unmeasured turn warms everything up."""
     seconds = {name: [] for name in works}
     for turn in range(repeats + 1):
         for name, work in works.items():
-            began = time.process_time()
+            began = clock()
             result = work()
             if turn:
-                seconds[name].append(time.process_time() - began if result is None else result)
+                seconds[name].append(clock() - began if result is None else result)
     return seconds
 
 
-def print_table(seconds, count, base):
+def print_table(seconds, count, base, unit="CPU s"):
     """Median time per image of each work, and the median of its ratio to ours."""
-    print("| work | CPU s per image | x ours |")
+    print(f"| work | {unit} per image | x ours |")
     print("| --- | --- | --- |")
     for name, times in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(times, seconds[base], strict=True))
@@ -165,6 +170,40 @@ def local(args):
     print_table(seconds, args.images, "ours, bfloat16")
 
 
+def write_photographs(folder, count):
+    """JPEG files as large as many photographs, smooth like them, in two classes."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        coarse = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        path = Path(folder) / "ab"[number % 2] / f"{number:05d}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
+
+
+def photographs(args):
+    """Files through the bundled checkpoint, decoded beside the network or before it."""
+    encoder = load_local_encoder(CHECKPOINT, "target", CPU, torch.bfloat16)
+    with tempfile.TemporaryDirectory() as folder:
+        write_photographs(folder, args.images)
+        split = load_split(folder, Path(), "test", offline=True)
+        rows = range(len(split))
+        chunks = [rows[at : at + CHUNK] for at in range(0, len(split), CHUNK)]
+
+        def loop():
+            for batch in batches(rows, args.batch_size):
+                encoder.embed([split.images[row] for row in batch])
+
+        def ours():
+            for _ in embed_chunks(encoder, split, chunks, args.batch_size):
+                pass
+
+        works = {"ours, decoding beside": ours, "loop, decoding before": loop}
+        seconds = timed_by_turns(works, args.repeats, time.perf_counter)
+    print_table(seconds, args.images, "ours, decoding beside", "wall s")
+
+
 def embeddings_in_both(load, images, size):
     """Float32 and bfloat16 embeddings of the same images."""
     both = []
@@ -222,9 +261,14 @@ def silhouette(X, labels):
 
 
 def main():
-    """Parse the arguments and run one of the three."""
+    """Parse the arguments and run one of the four."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    works = {"vit-huge": vit_huge, "local": local, "fidelity": fidelity}
+    works = {
+        "vit-huge": vit_huge,
+        "local": local,
+        "photographs": photographs,
+        "fidelity": fidelity,
+    }
     parser.add_argument("work", choices=works)
     parser.add_argument("--depth", type=int, default=2, help="blocks of the ViT-H; 0 leaves it out")
     parser.add_argument("--images", type=int, default=8)

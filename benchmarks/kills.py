@@ -215,14 +215,15 @@ class Comparison(Campaign):
     def prepare(self, layer: Fatal) -> None:
         """Note every chunk that is computed."""
         super().prepare(layer)
-        compute = embeddings.embed_rows
+        compute = embeddings.embed_chunks
 
         def noted(*args: Any) -> Any:
-            with open("work", "a") as file:  # noqa: PTH123  Path.open is under the layer
-                file.write(".")
-            return compute(*args)
+            for chunk in compute(*args):
+                with open("work", "a") as file:  # noqa: PTH123  Path.open is under the layer
+                    file.write(".")
+                yield chunk
 
-        embeddings.embed_rows = noted
+        embeddings.embed_chunks = noted
 
     def work(self) -> int:
         """Chunks computed by all runs so far."""

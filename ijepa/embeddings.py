@@ -5,12 +5,13 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -27,6 +28,7 @@ BATCH_VALUES = 2**29
 """Bytes of decoded images at which a batch is closed: 0.5 GB."""
 SUM_BYTES = hashlib.sha256().digest_size
 
+Item = TypeVar("Item")
 Progress = Callable[..., AbstractContextManager[Any]]
 """Makes a progress bar like `tqdm(total=..., initial=..., desc=...)`."""
 
@@ -76,33 +78,34 @@ def extract(
     Raises:
         UserError: If the cache or the scratch folder cannot be written, or another process ended.
     """
-    damaged: list[Path] = []
-    computed, seconds = 0, 0.0
     shape = len(split), encoder.embed_dim
-    own = range(0, len(split), CHUNK)[process_rank() :: num_processes()]
-    num_images = sum(min(CHUNK, len(split) - start) for start in own)
+    starts = range(0, len(split), CHUNK)[process_rank() :: num_processes()]
+    own = [range(start, min(start + CHUNK, len(split))) for start in starts]
+    missing, damaged, seconds = [], [], 0.0
     with (
         scratch_file(scratch, 4 * math.prod(shape)) as stored,
-        progress(total=num_images, desc=encoder.name) as bar,
+        progress(total=sum(map(len, own)), desc=encoder.name) as bar,
     ):
-        for start in own:
-            rows = range(start, min(start + CHUNK, len(split)))
-            file = cache / f"{start:09d}.chunk" if cache else None
+        for rows in own:
+            file = chunk_file(cache, rows)
             values = read_chunk(file, len(rows), encoder.embed_dim) if file else None
             if values is None:
-                if file and file.exists():
-                    damaged.append(file)
-                began = time.perf_counter()
-                values = embed_rows(encoder, split, rows, batch_size)
-                seconds += time.perf_counter() - began
-                computed += len(rows)
-                if file:
-                    write_chunk(file, values)
-            store_rows(stored, start, values)
+                missing.append(rows)
+                damaged += [file] if file and file.exists() else []
+                continue
+            store_rows(stored, rows.start, values)
             bar.update(len(rows))
+        began = time.perf_counter()
+        for rows, values in embed_chunks(encoder, split, missing, batch_size):
+            seconds += time.perf_counter() - began
+            if file := chunk_file(cache, rows):
+                write_chunk(file, values)
+            store_rows(stored, rows.start, values)
+            bar.update(len(rows))
+            began = time.perf_counter()
         everything = np.memmap(stored, np.float32, "r", shape=shape)
         gather_rows_of_others(stored, everything)
-    found = gather_objects((computed, seconds, damaged))
+    found = gather_objects((sum(map(len, missing)), seconds, damaged))
     counts, times, all_damaged = zip(*found, strict=True)
     computed, seconds = sum(counts), max(times)
     return Embeddings(
@@ -157,13 +160,20 @@ def gather_rows_of_others(file: IO[bytes], mapped: Float[np.ndarray, "n d"]) -> 
             store_rows(file, start, values)
 
 
-def embed_rows(
-    encoder: FrozenEncoder, split: Split, rows: range, batch_size: int
-) -> Float[np.ndarray, "b d"]:
-    """Embed some rows of the split in batches."""
-    return np.concatenate(
-        [encoder.embed(batch).numpy() for batch in batches(split, rows, batch_size)]
-    )
+def embed_chunks(
+    encoder: FrozenEncoder, split: Split, chunks: Sequence[range], batch_size: int
+) -> Iterator[tuple[range, Float[np.ndarray, "b d"]]]:
+    """Each chunk of rows with its embeddings; a batch is prepared while the one before is embedded.
+
+    No batch holds images of two chunks, so that chunks are the same whichever are missing.
+    """
+    every_batch = chain.from_iterable(batches(split, rows, batch_size) for rows in chunks)
+    prepared = one_ahead(map(encoder.prepare, every_batch))
+    for rows in chunks:
+        parts: list[Float[np.ndarray, "b d"]] = []
+        while sum(map(len, parts)) < len(rows):
+            parts.append(encoder.encode(next(prepared)).numpy())
+        yield rows, np.concatenate(parts)
 
 
 def batches(split: Split, rows: range, batch_size: int) -> Iterator[list[Tensor]]:
@@ -176,6 +186,20 @@ def batches(split: Split, rows: range, batch_size: int) -> Iterator[list[Tensor]
         if len(batch) == batch_size or values >= BATCH_VALUES or row == rows[-1]:
             yield batch
             batch, values = [], 0
+
+
+def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each made in a thread of its own while the one before is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
+
+
+def chunk_file(cache: Path | None, rows: range) -> Path | None:
+    """Where the cache has a chunk; None without a cache."""
+    return cache / f"{rows.start:09d}.chunk" if cache else None
 
 
 def chunk_sum(file: Path, content: bytes) -> bytes:

@@ -8,7 +8,7 @@ mean over its patch tokens (Assran et al. 2023, appendix A.1, on evaluation).
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,24 +51,44 @@ class FrozenEncoder:
     autocast: bool
     description: dict[str, Any]
 
-    @torch.inference_mode()
     def embed(self, images: Images) -> Float[Tensor, "b d"]:
         """One float32 embedding per image, on the CPU.
 
         Raises:
             UserError: If memory runs out.
         """
-        fewer = max(len(images) // 4, 1)
-        hint = f"try --batch-size {fewer}" if len(images) > 1 else "try --device cpu"
-        problem = f"out of memory on {self.device} with {len(images)} images in one batch"
-        with memory_errors(problem, hint):
-            pixels = self.preprocess(images).to(self.device)
+        return self.encode(self.prepare(images))
+
+    @torch.inference_mode()
+    def prepare(self, images: Images) -> Float[Tensor, "b 3 H W"]:
+        """What the network takes of these images, on the CPU; the next batch's may be made beside.
+
+        Raises:
+            UserError: If memory runs out.
+        """
+        with self.batch_memory_errors(len(images), torch.device("cpu")):
+            return self.preprocess(images)
+
+    @torch.inference_mode()
+    def encode(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d"]:
+        """The embeddings of prepared images, float32 on the CPU.
+
+        Raises:
+            UserError: If memory runs out.
+        """
+        with self.batch_memory_errors(len(pixels), self.device):
+            pixels = pixels.to(self.device)
             if not self.autocast:
                 pixels = pixels.to(self.dtype)
             enabled = self.autocast and self.dtype != torch.float32
             with torch.autocast(self.device.type, self.dtype, enabled=enabled):
                 tokens = self.network(pixels)
             return tokens.float().mean(dim=1).cpu()
+
+    def batch_memory_errors(self, count: int, device: torch.device) -> AbstractContextManager[None]:
+        """Memory that runs out with a batch of this many images, as an error for the user."""
+        hint = f"try --batch-size {max(count // 4, 1)}" if count > 1 else "try --device cpu"
+        return memory_errors(f"out of memory on {device} with {count} images in one batch", hint)
 
     @property
     def key(self) -> str:

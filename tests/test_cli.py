@@ -212,7 +212,7 @@ def test_interruption_exits_with_130_and_one_line(models, tmp_path, capsys, monk
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(embeddings, "embed_rows", interrupt)
+    monkeypatch.setattr(embeddings, "embed_chunks", interrupt)
     assert run(models, tmp_path) == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted")
 

@@ -1,6 +1,7 @@
 import hashlib
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -343,6 +344,21 @@ def test_a_pipe_is_never_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(UserError, match="cannot read image"):
         read_image(tmp_path / "pipe.png")
+
+
+def held():
+    """Bytes of this process's own memory."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
+def test_a_thread_keeps_no_memory_of_a_large_image(tmp_path):
+    Image.new("RGBA", (5000, 5000), (200, 10, 10, 128)).save(tmp_path / "x.png", compress_level=1)
+    before = held()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(read_image, tmp_path / "x.png").result().shape == (3, 5000, 5000)
+        assert held() - before < 20e6
 
 
 def test_a_large_image_is_shrunk_for_looking_and_a_small_one_is_left():

@@ -5,6 +5,8 @@ import pathlib
 import resource
 import subprocess
 import sys
+import threading
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 
 from ijepa import embeddings
 from ijepa.data import Split
-from ijepa.embeddings import cache_folder, embed_rows, extract, read_chunk, save_embeddings
+from ijepa.embeddings import cache_folder, embed_chunks, extract, read_chunk, save_embeddings
 from ijepa.encoders import FrozenEncoder, pixel_encoder, random_encoder
 from ijepa.errors import UserError
 from ijepa.model import ViTConfig
@@ -131,6 +133,50 @@ def test_large_images_make_small_batches(monkeypatch):
     assert [len(batch) for batch in found] == [2, 2, 2, 1]
     expected = list(make_split().images[3:10])
     assert all(map(torch.equal, [one for batch in found for one in batch], expected))
+
+
+@pytest.mark.parametrize("batch_size", [4, 8])  # the second batch in the same chunk and the next
+def test_the_next_batch_is_prepared_while_one_is_embedded(batch_size):
+    second = threading.Event()
+    seen = []
+
+    def preprocess(images):
+        seen.append(len(images))
+        if len(seen) == 2:
+            second.set()
+        return ENCODER.preprocess(images)
+
+    def network(pixels):
+        assert second.wait(timeout=20), "the first batch is embedded before the second is prepared"
+        return ENCODER.network(pixels)
+
+    fields = {**vars(ENCODER), "preprocess": preprocess, "network": network}
+    found = extract(FrozenEncoder(**fields), make_split(), batch_size, None, Bar()).values
+    np.testing.assert_array_equal(
+        found, extract(ENCODER, make_split(), batch_size, None, Bar()).values
+    )
+
+
+class Files(Sequence):
+    """Twelve images, one of which cannot be decoded."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, row):
+        if row == 10:
+            raise UserError("cannot read image", hint="remove it")
+        return torch.full((3, 2, 2), row, dtype=torch.uint8)
+
+
+def test_an_image_that_cannot_be_decoded_ends_the_extraction_and_its_threads(monkeypatch):
+    monkeypatch.setattr(embeddings, "CHUNK", 12)
+    before = threading.active_count()
+    split = make_split(12)
+    object.__setattr__(split, "images", Files())
+    with pytest.raises(UserError, match="cannot read image"):
+        extract(ENCODER, split, 2, None, Bar())
+    assert threading.active_count() == before
 
 
 def test_the_progress_bar_hears_of_every_image(tmp_path):
@@ -293,9 +339,13 @@ def test_the_cache_folder_changes_with_everything_that_decides_an_embedding(tmp_
 
 def test_rows_are_embedded_in_the_order_asked_for():
     split = make_split()
-    found = embed_rows(ENCODER, split, range(5, 12), 3)
-    assert found.shape == (7, 24)
-    np.testing.assert_allclose(found, ENCODER.embed(list(split.images[5:12])).numpy(), atol=1e-5)
+    chunks = [range(5, 12), range(0, 4), range(12, 13)]
+    found = list(embed_chunks(ENCODER, split, chunks, 3))
+    assert [rows for rows, _ in found] == chunks
+    for rows, values in found:
+        expected = ENCODER.embed(list(split.images[rows.start : rows.stop]))
+        np.testing.assert_allclose(values, expected.numpy(), atol=1e-5)
+        assert values.shape == (len(rows), 24)
 
 
 def test_the_file_of_embeddings_holds_rows_indices_and_labels_without_pickles(tmp_path):
