@@ -11,10 +11,10 @@ bfloat16, with transformers' model as it loads by default (float32) in a loop ov
 `pipeline("image-feature-extraction")`. `local` does the same for the bundled checkpoint against a
 float32 loop. The ceiling is a matrix product of the network's largest shape in bfloat16, timed
 between the others. `photographs` embeds JPEG files of 500 x 375 pixels with the bundled checkpoint
-as `compare_embeddings.py` does, and in a loop that decodes a batch and then embeds it; its times
-are of the wall clock, as one processor decodes while another embeds. `fidelity` compares bfloat16
-with float32: embeddings of a random ViT-H of `--depth` blocks, P@5 and silhouette of the bundled
-checkpoint on CIFAR-10 test images.
+as `compare_embeddings.py` does, and in a loop that decodes a batch and then embeds it, and tells
+what decoding and preparing take alone; its times are of the wall clock, as one processor decodes
+while another embeds. `fidelity` compares bfloat16 with float32: embeddings of a random ViT-H of
+`--depth` blocks, P@5 and silhouette of the bundled checkpoint on CIFAR-10 test images.
 
 The other times are CPU seconds of the process over all threads, so that other programs on the
 machine do not count: with one thread (`OMP_NUM_THREADS=1`) they are the wall time of an idle core.
@@ -32,6 +32,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ijepa import embeddings
 from ijepa.data import balanced_sample, load_split
 from ijepa.embeddings import CHUNK, embed_chunks
 from ijepa.encoders import load_huggingface_encoder, load_local_encoder
@@ -199,7 +200,13 @@ def photographs(args):
             for _ in embed_chunks(encoder, split, chunks, args.batch_size):
                 pass
 
+        def host():
+            for part in chunks:
+                for batch in embeddings.batches(split, part, args.batch_size):
+                    encoder.prepare(batch)
+
         works = {"ours, decoding beside": ours, "loop, decoding before": loop}
+        works["ours, without the network"] = host
         seconds = timed_by_turns(works, args.repeats, time.perf_counter)
     print_table(seconds, args.images, "ours, decoding beside", "wall s")
 
