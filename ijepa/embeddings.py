@@ -5,9 +5,8 @@ import json
 import math
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -182,31 +180,12 @@ def batches(split: Split, rows: range, batch_size: int) -> Iterator[list[Tensor]
     """The images of some rows, `batch_size` at a time, or fewer where they are large."""
     batch: list[Tensor] = []
     values = 0
-    for row, image in zip(rows, decoded(split, rows), strict=True):
-        batch.append(image)
-        values += image.numel()
+    for row in rows:
+        batch.append(split.images[row])
+        values += batch[-1].numel()
         if len(batch) == batch_size or values >= BATCH_VALUES or row == rows[-1]:
             yield batch
             batch, values = [], 0
-
-
-def decoded(split: Split, rows: range) -> Iterator[Tensor]:
-    """The images of some rows in order; files are decoded by half of the threads PyTorch may use.
-
-    Each thread holds one image at most, however large.
-    """
-    if isinstance(split.images, Tensor):
-        yield from split.images[rows.start : rows.stop]
-        return
-    threads = max(torch.get_num_threads() // 2, 1)
-    coming: deque[Future[Tensor]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for row in rows:
-            coming.append(pool.submit(split.images.__getitem__, row))
-            if len(coming) == threads:
-                yield coming.popleft().result()
-        while coming:
-            yield coming.popleft().result()
 
 
 def one_ahead(items: Iterator[Item]) -> Iterator[Item]:

@@ -158,60 +158,24 @@ def test_the_next_batch_is_prepared_while_one_is_embedded(batch_size):
 
 
 class Files(Sequence):
-    """Twelve images; decoding waits until as many are being decoded as `together`."""
-
-    def __init__(self, together=1, broken=None):
-        self.barrier = threading.Barrier(together, timeout=20)
-        self.broken = broken
-        self.asked = []
+    """Twelve images, one of which cannot be decoded."""
 
     def __len__(self):
         return 12
 
     def __getitem__(self, row):
-        if row == self.broken:
+        if row == 10:
             raise UserError("cannot read image", hint="remove it")
-        self.asked.append(row)
-        self.barrier.wait()
         return torch.full((3, 2, 2), row, dtype=torch.uint8)
 
-    def split(self):
-        made = make_split(12)
-        object.__setattr__(made, "images", self)  # unseen by the check of types, which looks inside
-        return made
 
-
-@pytest.fixture
-def three_decoders(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
-
-
-@pytest.mark.usefixtures("three_decoders")
-def test_half_of_the_threads_decode_together_and_images_come_in_order():
-    images = embeddings.decoded(Files(together=3).split(), range(12))
-    assert [int(image[0, 0, 0]) for image in images] == list(range(12))
-
-
-@pytest.mark.usefixtures("three_decoders")
-def test_each_decoder_holds_one_image_at_most():
-    files = Files()
-    for position, _ in enumerate(embeddings.decoded(files.split(), range(1, 12))):
-        assert len(files.asked) <= position + 3
-    assert sorted(files.asked) == list(range(1, 12))
-
-
-def test_a_single_thread_decodes_nothing_ahead(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    files = Files()
-    for position, _ in enumerate(embeddings.decoded(files.split(), range(12))):
-        assert files.asked == list(range(position + 1))
-
-
-@pytest.mark.usefixtures("three_decoders")
-def test_an_image_that_cannot_be_decoded_ends_the_extraction_and_its_threads():
+def test_an_image_that_cannot_be_decoded_ends_the_extraction_and_its_threads(monkeypatch):
+    monkeypatch.setattr(embeddings, "CHUNK", 12)
     before = threading.active_count()
+    split = make_split(12)
+    object.__setattr__(split, "images", Files())
     with pytest.raises(UserError, match="cannot read image"):
-        extract(ENCODER, Files(broken=10).split(), 2, None, Bar())
+        extract(ENCODER, split, 2, None, Bar())
     assert threading.active_count() == before
 
 
