@@ -34,7 +34,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ijepa import embeddings
 from ijepa.data import balanced_sample, load_split
-from ijepa.embeddings import CHUNK, embed_chunks
 from ijepa.encoders import load_huggingface_encoder, load_local_encoder
 from ijepa.metrics import nearest_neighbors, precision_at_k, silhouette_samples
 
@@ -190,14 +189,14 @@ def photographs(args):
         write_photographs(folder, args.images)
         split = load_split(folder, Path(), "test", offline=True)
         rows = range(len(split))
-        chunks = [rows[at : at + CHUNK] for at in range(0, len(split), CHUNK)]
+        chunks = [rows[at : at + embeddings.CHUNK] for at in range(0, len(split), embeddings.CHUNK)]
 
         def loop():
             for batch in batches(rows, args.batch_size):
                 encoder.embed([split.images[row] for row in batch])
 
         def ours():
-            for _ in embed_chunks(encoder, split, chunks, args.batch_size):
+            for _ in embeddings.embed_chunks(encoder, split, chunks, args.batch_size):
                 pass
 
         def host():

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ijepa import training
 from ijepa.masking import MaskConfig
 from ijepa.model import PredictorConfig
 from ijepa.training import (
@@ -252,6 +253,19 @@ def test_views_and_updates_show_different_patches(config, images):
         assert not torch.equal(further[0].sort().values, further[1].sort().values)
     assert not torch.equal(first.further, second.further)
     assert not torch.equal(first.context, second.context)
+
+
+def test_a_run_changes_temperature_and_sees_whole_views_in_time(config, images, monkeypatch):
+    seen = []
+
+    def noted(state, views, temperature, dtype):
+        seen.append((temperature, views.further.shape[-1]))
+        return compute_losses(state, views, temperature, dtype)
+
+    monkeypatch.setattr(training, "compute_losses", noted)
+    config = dataclasses.replace(config, sharp_epochs=1.0)
+    list(train(init_state(config, CPU), config, images, FLOAT))
+    assert seen == [(0.1, 20)] * 3 + [(0.4, 20)] * 2 + [(0.4, 64)] * 4
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
