@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ijepa.errors import UserError
 from ijepa.files import write_atomically
@@ -76,11 +76,13 @@ class Checkpoint:
 def save_checkpoint(
     path: Path,
     config: ViTConfig,
-    encoders: Mapping[str, VisionTransformer],
+    networks: Mapping[str, nn.Module],
     normalization: tuple[float, float],
     training: dict[str, Any],
 ) -> None:
-    """Write the encoders (`target`, `context`) in float16 with all that is needed to use them.
+    """Write `target` and `context` encoder in float16 with all that is needed to use them.
+
+    A `predictor` among the networks is kept for who trains them further.
 
     Float16 halves the file; the rounding is far below what the embeddings' bfloat16 arithmetic
     does. `training` must be plain data and hold `epochs`.
@@ -92,8 +94,8 @@ def save_checkpoint(
         "preprocessing": {"mean": [mean] * 3, "std": [std] * 3},
         "training": training,
         "weights": {
-            which: {name: value.half().cpu() for name, value in encoder.state_dict().items()}
-            for which, encoder in encoders.items()
+            which: {name: value.half().cpu() for name, value in network.state_dict().items()}
+            for which, network in networks.items()
         },
     }
     write_atomically(path, lambda file: torch.save(content, file))
@@ -190,6 +192,19 @@ def load_checkpoint(path: Path, weights: str = "target") -> Checkpoint:
     return checkpoint
 
 
+def load_predictor(path: Path) -> StateDict | None:
+    """The predictor's tensors, None where a checkpoint that `load_checkpoint` reads has none.
+
+    Raises:
+        UserError: If they are no tensors.
+    """
+    found = read_torch_file(path).get("weights", {}).get("predictor")
+    try:
+        return None if found is None else check_tensors("the predictor", found)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"cannot use {path}: {error}", hint=EXPECTED) from error
+
+
 def from_own(content: dict[str, Any], weights: str) -> Checkpoint:
     """Interpret our own format; KeyError, TypeError or ValueError say what is wrong."""
     encoders = check_mapping("weights", content["weights"])
@@ -233,7 +248,12 @@ def pick_weights(encoders: Mapping[str, Any], weights: str, keys: tuple[str, str
             f"the checkpoint has no {weights} encoder",
             hint=f"choose --local-weights {available[0]}" if available else EXPECTED,
         )
-    found = check_mapping(f"the {weights} encoder", encoders[words[weights]])
+    return check_tensors(f"the {weights} encoder", encoders[words[weights]])
+
+
+def check_tensors(network: str, value: Any) -> StateDict:
+    """The value, if it maps names to tensors of real numbers."""
+    found = check_mapping(network, value)
     for name, value in found.items():
         # The last condition is about tensors that repeat a few stored numbers: they would fill
         # any memory.

@@ -45,13 +45,15 @@ class TrainConfig:
     """
 
     epochs: int = 300
+    start_epochs: int = 0
+    """How many of them the weights had that the run begins with."""
     batch_size: int = 64
     lr: float = 4e-3
     """Peak learning rate of both optimizers, held from the end of the warm-up to the decay."""
     warmup_epochs: float = 1.0
     decay_share: float = 0.2
-    """Last share of the run: the learning rate falls linearly towards 0, and the further views are
-    seen whole, as the encoder will be used."""
+    """Last share of the epochs: the learning rate falls linearly towards 0, the matching is at the
+    warmer temperature, and the further views are seen whole, as the encoder will be used."""
     weight_decay: float = 0.05
     """On weights only, not on biases and norms."""
     ema_start: float = 0.99
@@ -67,10 +69,10 @@ class TrainConfig:
     num_views: int = 3
     """Crops of each image in an update, at least 2."""
     matching_weight: float = 1.0
-    sharp_epochs: float = 25.0
-    sharp_temperature: float = 0.1
-    """Of the matching loss at first; later `temperature`, which is kinder to similar images."""
-    temperature: float = 0.4
+    temperature: float = 0.1
+    """Of the matching loss: low, so that telling near images apart teaches most."""
+    decay_temperature: float = 0.4
+    """The same in the decay, kinder to similar images."""
     spread_weight: float = 0.05
     seed: int = 0
     vit: ViTConfig = field(default_factory=ViTConfig)
@@ -140,6 +142,27 @@ def init_state(config: TrainConfig, device: torch.device) -> TrainState:
     return TrainState(context_encoder, target_encoder, predictor, muon, adamw, loss_sums)
 
 
+def start_from(
+    state: TrainState,
+    config: TrainConfig,
+    weights: Mapping[str, Mapping[str, Tensor]],
+    num_images: int,
+) -> None:
+    """Take over the networks of a run of `config.start_epochs` epochs, as if it were this one.
+
+    Args:
+        state: As `init_state` made it; networks that are not in `weights` stay as they are.
+        config: The settings of the run that begins.
+        weights: Those of a checkpoint: `context`, `target`, `predictor`.
+        num_images: Images that the run will be trained on.
+    """
+    state.context_encoder.load_state_dict(weights["context"])
+    state.target_encoder.load_state_dict(weights["target"])
+    if "predictor" in weights:
+        state.predictor.load_state_dict(weights["predictor"])
+    state.step = config.start_epochs * (num_images // config.batch_size)
+
+
 def make_optimizers(
     parameters: Sequence[nn.Parameter], config: TrainConfig
 ) -> tuple[torch.optim.Muon, torch.optim.AdamW]:
@@ -171,7 +194,8 @@ def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float
     https://arxiv.org/abs/2405.18392.
     """
     total = config.epochs * steps_per_epoch
-    rising = (step + 1) / max(config.warmup_epochs * steps_per_epoch, 1)
+    done = step - config.start_epochs * steps_per_epoch
+    rising = (done + 1) / max(config.warmup_epochs * steps_per_epoch, 1)
     falling = (total - step) / max(total - decay_start(config, steps_per_epoch), 1)
     return config.lr * min(rising, falling, 1.0)
 
@@ -187,9 +211,9 @@ def ema_momentum(config: TrainConfig, step: int) -> float:
 
 
 def matching_temperature(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Low at first, where telling near images apart teaches most, then `config.temperature`."""
-    sharp = step < config.sharp_epochs * steps_per_epoch
-    return config.sharp_temperature if sharp else config.temperature
+    """`config.temperature` until the learning rate falls, then `config.decay_temperature`."""
+    falls = step >= decay_start(config, steps_per_epoch)
+    return config.decay_temperature if falls else config.temperature
 
 
 @torch.no_grad()

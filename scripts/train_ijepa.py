@@ -1,4 +1,4 @@
-"""Train a small I-JEPA from scratch; stop it at any moment, the same command goes on."""
+"""Train a small I-JEPA; stop it at any moment, the same command goes on."""
 
 import argparse
 import csv
@@ -11,13 +11,18 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 HELD_OUT = 2000
 """Training images kept aside to watch the run by; test images play no part."""
+CHECKPOINT, LOG = "checkpoint_latest.pt", "training_log.csv"
+COLUMNS = (
+    *("epoch", "loss", "matching_loss", "lr", "momentum", "weight_decay", "seconds"),
+    *("heldout_precision_at_5", "effective_rank", "target_variance"),
+)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -28,7 +33,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--output-dir", type=Path, default=Path("runs/mine"), help="a run found there is resumed")
     add("--resume", action="store_true", help="fail where there is no run to go on with")
-    add("--epochs", type=positive, default=300, help="passes over the training images")
+    add(
+        "--init-from",
+        type=Path,
+        metavar="FOLDER",
+        help="begin with the weights and the log of the run that ended there, not from scratch",
+    )
+    add(
+        "--epochs", type=positive, default=300, help="passes over the images, those before included"
+    )
     add("--dataset", default="cifar10", help="cifar10, or a folder with one sub-folder per class")
     add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or will be put")
     add("--batch-size", type=positive, default=64, help="images per update")
@@ -89,7 +102,70 @@ def load_images(args: argparse.Namespace) -> tuple[Any, Any]:
     return (pixels(rest), pixels(held_out)), held_out.labels
 
 
-def build_config(args: argparse.Namespace) -> Any:
+class Start(NamedTuple):
+    """What a run takes over from an earlier one."""
+
+    vit: Any
+    weights: dict[str, Any]
+    rows: list[dict[str, float]]
+    training: dict[str, Any]
+    """Where the weights come from."""
+
+
+def load_start(folder: Path) -> Start:
+    """Networks, log and provenance of the run that ended in a folder."""
+    from ijepa.checkpoint import WEIGHTS, load_checkpoint, load_predictor
+    from ijepa.errors import UserError
+
+    path = folder / CHECKPOINT
+    encoders = {which: load_checkpoint(path, which) for which in WEIGHTS}
+    weights = {which: encoder.state_dict for which, encoder in encoders.items()}
+    if (predictor := load_predictor(path)) is not None:
+        weights["predictor"] = predictor
+    epochs, rows = encoders["target"].epochs, read_log(folder / LOG)
+    if [row["epoch"] for row in rows] != list(range(1, (epochs or 0) + 1)):
+        raise UserError(
+            f"{folder / LOG} has not one row for each of the {epochs} epochs of {CHECKPOINT}",
+            hint="give the folder of a whole run: both files have to be of it",
+        )
+    return Start(encoders["target"].config, weights, rows, encoders["target"].training)
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The rows that a run wrote."""
+    from ijepa.errors import UserError
+
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file, strict=True)
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
+            rows = [{name: float(value) for name, value in row.items()} for row in reader]
+            return [{**row, "epoch": int(row["epoch"])} for row in rows]
+    except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:
+        raise UserError(
+            f"cannot read the log {path} ({error})",
+            hint="give the folder of a run, with its training_log.csv",
+        ) from error
+
+
+def check_start(start: Start, config: Any, folder: Path) -> None:
+    """Raise UserError unless a run with these settings can begin there."""
+    from ijepa.errors import UserError
+
+    if start.vit != config.vit:
+        raise UserError(
+            f"the encoder in {folder} is another one: {start.vit}, not {config.vit}",
+            hint="give its --embed-dim, --depth and --patch-size",
+        )
+    if config.epochs <= config.start_epochs:
+        raise UserError(
+            f"the run in {folder} has had {config.start_epochs} epochs: nothing is left to do",
+            hint=f"give --epochs {config.start_epochs + 1} or more, the earlier ones included",
+        )
+
+
+def build_config(args: argparse.Namespace, start_epochs: int) -> Any:
     """The settings of the run from the flags."""
     import torch
 
@@ -106,7 +182,12 @@ def build_config(args: argparse.Namespace) -> Any:
             num_heads=max(args.embed_dim // 64, 1),
         )
         config = TrainConfig(
-            epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed, vit=vit
+            epochs=args.epochs,
+            start_epochs=start_epochs,
+            batch_size=args.batch_size,
+            lr=args.lr,
+            seed=args.seed,
+            vit=vit,
         )
         # Large patches make a grid without room for the blocks: say so before loading images.
         sample_masks(config.mask, vit.grid_size, 1, config.seed, torch.device("cpu"))
@@ -234,20 +315,23 @@ class Run:
         from ijepa.files import write_text
 
         text = io.StringIO()
-        writer = csv.DictWriter(text, self.rows[0].keys(), lineterminator="\n")
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        write_text(self.folder / "training_log.csv", text.getvalue())
+        write_text(self.folder / LOG, text.getvalue())
         training = {
-            "epochs": len(self.rows),
+            "epochs": self.rows[-1]["epoch"],
             "planned_epochs": self.config.epochs,
             "seconds": self.seconds,
             "settings": self.settings,
             **provenance,
         }
-        encoders = {"target": state.target_encoder, "context": state.context_encoder}
-        path = self.folder / "checkpoint_latest.pt"
-        save_checkpoint(path, self.config.vit, encoders, (0.5, 0.5), training)
+        networks = {
+            "target": state.target_encoder,
+            "context": state.context_encoder,
+            "predictor": state.predictor,
+        }
+        save_checkpoint(self.folder / CHECKPOINT, self.config.vit, networks, (0.5, 0.5), training)
 
     def end_epoch(self, row: dict[str, float], state: Any, provenance: dict[str, Any]) -> None:
         """Log one epoch and write the checkpoint and the state."""
@@ -270,15 +354,15 @@ class Run:
         from ijepa.plots import Caption, plot_training_curves
         from ijepa.report import save_figure
 
-        if not self.rows or not self.writes:
-            return
-        title = f"I-JEPA training, {len(self.rows)} of {self.config.epochs} epochs"
+        if not self.writes or not (self.folder / CHECKPOINT).exists():
+            return  # another process does it, or not one epoch is finished
+        epochs = self.rows[-1]["epoch"]
+        title = f"I-JEPA training, {epochs} of {self.config.epochs} epochs"
         footer = f"Held-out images are {HELD_OUT} training images at most; seed {self.config.seed}."
         rows = [{**row, "precision_at_5": row["heldout_precision_at_5"]} for row in self.rows]
         curves = plot_training_curves(rows, Caption(title, footer))
         save_figure(self.folder / "training_curves.png", curves)
-        path = self.folder / "checkpoint_latest.pt"
-        export_huggingface(load_checkpoint(path, "context"), self.folder / "hf")
+        export_huggingface(load_checkpoint(self.folder / CHECKPOINT, "context"), self.folder / "hf")
 
 
 def round_digits(value: float) -> float:
@@ -346,20 +430,27 @@ def train_run(args: argparse.Namespace) -> int:
     from ijepa.devices import choose_device, choose_dtype
     from ijepa.errors import UserError
     from ijepa.parallel import join_processes, leave_processes, num_processes, process_rank
-    from ijepa.training import init_state
+    from ijepa.training import init_state, start_from
 
     device = choose_device(args.device)
     device = join_processes(device, "nccl" if device.type == "cuda" else "gloo")
     check_batch(args)
     dtype = choose_dtype(args.dtype, device)
-    config = build_config(args)
+    start = load_start(args.init_from) if args.init_from else None
+    config = build_config(args, len(start.rows) if start else 0)
+    if start:
+        check_start(start, config, args.init_from)
     (images, held_out), labels = load_images(args)
     images = images.to(device)
     state = init_state(config, device)
     run = Run(args.output_dir, config, writes=process_rank() == 0)
+    if start:
+        run.rows = start.rows
+        start_from(state, config, start.weights, len(images))
     run.resume(state, len(images), args.resume)
     provenance = describe(args, device.type, dtype, len(images))
     provenance["processes"] = num_processes()
+    provenance["started_from"] = start.training if start else None
     held_out = (held_out.to(device), labels)
     try:
         code = train_and_save(run, state, images, held_out, dtype, provenance)

@@ -28,6 +28,7 @@ from ijepa.training import (
     matching_temperature,
     mean_losses,
     spread_loss,
+    start_from,
     train,
     train_step,
     update_target,
@@ -46,7 +47,8 @@ def config(tiny_vit):
         lr=2e-3,
         warmup_epochs=0.7,
         decay_share=0.4,
-        sharp_epochs=1.5,
+        temperature=0.1,
+        decay_temperature=0.4,
         ema_start=0.9,
         ema_window=5.0,
         vit=tiny_vit,
@@ -119,16 +121,44 @@ def test_a_run_of_another_length_begins_with_the_same_rates():
     assert same.index(False) == decay_start(short, 50) + 1 == 401
 
 
+def test_a_run_that_begins_later_warms_up_again_and_falls_at_the_same_time():
+    whole = TrainConfig(lr=1.0, epochs=10, warmup_epochs=2.0)
+    later = dataclasses.replace(whole, start_epochs=3)
+    rates = [[learning_rate(one, step, 10) for step in range(30, 100)] for one in (whole, later)]
+    np.testing.assert_allclose(rates[1][:20], np.arange(1, 21) / 20)
+    assert rates[1][20:] == rates[0][20:]
+
+
+def test_a_run_goes_on_from_the_networks_of_another(config, images):
+    first, later = (dataclasses.replace(config, seed=seed) for seed in (0, 1))
+    ended, begun, fresh = (init_state(one, CPU) for one in (first, later, later))
+    list(train(ended, first, images, FLOAT))
+    saved = ended.state_dict()
+    weights = {
+        which: saved[name]
+        for which, name in (("context", "context_encoder"), ("target", "target_encoder"))
+    }
+    later = dataclasses.replace(later, epochs=5, start_epochs=3)
+    start_from(begun, later, weights, len(images))
+    assert_equal_bit_for_bit(begun.predictor.state_dict(), fresh.predictor.state_dict())
+    start_from(begun, later, {**weights, "predictor": saved["predictor"]}, len(images))
+    for name in ("context_encoder", "target_encoder", "predictor"):
+        assert_equal_bit_for_bit(begun.state_dict()[name], saved[name])
+    logs = list(train(begun, later, images, FLOAT))
+    assert [log.epoch for log in logs if log.end_of_epoch] == [4, 5]
+    assert len(logs) == 2 * 3
+
+
 def test_momentum_has_a_memory_that_is_a_share_of_the_updates_so_far():
     config = TrainConfig(ema_start=0.99, ema_window=0.05)
     values = [ema_momentum(config, step) for step in (0, 1_999, 3_999, 99_999, 10_000_000)]
     np.testing.assert_allclose(values, [0.99, 0.99, 0.995, 0.9998, 0.9999], rtol=1e-12)
 
 
-def test_the_temperature_is_low_for_the_first_epochs():
-    config = TrainConfig(sharp_epochs=1.5, sharp_temperature=0.1, temperature=0.4)
+def test_the_temperature_is_low_until_the_decay():
+    config = TrainConfig(epochs=4, decay_share=0.5, temperature=0.1, decay_temperature=0.4)
     temperatures = [matching_temperature(config, step, 10) for step in range(40)]
-    assert temperatures == [0.1] * 15 + [0.4] * 25
+    assert temperatures == [0.1] * 20 + [0.4] * 20
 
 
 # --- the moving average
@@ -263,9 +293,8 @@ def test_a_run_changes_temperature_and_sees_whole_views_in_time(config, images, 
         return compute_losses(state, views, temperature, dtype)
 
     monkeypatch.setattr(training, "compute_losses", noted)
-    config = dataclasses.replace(config, sharp_epochs=1.0)
     list(train(init_state(config, CPU), config, images, FLOAT))
-    assert seen == [(0.1, 20)] * 3 + [(0.4, 20)] * 2 + [(0.4, 64)] * 4
+    assert seen == [(0.1, 20)] * 5 + [(0.4, 64)] * 4
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
@@ -484,6 +513,7 @@ def test_a_stopped_and_resumed_run_is_the_undisturbed_run_bit_for_bit(config, im
 
 FIELDS = {
     "epochs": 4,
+    "start_epochs": 1,
     "batch_size": 4,
     "lr": 1e-3,
     "warmup_epochs": 2.0,
@@ -497,9 +527,8 @@ FIELDS = {
     "grey_share": 0.9,
     "num_views": 2,
     "matching_weight": 0.1,
-    "sharp_epochs": 1.0,
-    "sharp_temperature": 0.2,
-    "temperature": 0.5,
+    "temperature": 0.2,
+    "decay_temperature": 0.5,
     "spread_weight": 0.5,
     "seed": 1,
     "predictor": PredictorConfig(embed_dim=8, depth=2, num_heads=2),
