@@ -27,6 +27,7 @@ from ijepa.augmentation import color_jitter, random_resized_crop, standardize
 from ijepa.masking import MaskConfig, sample_masks
 from ijepa.metrics import effective_rank, nearest_neighbors, precision_at_k
 from ijepa.model import Predictor, PredictorConfig, VisionTransformer, ViTConfig, gather_tokens
+from ijepa.muon import Muon
 from ijepa.parallel import gather_rows, own_part, sum_gradients
 
 CHECK_EVERY = 50
@@ -87,7 +88,7 @@ class TrainState:
     context_encoder: VisionTransformer
     target_encoder: VisionTransformer
     predictor: Predictor
-    muon: torch.optim.Muon
+    muon: Muon
     adamw: torch.optim.AdamW
     loss_sums: Float[Tensor, "2"]
     """Prediction and matching loss, summed since the current epoch began, on the device."""
@@ -129,15 +130,19 @@ class StepLog:
     weight_decay: float
 
 
-def init_state(config: TrainConfig, device: torch.device) -> TrainState:
-    """Random weights by the run's seed; the target encoder starts as a copy of the context's."""
+def init_state(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> TrainState:
+    """Random weights by the run's seed; the target encoder starts as a copy of the context's.
+
+    Weights are float32; `dtype` is that of the matrix products of every update.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         context_encoder = VisionTransformer(config.vit)
         predictor = Predictor(config.vit, config.predictor)
     context_encoder, predictor = context_encoder.to(device), predictor.to(device)
     target_encoder = copy.deepcopy(context_encoder).requires_grad_(False)
-    muon, adamw = make_optimizers([*context_encoder.parameters(), *predictor.parameters()], config)
+    parameters = [*context_encoder.parameters(), *predictor.parameters()]
+    muon, adamw = make_optimizers(parameters, config, dtype)
     loss_sums = torch.zeros(2, device=device)
     return TrainState(context_encoder, target_encoder, predictor, muon, adamw, loss_sums)
 
@@ -164,22 +169,14 @@ def start_from(
 
 
 def make_optimizers(
-    parameters: Sequence[nn.Parameter], config: TrainConfig
-) -> tuple[torch.optim.Muon, torch.optim.AdamW]:
+    parameters: Sequence[nn.Parameter], config: TrainConfig, dtype: torch.dtype
+) -> tuple[Muon, torch.optim.AdamW]:
     """Muon for the matrices, AdamW for patch projection, mask token, biases and norms.
 
-    Muon steps along the orthogonal matrix nearest to the averaged gradient (Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon/), scaled so that its steps are as large as those of
-    AdamW with the same learning rate (Liu et al. 2025, section 2.2,
-    https://arxiv.org/abs/2502.16982). Vectors do not decay.
+    Vectors do not decay.
     """
     decay = config.weight_decay
-    muon = torch.optim.Muon(
-        [p for p in parameters if p.ndim == 2],
-        lr=config.lr,
-        weight_decay=decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
+    muon = Muon([p for p in parameters if p.ndim == 2], config.lr, decay, dtype)
     groups = [
         {"params": [p for p in parameters if p.ndim > 2], "weight_decay": decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

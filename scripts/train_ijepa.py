@@ -151,11 +151,15 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 def check_start(start: Start, config: Any, folder: Path) -> None:
     """Raise UserError unless a run with these settings can begin there."""
+    from dataclasses import asdict
+
     from ijepa.errors import UserError
 
-    if start.vit != config.vit:
+    saved, asked = asdict(start.vit), asdict(config.vit)
+    if other := [name for name in saved if saved[name] != asked[name]]:
+        differences = ", ".join(f"{name} {saved[name]}, not {asked[name]}" for name in other)
         raise UserError(
-            f"the encoder in {folder} is another one: {start.vit}, not {config.vit}",
+            f"the encoder in {folder} is another one: {differences}",
             hint="give its --embed-dim, --depth and --patch-size",
         )
     if config.epochs <= config.start_epochs:
@@ -230,6 +234,20 @@ class Run:
         """Tell the user, once for all processes."""
         if self.writes:
             print(text, file=sys.stderr)
+
+    def take_over(self, start: Start, state: Any, num_images: int) -> None:
+        """Begin with the networks and the log of an earlier run."""
+        from ijepa.errors import UserError
+        from ijepa.training import start_from
+
+        self.rows = start.rows
+        try:
+            start_from(state, self.config, start.weights, num_images)
+        except RuntimeError as error:  # the encoders are known to fit
+            raise UserError(
+                f"the predictor does not fit: {' '.join(str(error).split())[:200]}",
+                hint="begin with a checkpoint of this trainer",
+            ) from error
 
     def read_state(self) -> Any:
         """The last whole state of the folder, or None in a new one."""
@@ -430,7 +448,7 @@ def train_run(args: argparse.Namespace) -> int:
     from ijepa.devices import choose_device, choose_dtype
     from ijepa.errors import UserError
     from ijepa.parallel import join_processes, leave_processes, num_processes, process_rank
-    from ijepa.training import init_state, start_from
+    from ijepa.training import init_state
 
     device = choose_device(args.device)
     device = join_processes(device, "nccl" if device.type == "cuda" else "gloo")
@@ -442,11 +460,10 @@ def train_run(args: argparse.Namespace) -> int:
         check_start(start, config, args.init_from)
     (images, held_out), labels = load_images(args)
     images = images.to(device)
-    state = init_state(config, device)
+    state = init_state(config, device, dtype)
     run = Run(args.output_dir, config, writes=process_rank() == 0)
     if start:
-        run.rows = start.rows
-        start_from(state, config, start.weights, len(images))
+        run.take_over(start, state, len(images))
     run.resume(state, len(images), args.resume)
     provenance = describe(args, device.type, dtype, len(images))
     provenance["processes"] = num_processes()

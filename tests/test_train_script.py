@@ -270,6 +270,149 @@ def test_a_run_whose_learning_rate_fell_keeps_its_length(flags, finished, capsys
     assert contents(finished) == before
 
 
+# --- going on from a finished run
+
+
+def test_a_run_goes_on_with_networks_and_log_of_a_finished_one(finished, flags, tmp_path, capsys):
+    longer = [*flags, "--epochs", str(EPOCHS + 2), "--init-from", str(finished)]
+    before = contents(finished)
+    assert script.main([*longer, "--output-dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().err.startswith(f"epoch={EPOCHS + 1} ")
+    assert contents(finished) == before
+    rows, earlier = read_log(tmp_path), read_log(finished)
+    assert [{**row, "epoch": float(row["epoch"])} for row in rows[:EPOCHS]] == [
+        {**row, "epoch": float(row["epoch"])} for row in earlier
+    ]
+    assert [float(row["epoch"]) for row in rows] == list(range(1, EPOCHS + 3))
+    # The networks are trained ones: from nothing the first epoch has a larger loss.
+    assert float(rows[EPOCHS]["loss"]) < float(rows[0]["loss"])
+    ended, went_on = (
+        load_checkpoint(path / "checkpoint_latest.pt") for path in (finished, tmp_path)
+    )
+    assert (went_on.epochs, went_on.training["planned_epochs"]) == (EPOCHS + 2, EPOCHS + 2)
+    assert went_on.training["started_from"] == ended.training
+    assert ended.training["started_from"] is None
+
+
+def test_a_run_from_a_finished_one_begins_with_its_rounded_weights(finished, flags, tmp_path):
+    """A rate of almost 0 leaves the networks where they began."""
+    arguments = [*flags, "--epochs", str(EPOCHS + 1), "--init-from", str(finished), "--lr", "1e-12"]
+    assert script.main([*arguments, "--output-dir", str(tmp_path)]) == 0
+    for name in ("checkpoint_latest.pt", "hf/model.safetensors"):
+        assert (tmp_path / name).exists()
+    weights = [
+        torch.load(path / "checkpoint_latest.pt", weights_only=True)["weights"]
+        for path in (finished, tmp_path)
+    ]
+    for network in ("context", "predictor"):
+        for name, value in weights[0][network].items():
+            torch.testing.assert_close(weights[1][network][name], value, atol=1e-6, rtol=1e-3)
+    # The average of equal networks moves a little towards the context encoder.
+    moved = [each["target"]["norm.weight"] - each["context"]["norm.weight"] for each in weights]
+    assert moved[1].abs().sum() < moved[0].abs().sum()
+
+
+def test_a_stopped_run_from_a_finished_one_resumes_with_the_same_command(
+    finished, flags, tmp_path, capsys
+):
+    arguments = [*flags, "--epochs", str(EPOCHS + 2), "--init-from", str(finished)]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert script.main([*arguments, "--output-dir", str(straight)]) == 0
+    shutil.copytree(straight, stopped)
+    (stopped / "state_previous.pt").replace(stopped / "state.pt")
+    capsys.readouterr()
+    assert script.main([*arguments, "--output-dir", str(stopped)]) == 0
+    updates = 3 * (EPOCHS + 1)
+    assert capsys.readouterr().err.startswith(f"resuming {stopped} after {updates} updates\n")
+    one, other = (
+        load_checkpoint(path / "checkpoint_latest.pt").state_dict for path in (straight, stopped)
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_stopped_in_its_first_epoch_leaves_no_curves(tmp_path, finished, flags, monkeypatch):
+    monkeypatch.setattr("ijepa.parallel.any_process", lambda *_: True)
+    arguments = [*flags, "--epochs", str(EPOCHS + 1), "--init-from", str(finished)]
+    assert script.main([*arguments, "--output-dir", str(tmp_path)]) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+
+
+def change_weights(change):
+    def spoil(folder):
+        path = folder / "checkpoint_latest.pt"
+        content = torch.load(path, weights_only=True)
+        change(content["weights"])
+        torch.save(content, path)
+
+    return spoil
+
+
+def change_log(change):
+    def spoil(folder):
+        path = folder / "training_log.csv"
+        path.write_text(change(path.read_text()))
+
+    return spoil
+
+
+def test_a_predictor_begins_anew_where_the_checkpoint_has_none(finished, flags, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "without")
+    change_weights(lambda weights: weights.pop("predictor"))(folder)
+    arguments = [*flags, "--epochs", str(EPOCHS + 1), "--lr", "1e-12"]
+    for name, start in (("with", finished), ("anew", folder)):
+        folders = ["--init-from", str(start), "--output-dir", str(tmp_path / name)]
+        assert script.main([*arguments, *folders]) == 0
+    losses = [float(read_log(tmp_path / name)[-1]["loss"]) for name in ("with", "anew")]
+    assert losses[0] < losses[1]
+
+
+def refused(flags, folder, output, capsys):
+    """The problem that is told, after a look at what has to come with it."""
+    arguments = [*flags, "--init-from", str(folder), "--output-dir", str(output)]
+    assert script.main(arguments) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("error: ")
+    assert lines[1].startswith("hint: ")
+    assert len(lines) == 2
+    assert not output.exists() or list(output.iterdir()) == []
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (shutil.rmtree, "no checkpoint at "),
+        (lambda folder: (folder / "checkpoint_latest.pt").write_text("x"), "not a readable"),
+        (lambda folder: (folder / "training_log.csv").unlink(), "cannot read the log"),
+        (change_log(lambda text: text.replace("epoch,", "step,")), "its columns are not"),
+        (change_log(lambda text: text[:-30]), "cannot read the log"),
+        (change_log(lambda text: text.replace("\n2,", "\nx,")), "cannot read the log"),
+        (change_log(lambda text: text.replace("\n2,", "\ninf,")), "cannot read the log"),
+        (change_log(lambda text: text + "4" + ",0" * 9), "not one row for each of the 3"),
+        (change_weights(lambda all_: all_["predictor"].popitem()), "the predictor does not fit"),
+        (change_weights(lambda all_: all_.update(predictor=[])), "predictor must be a dictionary"),
+    ],
+)
+def test_a_damaged_start_is_told(finished, flags, tmp_path, capsys, spoil, message):
+    folder = shutil.copytree(finished, tmp_path / "start")
+    spoil(folder)
+    longer = [*flags, "--epochs", str(EPOCHS + 1)]
+    assert message in refused(longer, folder, tmp_path / "run", capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--epochs", str(EPOCHS)], "has had 3 epochs: nothing is left to do"),
+        (["--epochs", "9", "--depth", "2"], "is another one: depth 1, not 2"),
+    ],
+)
+def test_a_start_that_does_not_fit_the_run_is_told(
+    finished, flags, tmp_path, capsys, change, message
+):
+    assert message in refused([*flags, *change], finished, tmp_path / "run", capsys)
+
+
 def test_collapsed_embeddings_are_told_in_words(tmp_path, flags, capsys, monkeypatch):
     monkeypatch.setattr("ijepa.training.EARLY_EPOCHS", 1)
     monkeypatch.setattr("ijepa.training.COLLAPSED_SHARE", 1.0)

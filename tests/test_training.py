@@ -131,7 +131,7 @@ def test_a_run_that_begins_later_warms_up_again_and_falls_at_the_same_time():
 
 def test_a_run_goes_on_from_the_networks_of_another(config, images):
     first, later = (dataclasses.replace(config, seed=seed) for seed in (0, 1))
-    ended, begun, fresh = (init_state(one, CPU) for one in (first, later, later))
+    ended, begun, fresh = (init_state(one, CPU, FLOAT) for one in (first, later, later))
     list(train(ended, first, images, FLOAT))
     saved = ended.state_dict()
     weights = {
@@ -165,7 +165,7 @@ def test_the_temperature_is_low_until_the_decay():
 
 
 def test_the_target_is_the_closed_form_of_the_moving_average(config):
-    state = init_state(config, CPU)
+    state = init_state(config, CPU, FLOAT)
     start = {name: value.clone() for name, value in state.target_encoder.named_parameters()}
     with torch.no_grad():
         for parameter in state.context_encoder.parameters():
@@ -180,7 +180,7 @@ def test_the_target_is_the_closed_form_of_the_moving_average(config):
 
 def test_a_step_moves_the_target_towards_the_context_as_it_is_after_the_step(config, images):
     config = dataclasses.replace(config, ema_start=0.85)
-    state = init_state(config, CPU)
+    state = init_state(config, CPU, FLOAT)
     before = {name: value.clone() for name, value in state.target_encoder.named_parameters()}
     train_step(state, config, images[:4], 3, FLOAT)
     for name, averaged in state.target_encoder.named_parameters():
@@ -190,7 +190,7 @@ def test_a_step_moves_the_target_towards_the_context_as_it_is_after_the_step(con
 
 
 def test_no_gradient_reaches_the_target_encoder_and_all_others_get_one(config, images):
-    state = init_state(config, CPU)
+    state = init_state(config, CPU, FLOAT)
     train_step(state, config, images[:4], 3, FLOAT)
     assert all(p.grad is None and not p.requires_grad for p in state.target_encoder.parameters())
     for network in (state.context_encoder, state.predictor):
@@ -204,7 +204,7 @@ def test_no_gradient_reaches_the_target_encoder_and_all_others_get_one(config, i
 
 @pytest.mark.parametrize("step", [0, 5], ids=["at first", "in the decay"])
 def test_the_losses_are_those_of_a_loop_over_images_blocks_and_patches(config, images, step):
-    state = init_state(config, CPU)
+    state = init_state(config, CPU, FLOAT)
     with torch.no_grad():
         networks = (state.context_encoder, state.target_encoder, state.predictor)
         for parameter in [parameter for one in networks for parameter in one.parameters()]:
@@ -293,7 +293,7 @@ def test_a_run_changes_temperature_and_sees_whole_views_in_time(config, images, 
         return compute_losses(state, views, temperature, dtype)
 
     monkeypatch.setattr(training, "compute_losses", noted)
-    list(train(init_state(config, CPU), config, images, FLOAT))
+    list(train(init_state(config, CPU, FLOAT), config, images, FLOAT))
     assert seen == [(0.1, 20)] * 5 + [(0.4, 64)] * 4
 
 
@@ -343,7 +343,7 @@ def test_the_spread_loss_of_one_image_is_finite_with_a_finite_gradient():
 
 def test_the_gradient_of_both_networks_is_clipped_together(config, images):
     config = dataclasses.replace(config, clip_norm=1e-3)
-    state = init_state(config, CPU)
+    state = init_state(config, CPU, FLOAT)
     train_step(state, config, images[:4], 3, FLOAT)
     networks = (state.context_encoder, state.predictor)
     norms = [p.grad.norm() for network in networks for p in network.parameters()]
@@ -351,7 +351,7 @@ def test_the_gradient_of_both_networks_is_clipped_together(config, images):
 
 
 def test_matrices_go_to_muon_and_vectors_do_not_decay(config):
-    state = init_state(config, CPU)
+    state = init_state(config, CPU, FLOAT)
     (muon,), (decaying, fixed) = state.muon.param_groups, state.adamw.param_groups
     networks = (state.context_encoder, state.predictor)
     for name, parameter in [pair for one in networks for pair in one.named_parameters()]:
@@ -368,7 +368,7 @@ def test_matrices_go_to_muon_and_vectors_do_not_decay(config):
 
 
 def test_an_update_uses_the_rate_of_its_step_and_the_decay(config, images):
-    state = init_state(config, CPU)
+    state = init_state(config, CPU, FLOAT)
     state.step = 7
     train_step(state, config, images[:4], 3, FLOAT)
     groups = [*state.muon.param_groups, *state.adamw.param_groups]
@@ -380,7 +380,7 @@ def test_an_update_uses_the_rate_of_its_step_and_the_decay(config, images):
 
 def test_the_first_update_of_muon_is_orthogonal_and_as_large_as_one_of_adamw(config, images):
     # Liu et al. 2025, section 2.2: a root mean square of 0.2 * lr, decay apart.
-    state = init_state(config, CPU)
+    state = init_state(config, CPU, FLOAT)
     weight = state.context_encoder.blocks[0].mlp.fc1.weight
     before = weight.detach().clone()
     train_step(state, config, images[:4], 3, FLOAT)
@@ -398,7 +398,7 @@ def test_the_first_update_of_muon_is_orthogonal_and_as_large_as_one_of_adamw(con
 def test_the_first_update_of_adam_moves_each_weight_by_the_rate_and_the_decay(config, images):
     # AdamW's first update is lr * (sign of the gradient + decay * weight), where the gradient is
     # far above epsilon (Kingma and Ba 2015, section 2.1; Loshchilov and Hutter 2019, algorithm 2).
-    state = init_state(config, CPU)
+    state = init_state(config, CPU, FLOAT)
     weight = state.context_encoder.patch_embed.proj.weight
     before = weight.detach().clone()
     train_step(state, config, images[:4], 3, FLOAT)
@@ -411,7 +411,7 @@ def test_the_first_update_of_adam_moves_each_weight_by_the_rate_and_the_decay(co
 
 def test_bfloat16_gives_nearly_the_loss_of_float32(config, images):
     exact, rounded = (
-        train_step(init_state(config, CPU), config, images[:4], 3, dtype)
+        train_step(init_state(config, CPU, FLOAT), config, images[:4], 3, dtype)
         for dtype in (FLOAT, torch.bfloat16)
     )
     for name, value in exact._asdict().items():
@@ -433,13 +433,13 @@ def test_one_batch_is_learned_by_heart(config, images):
         spread_weight=0.0,
         predictor=PredictorConfig(embed_dim=16, depth=1, num_heads=2),
     )
-    state = init_state(config, CPU)
+    state = init_state(config, CPU, FLOAT)
     losses = [mean_losses(state, config, 4)[0] for _ in train(state, config, images[:4], FLOAT)]
     assert np.mean(losses[-10:]) < losses[0] / 2
 
 
 def test_a_run_is_a_loop_of_updates_over_shuffled_batches(config, images):
-    state, by_hand = init_state(config, CPU), init_state(config, CPU)
+    state, by_hand = init_state(config, CPU, FLOAT), init_state(config, CPU, FLOAT)
     logs, means, losses = [], [], []
     for log in train(state, config, images, FLOAT):
         logs.append(log)
@@ -485,7 +485,7 @@ def test_two_runs_are_equal_bit_for_bit_whatever_the_global_seed(config, images)
     for global_seed in (1, 2):
         torch.manual_seed(global_seed)
         before = torch.get_rng_state()
-        states.append(init_state(config, CPU))
+        states.append(init_state(config, CPU, FLOAT))
         logs.append(list(train(states[-1], config, images, FLOAT)))
         assert torch.equal(torch.get_rng_state(), before)
     assert logs[0] == logs[1]
@@ -494,12 +494,12 @@ def test_two_runs_are_equal_bit_for_bit_whatever_the_global_seed(config, images)
 
 @pytest.mark.parametrize("stops", [(3,), (1,), (4, 5), (8,), (9,)])
 def test_a_stopped_and_resumed_run_is_the_undisturbed_run_bit_for_bit(config, images, stops):
-    straight = init_state(config, CPU)
+    straight = init_state(config, CPU, FLOAT)
     expected = list(train(straight, config, images, FLOAT))
 
     logs, saved = [], None
     for stop in (*stops, None):
-        state = init_state(config, CPU)
+        state = init_state(config, CPU, FLOAT)
         if saved is not None:
             state.load_state_dict(saved)
         for log in train(state, config, images, FLOAT):
@@ -541,15 +541,15 @@ def test_every_setting_changes_the_run(config, images, name):
     assert FIELDS.keys() | {"vit"} == {one.name for one in dataclasses.fields(TrainConfig)}
     states = []
     for one in (config, dataclasses.replace(config, **{name: FIELDS[name]})):
-        states.append(init_state(one, CPU))
+        states.append(init_state(one, CPU, FLOAT))
         list(train(states[-1], one, images, FLOAT))
     weights = [state.target_encoder.patch_embed.proj.weight for state in states]
     assert not torch.equal(*weights)
 
 
 def test_the_target_starts_as_a_copy_with_weights_by_the_seed(config):
-    first, again = init_state(config, CPU), init_state(config, CPU)
-    other = init_state(dataclasses.replace(config, seed=1), CPU)
+    first, again = init_state(config, CPU, FLOAT), init_state(config, CPU, FLOAT)
+    other = init_state(dataclasses.replace(config, seed=1), CPU, FLOAT)
     assert_equal_bit_for_bit(first.state_dict(), again.state_dict())
     assert_equal_bit_for_bit(first.context_encoder.state_dict(), first.target_encoder.state_dict())
     weights = [state.context_encoder.patch_embed.proj.weight for state in (first, other)]
@@ -559,19 +559,19 @@ def test_the_target_starts_as_a_copy_with_weights_by_the_seed(config):
 
 def test_a_batch_larger_than_the_data_is_a_value_error(config, images):
     with pytest.raises(ValueError, match="batch_size 3 exceeds the 2 images"):
-        next(train(init_state(config, CPU), config, images[:2], FLOAT))
+        next(train(init_state(config, CPU, FLOAT), config, images[:2], FLOAT))
 
 
 def test_one_image_and_one_step_are_a_run(config, images):
     config = dataclasses.replace(config, epochs=1, batch_size=1)
-    state = init_state(config, CPU)
+    state = init_state(config, CPU, FLOAT)
     logs = list(train(state, config, images[:1], FLOAT))
     assert [(log.step, log.epoch, log.end_of_epoch) for log in logs] == [(1, 1, True)]
     assert all(parameter.isfinite().all() for parameter in state.context_encoder.parameters())
 
 
 def test_a_finished_run_does_nothing(config, images):
-    state = init_state(config, CPU)
+    state = init_state(config, CPU, FLOAT)
     list(train(state, config, images, FLOAT))
     before = through_a_file(state.state_dict())
     assert list(train(state, config, images, FLOAT)) == []
@@ -580,7 +580,7 @@ def test_a_finished_run_does_nothing(config, images):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_stops_the_run_before_the_epoch_is_logged(config, images, value):
-    state = init_state(config, CPU)
+    state = init_state(config, CPU, FLOAT)
     run = train(state, config, images, FLOAT)
     next(run)
     check_finite(state)
@@ -597,7 +597,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_epoch_is_logged(confi
 
 
 def test_embeddings_are_the_mean_tokens_of_plain_images_one_by_one(config):
-    encoder = init_state(config, CPU).target_encoder
+    encoder = init_state(config, CPU, FLOAT).target_encoder
     images = make_images(258)  # one batch of 256 and a rest
     embeddings = embed(encoder, images, FLOAT)
     assert embeddings.dtype == np.float32
@@ -607,7 +607,7 @@ def test_embeddings_are_the_mean_tokens_of_plain_images_one_by_one(config):
 
 
 def test_a_run_is_watched_by_the_embeddings_of_held_out_images(config):
-    encoder = init_state(config, CPU).target_encoder
+    encoder = init_state(config, CPU, FLOAT).target_encoder
     images = make_images(30)
     images[::2] //= 8  # a dark and a bright class
     result = evaluate(encoder, images, np.arange(30) % 2, FLOAT)
