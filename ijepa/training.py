@@ -53,8 +53,8 @@ class TrainConfig:
     """Peak learning rate of both optimizers, held from the end of the warm-up to the decay."""
     warmup_epochs: float = 1.0
     decay_share: float = 0.2
-    """Last share of the epochs: the learning rate falls linearly towards 0, the matching is at the
-    warmer temperature, and the further views are seen whole, as the encoder will be used."""
+    """Last share of the epochs: the learning rate falls linearly towards 0, and the further views
+    are seen whole, as the encoder will be used."""
     weight_decay: float = 0.05
     """On weights only, not on biases and norms."""
     ema_start: float = 0.99
@@ -70,10 +70,10 @@ class TrainConfig:
     num_views: int = 3
     """Crops of each image in an update, at least 2."""
     matching_weight: float = 1.0
-    temperature: float = 0.1
-    """Of the matching loss: low, so that telling near images apart teaches most."""
-    decay_temperature: float = 0.4
-    """The same in the decay, kinder to similar images."""
+    sharp_epochs: float = 25.0
+    sharp_temperature: float = 0.1
+    """Of the matching loss at first; later `temperature`, which is kinder to similar images."""
+    temperature: float = 0.4
     spread_weight: float = 0.05
     seed: int = 0
     vit: ViTConfig = field(default_factory=ViTConfig)
@@ -208,9 +208,9 @@ def ema_momentum(config: TrainConfig, step: int) -> float:
 
 
 def matching_temperature(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """`config.temperature` until the learning rate falls, then `config.decay_temperature`."""
-    falls = step >= decay_start(config, steps_per_epoch)
-    return config.decay_temperature if falls else config.temperature
+    """Low at first, where telling near images apart teaches most, then `config.temperature`."""
+    sharp = step < config.sharp_epochs * steps_per_epoch
+    return config.sharp_temperature if sharp else config.temperature
 
 
 @torch.no_grad()

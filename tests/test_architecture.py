@@ -20,6 +20,7 @@ ORDER = [
     "parallel",
     "model",
     "masking",
+    "muon",
     "metrics",
     "agreement",
     "uncertainty",

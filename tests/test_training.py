@@ -47,8 +47,7 @@ def config(tiny_vit):
         lr=2e-3,
         warmup_epochs=0.7,
         decay_share=0.4,
-        temperature=0.1,
-        decay_temperature=0.4,
+        sharp_epochs=1.5,
         ema_start=0.9,
         ema_window=5.0,
         vit=tiny_vit,
@@ -155,10 +154,10 @@ def test_momentum_has_a_memory_that_is_a_share_of_the_updates_so_far():
     np.testing.assert_allclose(values, [0.99, 0.99, 0.995, 0.9998, 0.9999], rtol=1e-12)
 
 
-def test_the_temperature_is_low_until_the_decay():
-    config = TrainConfig(epochs=4, decay_share=0.5, temperature=0.1, decay_temperature=0.4)
+def test_the_temperature_is_low_for_the_first_epochs():
+    config = TrainConfig(sharp_epochs=1.5, sharp_temperature=0.1, temperature=0.4)
     temperatures = [matching_temperature(config, step, 10) for step in range(40)]
-    assert temperatures == [0.1] * 20 + [0.4] * 20
+    assert temperatures == [0.1] * 15 + [0.4] * 25
 
 
 # --- the moving average
@@ -293,8 +292,9 @@ def test_a_run_changes_temperature_and_sees_whole_views_in_time(config, images, 
         return compute_losses(state, views, temperature, dtype)
 
     monkeypatch.setattr(training, "compute_losses", noted)
+    config = dataclasses.replace(config, sharp_epochs=1.0)
     list(train(init_state(config, CPU, FLOAT), config, images, FLOAT))
-    assert seen == [(0.1, 20)] * 5 + [(0.4, 64)] * 4
+    assert seen == [(0.1, 20)] * 3 + [(0.4, 20)] * 2 + [(0.4, 64)] * 4
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
@@ -527,8 +527,9 @@ FIELDS = {
     "grey_share": 0.9,
     "num_views": 2,
     "matching_weight": 0.1,
-    "temperature": 0.2,
-    "decay_temperature": 0.5,
+    "sharp_epochs": 1.0,
+    "sharp_temperature": 0.2,
+    "temperature": 0.5,
     "spread_weight": 0.5,
     "seed": 1,
     "predictor": PredictorConfig(embed_dim=8, depth=2, num_heads=2),
