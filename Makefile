@@ -26,8 +26,9 @@ compare: setup
 example: compare
 	cp runs/offline/report.html comparison_results/digits.html
 
+# A process per core, each with one thread: together they would take the cores from each other.
 test: setup
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test-browser: setup $(VENV)/browser $(AXE_FILE)
 	$(RUN) -m pytest -q -rs -m browser tests/test_browser.py
