@@ -12,7 +12,14 @@ from PIL import Image
 
 from ijepa.comparison import MUTUAL_K, Analysis, Comparison
 from ijepa.data import Split
-from ijepa.plots import MODEL_NAMES, PcaProjection, TsneProjection, align, class_styles
+from ijepa.plots import (
+    MODEL_NAMES,
+    PcaProjection,
+    TsneProjection,
+    align,
+    class_styles,
+    similarity_digits,
+)
 
 GRID = 10_000
 """Steps of a coordinate on the maps: finer than a pixel on any screen."""
@@ -56,13 +63,17 @@ def explorable(comparison: Comparison, maps: Maps, split: Split) -> dict[str, An
     for name, analysis in analyses.items():
         tsne, pca = maps.tsne[name], maps.pca[name]
         shares = [*pca.variance_shares[:2], 0.0]
+        similarities = analysis.lists.similarities[rows, :5]
+        digits = similarity_digits(similarities)
         models.append(
             {
                 "key": name,
                 "name": MODEL_NAMES[name],
                 "hits": hits(analysis, rows),
                 "neighbors": position[listed[name]].tolist(),
-                "similarities": rounded(analysis.lists.similarities[rows, :5]),
+                # In single precision each would be written with seventeen digits.
+                "similarities": similarities.astype(np.float64).round(digits).tolist(),
+                "digits": digits,
                 "tsne": on_grid(align(first, tsne.coordinates)),
                 "pca": on_grid(pca.scores[rows, :2]),
                 "notes": {"tsne": tsne_note(tsne), "pca": pca_note(shares)},
@@ -86,11 +97,6 @@ def hits(analysis: Analysis, rows: Int[np.ndarray, " m"]) -> list[int] | None:
     """How many of the five nearest share the class of each image; None where there are no five."""
     precision = analysis.precisions(5)[rows]
     return np.rint(5 * precision).astype(int).tolist() if np.isfinite(precision).all() else None
-
-
-def rounded(similarities: Float[np.ndarray, "m k"]) -> list[list[float]]:
-    """Three digits; in single precision each would be written with seventeen."""
-    return similarities.astype(np.float64).round(3).tolist()
 
 
 def on_grid(points: Float[np.ndarray, "m 2"]) -> list[list[int]]:

@@ -514,17 +514,23 @@ def plot_neighbors(
         ax.text(0.5, step * row + 1.05, names[labels[query]], ha="center", va="top", fontsize=7.5)
     for left, (key, found) in zip(np.cumsum([1, *widths]) + gap, neighbors.items(), strict=False):
         title = f"{MODEL_NAMES[key]}: nearest by cosine similarity"
+        digits = similarity_digits(found.similarities)
         ax.text(left, -0.12, title, color=MODEL_COLORS[key], fontweight="bold")
         for (row, rank), index in np.ndenumerate(found.indices):
             x, y = left + 1.06 * rank, step * row
             same = labels[index] == labels[queries[row]]
             color, sign = ("#1a7f37", "✓") if same else ("#b3261e", "✗")
             _picture(ax, image_of(int(index)), x, y).set(edgecolor=color, linewidth=2.5)
-            words = f"{sign} {found.similarities[row, rank]:.2f}\n{names[labels[index]]}"
+            words = f"{sign} {found.similarities[row, rank]:.{digits}f}\n{names[labels[index]]}"
             ax.text(x + 0.5, y + 1.05, words, ha="center", va="top", fontsize=7.5, color=color)
     ax.set(xlim=(-0.05, 1 + sum(widths) + 0.05), ylim=(step * len(queries), -0.35), aspect="equal")
     ax.set_axis_off()
     return figure
+
+
+def similarity_digits(similarities: Float[np.ndarray, "m k"]) -> int:
+    """Decimals to print of neighbors' cosines: two, or four where most would print as 1.00."""
+    return 4 if similarities.size and np.median(similarities) > 0.98 else 2
 
 
 @matplotlib.rc_context(STYLE)

@@ -344,6 +344,20 @@ def test_nothing_is_wider_than_the_screen(opened, width):
     assert min(sizes) >= 250
 
 
+@pytest.mark.parametrize("width", [1000, 1200, 1280])
+def test_the_longest_intervals_fit_into_the_table(opened, width):
+    page = opened(viewport={"width": width, "height": 800})
+    wide = page.evaluate(
+        """() => {
+            const box = document.querySelector("#results .scroll");
+            for (const row of box.querySelectorAll("tbody tr"))
+                row.children[4].textContent = "+0.041% [+0.038, +0.043]";
+            return [box.scrollWidth, box.clientWidth];
+        }"""
+    )
+    assert wide[0] <= wide[1]
+
+
 @pytest.mark.parametrize(
     ("width", "height"), [(1280, 900), (1440, 780), (1920, 1080), (3840, 2160)]
 )

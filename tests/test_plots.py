@@ -310,6 +310,15 @@ def test_neighbors_are_the_right_images_with_tick_or_cross_and_color():
     assert frames == [green, red, red, green, green, red, red, red]
 
 
+def test_cosines_that_are_almost_all_near_1_get_more_decimals():
+    near, far = np.array([[0.9987, 0.9979, 0.3]]), np.array([[0.9987, 0.97, 0.3]])
+    assert [plots.similarity_digits(found) for found in (near, far, near[:0])] == [4, 2, 2]
+    found = {"local": Neighbors(np.array([[3, 4, 7]]), near)}
+    figure = plots.plot_neighbors(found, QUERIES[:1], LABELS, CLASSES, image_of, CAPTION)
+    words = [text.get_text().split()[1] for text in figure.axes[0].texts if "\n" in text.get_text()]
+    assert words == ["0.9987", "0.9979", "0.3000"]
+
+
 def test_pictures_keep_their_shape_and_their_pixels():
     figure = plots.plot_neighbors(FOUND, QUERIES, LABELS, CLASSES, image_of, CAPTION)
     (ax,) = figure.findobj(matplotlib.axes.Axes)

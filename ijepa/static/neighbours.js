@@ -28,7 +28,7 @@ const imageOf = (id) => imageAt(tileOf(id).address);
 
 function neighborTile(query, model, rank) {
   const id = model.neighbors[query][rank];
-  const similarity = model.similarities[query][rank].toFixed(2).replace("-", "−");
+  const similarity = model.similarities[query][rank].toFixed(model.digits).replace("-", "−");
   const right = data.label[id] === data.label[query];
   const both = paired && models.every((other) => other.neighbors[query].includes(id));
   const tile = make("button", right ? "tile" : "tile wrong");
