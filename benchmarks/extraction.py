@@ -1,20 +1,21 @@
-"""Extraction against plain loops: speed, share of the bfloat16 ceiling, and what bfloat16 changes.
+"""Extraction against plain loops: speed, share of the machine's ceiling, and what bfloat16 changes.
 
     python benchmarks/extraction.py vit-huge --depth 2 --images 8 --repeats 5
     python benchmarks/extraction.py local --images 256 --repeats 5
     python benchmarks/extraction.py photographs --images 256 --batch-size 32 --repeats 5
     python benchmarks/extraction.py fidelity --data-dir data --images 2000
 
-`vit-huge` makes an I-JEPA of random weights with the widths of ViT-H/14 at 224 pixels and the given
-depth (the real one has 32 blocks) and embeds 32 x 32 images by turns with our extraction in
-bfloat16, with transformers' model as it loads by default (float32) in a loop over batches, and with
-`pipeline("image-feature-extraction")`. `local` does the same for the bundled checkpoint against a
-float32 loop. The ceiling is a matrix product of the network's largest shape in bfloat16, timed
-between the others. `photographs` embeds JPEG files of 500 x 375 pixels with the bundled checkpoint
-as `compare_embeddings.py` does, and in a loop that decodes a batch and then embeds it, and tells
-what decoding and preparing take alone; its times are of the wall clock, as one processor decodes
-while another embeds. `fidelity` compares bfloat16 with float32: embeddings of a random ViT-H of
-`--depth` blocks, P@5 and silhouette of the bundled checkpoint on CIFAR-10 test images.
+Ours is in the dtype that `compare_embeddings.py` chooses: bfloat16 where the processor multiplies
+it, else float32. `vit-huge` makes an I-JEPA of random weights with the widths of ViT-H/14 at 224
+pixels and the given depth (the real one has 32 blocks) and embeds 32 x 32 images by turns with our
+extraction, with transformers' model as it loads by default (float32) in a loop over batches, and
+with `pipeline("image-feature-extraction")`. `local` does the same for the bundled checkpoint
+against a float32 loop. The ceiling is a matrix product of the network's largest shape in our dtype,
+timed between the others. `photographs` embeds JPEG files of 500 x 375 pixels with the bundled
+checkpoint as `compare_embeddings.py` does, and in a loop that decodes a batch and then embeds it,
+and tells what decoding and preparing take alone; its times are of the wall clock, as one processor
+decodes while another embeds. `fidelity` compares bfloat16 with float32: embeddings of a random
+ViT-H of `--depth` blocks, P@5 and silhouette of the bundled checkpoint on CIFAR-10 test images.
 
 The other times are CPU seconds of the process over all threads, so that other programs on the
 machine do not count: with one thread (`OMP_NUM_THREADS=1`) they are the wall time of an idle core.
@@ -34,11 +35,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ijepa import embeddings
 from ijepa.data import balanced_sample, load_split
+from ijepa.devices import choose_dtype
 from ijepa.encoders import load_huggingface_encoder, load_local_encoder
 from ijepa.metrics import nearest_neighbors, precision_at_k, silhouette_samples
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints_300ep" / "checkpoint_latest.pt"
 CPU = torch.device("cpu")
+DTYPE = choose_dtype("auto", CPU)
+OURS = f"ours, {str(DTYPE).removeprefix('torch.')}"
 TOKENS, WIDTH, HIDDEN, PATCH = 256, 1280, 5120, 14
 
 
@@ -78,9 +82,9 @@ def batches(images, size):
 
 
 def ceiling(rows):
-    """Operations per CPU second of a bfloat16 product of the network's largest shape."""
-    left = torch.randn(rows, WIDTH, dtype=torch.bfloat16)
-    right = torch.randn(HIDDEN, WIDTH, dtype=torch.bfloat16)
+    """Operations per CPU second of a product of the network's largest shape in our dtype."""
+    left = torch.randn(rows, WIDTH, dtype=DTYPE)
+    right = torch.randn(HIDDEN, WIDTH, dtype=DTYPE)
     torch.nn.functional.linear(left, right)
     began = time.process_time()
     for _ in range(3):
@@ -118,7 +122,7 @@ def vit_huge(args):
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     with tempfile.TemporaryDirectory() as folder:
         write_vit_huge(folder, args.depth)
-        encoder = load_huggingface_encoder(folder, CPU, torch.bfloat16, offline=True)
+        encoder = load_huggingface_encoder(folder, CPU, DTYPE, offline=True)
         processor, model = (
             kind.from_pretrained(folder) for kind in (AutoImageProcessor, AutoModel)
         )
@@ -134,16 +138,16 @@ def vit_huge(args):
                 model(**processor(batch, return_tensors="pt")).last_hidden_state.mean(dim=1)
 
         works = {
-            "ours, bfloat16": ours,
+            OURS: ours,
             "transformers, default float32 loop": default_loop,
             "transformers, pipeline": lambda: [pipe(picture) for picture in pictures] and None,
             "ceiling": lambda: ceiling(TOKENS * args.batch_size),
         }
         seconds = timed_by_turns(works, args.repeats)
     rates = seconds.pop("ceiling")
-    print_table(seconds, args.images, "ours, bfloat16")
+    print_table(seconds, args.images, OURS)
     work = args.images * vit_huge_flops(args.depth)
-    ours_times = seconds["ours, bfloat16"]
+    ours_times = seconds[OURS]
     share = statistics.median(work / a / b for a, b in zip(ours_times, rates, strict=True))
     print(
         f"\nceiling {statistics.median(rates) / 1e9:.0f} GFLOP/s; ours reaches {share:.0%} of it "
@@ -152,9 +156,9 @@ def vit_huge(args):
 
 
 def local(args):
-    """The bundled checkpoint in bfloat16 against a float32 loop over the same batches."""
+    """The bundled checkpoint against a float32 loop over the same batches."""
     images = some_images(args.images)
-    fast = load_local_encoder(CHECKPOINT, "target", CPU, torch.bfloat16)
+    fast = load_local_encoder(CHECKPOINT, "target", CPU, DTYPE)
     plain = load_local_encoder(CHECKPOINT, "target", CPU, torch.float32)
 
     def ours():
@@ -166,8 +170,8 @@ def local(args):
         for batch in batches(images, args.batch_size):
             plain.network(plain.preprocess(batch)).mean(dim=1)
 
-    seconds = timed_by_turns({"ours, bfloat16": ours, "float32 loop": loop}, args.repeats)
-    print_table(seconds, args.images, "ours, bfloat16")
+    seconds = timed_by_turns({OURS: ours, "float32 loop": loop}, args.repeats)
+    print_table(seconds, args.images, OURS)
 
 
 def write_photographs(folder, count):
@@ -184,7 +188,7 @@ def write_photographs(folder, count):
 
 def photographs(args):
     """Files through the bundled checkpoint, decoded beside the network or before it."""
-    encoder = load_local_encoder(CHECKPOINT, "target", CPU, torch.bfloat16)
+    encoder = load_local_encoder(CHECKPOINT, "target", CPU, DTYPE)
     with tempfile.TemporaryDirectory() as folder:
         write_photographs(folder, args.images)
         split = load_split(folder, Path(), "test", offline=True)
