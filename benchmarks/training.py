@@ -37,7 +37,7 @@ def make_update(config, dtype, images, step, peer=False):
 
     def update():
         state.step = step
-        train_step(state, config, images, STEPS_PER_EPOCH, dtype)
+        train_step(state, config, images, STEPS_PER_EPOCH)
 
     return update
 

@@ -196,13 +196,18 @@ def load_predictor(path: Path) -> StateDict | None:
     """The predictor's tensors, None where a checkpoint that `load_checkpoint` reads has none.
 
     Raises:
-        UserError: If they are no tensors.
+        UserError: If they are no tensors of finite numbers.
     """
-    found = read_torch_file(path).get("weights", {}).get("predictor")
+    content = read_torch_file(path)
+    if content.get("format") != FORMAT or "predictor" not in content["weights"]:
+        return None
     try:
-        return None if found is None else check_tensors("the predictor", found)
+        found = check_tensors("the predictor", content["weights"]["predictor"])
+        if not all(value.isfinite().all() for value in found.values()):
+            raise ValueError("the predictor has NaN or infinite values")
     except (TypeError, ValueError) as error:
         raise UserError(f"cannot use {path}: {error}", hint=EXPECTED) from error
+    return found
 
 
 def from_own(content: dict[str, Any], weights: str) -> Checkpoint:

@@ -46,8 +46,6 @@ class TrainConfig:
     """
 
     epochs: int = 300
-    start_epochs: int = 0
-    """How many of them the weights had that the run begins with."""
     batch_size: int = 64
     lr: float = 4e-3
     """Peak learning rate of both optimizers, held from the end of the warm-up to the decay."""
@@ -90,9 +88,13 @@ class TrainState:
     predictor: Predictor
     muon: Muon
     adamw: torch.optim.AdamW
+    dtype: torch.dtype
+    """Of the matrix products; weights are float32."""
     loss_sums: Float[Tensor, "2"]
     """Prediction and matching loss, summed since the current epoch began, on the device."""
     step: int = 0
+    start_step: int = 0
+    """Updates that the networks had when the run began with them."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers enough to go on exactly here."""
@@ -103,6 +105,7 @@ class TrainState:
             "muon": self.muon.state_dict(),
             "adamw": self.adamw.state_dict(),
             "step": self.step,
+            "start_step": self.start_step,
             "loss_sums": self.loss_sums,
         }
 
@@ -114,6 +117,7 @@ class TrainState:
         self.muon.load_state_dict(saved["muon"])
         self.adamw.load_state_dict(saved["adamw"])
         self.step = saved["step"]
+        self.start_step = saved.get("start_step", 0)  # not in states from before it was kept
         self.loss_sums.copy_(saved["loss_sums"])
 
 
@@ -131,10 +135,7 @@ class StepLog:
 
 
 def init_state(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> TrainState:
-    """Random weights by the run's seed; the target encoder starts as a copy of the context's.
-
-    Weights are float32; `dtype` is that of the matrix products of every update.
-    """
+    """Random weights by the run's seed; the target encoder starts as a copy of the context's."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         context_encoder = VisionTransformer(config.vit)
@@ -144,28 +145,24 @@ def init_state(config: TrainConfig, device: torch.device, dtype: torch.dtype) ->
     parameters = [*context_encoder.parameters(), *predictor.parameters()]
     muon, adamw = make_optimizers(parameters, config, dtype)
     loss_sums = torch.zeros(2, device=device)
-    return TrainState(context_encoder, target_encoder, predictor, muon, adamw, loss_sums)
+    return TrainState(context_encoder, target_encoder, predictor, muon, adamw, dtype, loss_sums)
 
 
 def start_from(
-    state: TrainState,
-    config: TrainConfig,
-    weights: Mapping[str, Mapping[str, Tensor]],
-    num_images: int,
+    state: TrainState, weights: Mapping[str, Mapping[str, Tensor]], start_step: int
 ) -> None:
-    """Take over the networks of a run of `config.start_epochs` epochs, as if it were this one.
+    """Take over the networks of a run of `start_step` updates, as if it were this one.
 
     Args:
-        state: As `init_state` made it; networks that are not in `weights` stay as they are.
-        config: The settings of the run that begins.
+        state: As `init_state` made it; a predictor that is not in `weights` stays as it is.
         weights: Those of a checkpoint: `context`, `target`, `predictor`.
-        num_images: Images that the run will be trained on.
+        start_step: Updates after which this run begins.
     """
     state.context_encoder.load_state_dict(weights["context"])
     state.target_encoder.load_state_dict(weights["target"])
     if "predictor" in weights:
         state.predictor.load_state_dict(weights["predictor"])
-    state.step = config.start_epochs * (num_images // config.batch_size)
+    state.step = state.start_step = start_step
 
 
 def make_optimizers(
@@ -184,15 +181,16 @@ def make_optimizers(
     return muon, torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
-def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Linear warm-up, constant, linear decay.
+def learning_rate(
+    config: TrainConfig, step: int, steps_per_epoch: int, start_step: int = 0
+) -> float:
+    """Linear warm-up from `start_step` on, constant, linear decay; the lower where both meet.
 
     Hägele et al. 2024, "Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations",
     https://arxiv.org/abs/2405.18392.
     """
     total = config.epochs * steps_per_epoch
-    done = step - config.start_epochs * steps_per_epoch
-    rising = (done + 1) / max(config.warmup_epochs * steps_per_epoch, 1)
+    rising = (step - start_step + 1) / max(config.warmup_epochs * steps_per_epoch, 1)
     falling = (total - step) / max(total - decay_start(config, steps_per_epoch), 1)
     return config.lr * min(rising, falling, 1.0)
 
@@ -309,10 +307,9 @@ class Losses(NamedTuple):
     spread: Float[Tensor, ""]
 
 
-def compute_losses(
-    state: TrainState, views: Views, temperature: float, dtype: torch.dtype
-) -> Losses:
-    """The terms over the rows of all processes; matrix products of the networks in `dtype`."""
+def compute_losses(state: TrainState, views: Views, temperature: float) -> Losses:
+    """The terms over the rows of all processes."""
+    dtype = state.dtype
     B, T, M = views.target_blocks.shape
     with torch.autocast(views.pixels.device.type, dtype, enabled=dtype != torch.float32):
         with torch.no_grad():
@@ -339,7 +336,6 @@ def train_step(
     config: TrainConfig,
     images: UInt8[Tensor, "B 3 H W"],
     steps_per_epoch: int,
-    dtype: torch.dtype,
 ) -> Losses:
     """One optimizer update and one move of the target encoder.
 
@@ -348,7 +344,7 @@ def train_step(
     """
     views = Views(*map(own_part, draw_views(config, images, state.step, steps_per_epoch)))
     temperature = matching_temperature(config, state.step, steps_per_epoch)
-    losses = compute_losses(state, views, temperature, dtype)
+    losses = compute_losses(state, views, temperature)
     state.muon.zero_grad()
     state.adamw.zero_grad()
     (
@@ -359,7 +355,7 @@ def train_step(
     parameters = [*state.context_encoder.parameters(), *state.predictor.parameters()]
     sum_gradients(parameters)
     torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-    rate = learning_rate(config, state.step, steps_per_epoch)
+    rate = learning_rate(config, state.step, steps_per_epoch, state.start_step)
     for optimizer in (state.muon, state.adamw):
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -384,7 +380,6 @@ def train(
     state: TrainState,
     config: TrainConfig,
     images: UInt8[Tensor, "n 3 H W"],
-    dtype: torch.dtype,
 ) -> Iterator[StepLog]:
     """Run from `state.step` to the end of the last epoch, yielding after each update.
 
@@ -408,11 +403,11 @@ def train(
                 step=state.step + 1,
                 epoch=(state.step + 1) // steps_per_epoch,
                 end_of_epoch=position == steps_per_epoch,
-                lr=learning_rate(config, state.step, steps_per_epoch),
+                lr=learning_rate(config, state.step, steps_per_epoch, state.start_step),
                 momentum=ema_momentum(config, state.step),
                 weight_decay=config.weight_decay,
             )
-            losses = train_step(state, config, images[index], steps_per_epoch, dtype)
+            losses = train_step(state, config, images[index], steps_per_epoch)
             state.loss_sums += torch.stack([losses.prediction, losses.matching])
             # Reading a number makes an accelerator wait; a sum keeps what is not one.
             if log.end_of_epoch or position % CHECK_EVERY == 0:

@@ -1,8 +1,6 @@
 """Train a small I-JEPA; stop it at any moment, the same command goes on."""
 
 import argparse
-import csv
-import io
 import os
 import shlex
 import signal
@@ -11,18 +9,13 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 HELD_OUT = 2000
 """Training images kept aside to watch the run by; test images play no part."""
-CHECKPOINT, LOG = "checkpoint_latest.pt", "training_log.csv"
-COLUMNS = (
-    *("epoch", "loss", "matching_loss", "lr", "momentum", "weight_decay", "seconds"),
-    *("heldout_precision_at_5", "effective_rank", "target_variance"),
-)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -102,74 +95,7 @@ def load_images(args: argparse.Namespace) -> tuple[Any, Any]:
     return (pixels(rest), pixels(held_out)), held_out.labels
 
 
-class Start(NamedTuple):
-    """What a run takes over from an earlier one."""
-
-    vit: Any
-    weights: dict[str, Any]
-    rows: list[dict[str, float]]
-    training: dict[str, Any]
-    """Where the weights come from."""
-
-
-def load_start(folder: Path) -> Start:
-    """Networks, log and provenance of the run that ended in a folder."""
-    from ijepa.checkpoint import WEIGHTS, load_checkpoint, load_predictor
-    from ijepa.errors import UserError
-
-    path = folder / CHECKPOINT
-    encoders = {which: load_checkpoint(path, which) for which in WEIGHTS}
-    weights = {which: encoder.state_dict for which, encoder in encoders.items()}
-    if (predictor := load_predictor(path)) is not None:
-        weights["predictor"] = predictor
-    epochs, rows = encoders["target"].epochs, read_log(folder / LOG)
-    if [row["epoch"] for row in rows] != list(range(1, (epochs or 0) + 1)):
-        raise UserError(
-            f"{folder / LOG} has not one row for each of the {epochs} epochs of {CHECKPOINT}",
-            hint="give the folder of a whole run: both files have to be of it",
-        )
-    return Start(encoders["target"].config, weights, rows, encoders["target"].training)
-
-
-def read_log(path: Path) -> list[dict[str, float]]:
-    """The rows that a run wrote."""
-    from ijepa.errors import UserError
-
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file, strict=True)
-            if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
-            rows = [{name: float(value) for name, value in row.items()} for row in reader]
-            return [{**row, "epoch": int(row["epoch"])} for row in rows]
-    except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:
-        raise UserError(
-            f"cannot read the log {path} ({error})",
-            hint="give the folder of a run, with its training_log.csv",
-        ) from error
-
-
-def check_start(start: Start, config: Any, folder: Path) -> None:
-    """Raise UserError unless a run with these settings can begin there."""
-    from dataclasses import asdict
-
-    from ijepa.errors import UserError
-
-    saved, asked = asdict(start.vit), asdict(config.vit)
-    if other := [name for name in saved if saved[name] != asked[name]]:
-        differences = ", ".join(f"{name} {saved[name]}, not {asked[name]}" for name in other)
-        raise UserError(
-            f"the encoder in {folder} is another one: {differences}",
-            hint="give its --embed-dim, --depth and --patch-size",
-        )
-    if config.epochs <= config.start_epochs:
-        raise UserError(
-            f"the run in {folder} has had {config.start_epochs} epochs: nothing is left to do",
-            hint=f"give --epochs {config.start_epochs + 1} or more, the earlier ones included",
-        )
-
-
-def build_config(args: argparse.Namespace, start_epochs: int) -> Any:
+def build_config(args: argparse.Namespace) -> Any:
     """The settings of the run from the flags."""
     import torch
 
@@ -186,12 +112,7 @@ def build_config(args: argparse.Namespace, start_epochs: int) -> Any:
             num_heads=max(args.embed_dim // 64, 1),
         )
         config = TrainConfig(
-            epochs=args.epochs,
-            start_epochs=start_epochs,
-            batch_size=args.batch_size,
-            lr=args.lr,
-            seed=args.seed,
-            vit=vit,
+            epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed, vit=vit
         )
         # Large patches make a grid without room for the blocks: say so before loading images.
         sample_masks(config.mask, vit.grid_size, 1, config.seed, torch.device("cpu"))
@@ -218,16 +139,18 @@ def git_commit() -> str | None:
 class Run:
     """The folder of one run: resumable state, log, and the checkpoint that others load."""
 
-    def __init__(self, folder: Path, config: Any, writes: bool = True) -> None:
+    def __init__(self, args: argparse.Namespace, config: Any, writes: bool) -> None:
         from dataclasses import asdict
 
-        self.folder = folder
+        self.folder = folder = args.output_dir
+        self.init_from = args.init_from
         self.writes = writes  # one process of several
         self.state = folder / "state.pt"
         self.previous = folder / "state_previous.pt"
         self.config = config
-        self.settings = asdict(config)
+        self.settings = asdict(config) | {"init_from": args.init_from and str(args.init_from)}
         self.rows: list[dict[str, float]] = []
+        self.earlier_runs: list[dict[str, Any]] = []
         self.seconds = 0.0
 
     def say(self, text: str) -> None:
@@ -235,19 +158,45 @@ class Run:
         if self.writes:
             print(text, file=sys.stderr)
 
-    def take_over(self, start: Start, state: Any, num_images: int) -> None:
-        """Begin with the networks and the log of an earlier run."""
+    def begin(self, state: Any, num_images: int) -> None:
+        """Take over networks and log of the run that ended in another folder."""
         from ijepa.errors import UserError
+        from ijepa.runs import load_start
         from ijepa.training import start_from
 
-        self.rows = start.rows
+        start = load_start(self.init_from)
+        self.check_start(start)
         try:
-            start_from(state, self.config, start.weights, num_images)
+            updates = len(start.rows) * (num_images // self.config.batch_size)
+            start_from(state, start.weights, updates)
         except RuntimeError as error:  # the encoders are known to fit
             raise UserError(
                 f"the predictor does not fit: {' '.join(str(error).split())[:200]}",
-                hint="begin with a checkpoint of this trainer",
+                hint="begin with a run of this trainer",
             ) from error
+        if "predictor" not in start.weights:
+            self.say(f"{self.init_from} holds no predictor: a new one begins")
+        self.rows, self.earlier_runs = start.rows, start.earlier_runs
+
+    def check_start(self, start: Any) -> None:
+        """Raise UserError unless a run with these settings can begin there."""
+        from dataclasses import asdict
+
+        from ijepa.errors import UserError
+
+        saved, asked = asdict(start.config), self.settings["vit"]
+        if other := [name for name in saved if saved[name] != asked[name]]:
+            differences = ", ".join(f"{name} {saved[name]}, not {asked[name]}" for name in other)
+            raise UserError(
+                f"the encoder in {self.init_from} is another one: {differences}",
+                hint="give its --embed-dim, --depth and --patch-size; its other sizes are fixed",
+            )
+        epochs = len(start.rows)
+        if self.config.epochs <= epochs:
+            raise UserError(
+                f"the run in {self.init_from} has had {epochs} epochs: nothing is left to do",
+                hint=f"give --epochs {epochs + 1} or more, the earlier ones included",
+            )
 
     def read_state(self) -> Any:
         """The last whole state of the folder, or None in a new one."""
@@ -264,8 +213,8 @@ class Run:
                 self.say(f"{error.problem}: going back to {self.previous.name}")
         return None
 
-    def resume(self, state: Any, num_images: int, required: bool) -> None:
-        """Take over a run found in the folder."""
+    def resume(self, state: Any, num_images: int, required: bool) -> bool:
+        """Take over a run found in the folder; whether there is one."""
         from ijepa.errors import UserError
 
         saved = self.read_state()
@@ -275,11 +224,13 @@ class Run:
                     f"there is no run in {self.folder} to resume",
                     hint="check --output-dir, or leave out --resume to begin a run there",
                 )
-            return
+            return False
         self.check_settings(saved["settings"], saved["state"]["step"], num_images)
         state.load_state_dict(saved["state"])
         self.rows, self.seconds = saved["rows"], saved["seconds"]
+        self.earlier_runs = saved.get("earlier_runs", [])  # not in states from before it was kept
         self.say(f"resuming {self.folder} after {state.step} updates")
+        return True
 
     def check_settings(self, saved: dict[str, Any], step: int, num_images: int) -> None:
         """Raise UserError unless going on makes the run that these settings make from the start."""
@@ -322,6 +273,7 @@ class Run:
             "settings": self.settings,
             "rows": self.rows,
             "seconds": self.seconds,
+            "earlier_runs": self.earlier_runs,
         }
         if self.state.exists():
             self.state.replace(self.previous)
@@ -330,18 +282,15 @@ class Run:
     def publish(self, state: Any, provenance: dict[str, Any]) -> None:
         """Write the log and the checkpoint of the epochs finished so far."""
         from ijepa.checkpoint import save_checkpoint
-        from ijepa.files import write_text
+        from ijepa.runs import CHECKPOINT, LOG, NORMALIZATION, write_log
 
-        text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_text(self.folder / LOG, text.getvalue())
+        write_log(self.folder / LOG, self.rows)
         training = {
             "epochs": self.rows[-1]["epoch"],
             "planned_epochs": self.config.epochs,
             "seconds": self.seconds,
             "settings": self.settings,
+            "earlier_runs": self.earlier_runs,
             **provenance,
         }
         networks = {
@@ -349,7 +298,8 @@ class Run:
             "context": state.context_encoder,
             "predictor": state.predictor,
         }
-        save_checkpoint(self.folder / CHECKPOINT, self.config.vit, networks, (0.5, 0.5), training)
+        path = self.folder / CHECKPOINT
+        save_checkpoint(path, self.config.vit, networks, NORMALIZATION, training)
 
     def end_epoch(self, row: dict[str, float], state: Any, provenance: dict[str, Any]) -> None:
         """Log one epoch and write the checkpoint and the state."""
@@ -371,9 +321,11 @@ class Run:
         from ijepa.huggingface import export_huggingface
         from ijepa.plots import Caption, plot_training_curves
         from ijepa.report import save_figure
+        from ijepa.runs import CHECKPOINT
 
-        if not self.writes or not (self.folder / CHECKPOINT).exists():
-            return  # another process does it, or not one epoch is finished
+        taken_over = self.earlier_runs[-1]["epochs"] if self.earlier_runs else 0
+        if not self.writes or len(self.rows) == taken_over:
+            return  # another process does it, or no epoch of its own is finished
         epochs = self.rows[-1]["epoch"]
         title = f"I-JEPA training, {epochs} of {self.config.epochs} epochs"
         footer = f"Held-out images are {HELD_OUT} training images at most; seed {self.config.seed}."
@@ -454,23 +406,18 @@ def train_run(args: argparse.Namespace) -> int:
     device = join_processes(device, "nccl" if device.type == "cuda" else "gloo")
     check_batch(args)
     dtype = choose_dtype(args.dtype, device)
-    start = load_start(args.init_from) if args.init_from else None
-    config = build_config(args, len(start.rows) if start else 0)
-    if start:
-        check_start(start, config, args.init_from)
+    config = build_config(args)
     (images, held_out), labels = load_images(args)
     images = images.to(device)
     state = init_state(config, device, dtype)
-    run = Run(args.output_dir, config, writes=process_rank() == 0)
-    if start:
-        run.take_over(start, state, len(images))
-    run.resume(state, len(images), args.resume)
-    provenance = describe(args, device.type, dtype, len(images))
+    run = Run(args, config, writes=process_rank() == 0)
+    if not run.resume(state, len(images), args.resume) and args.init_from:
+        run.begin(state, len(images))
+    provenance = describe(args, device.type, state.dtype, len(images))
     provenance["processes"] = num_processes()
-    provenance["started_from"] = start.training if start else None
     held_out = (held_out.to(device), labels)
     try:
-        code = train_and_save(run, state, images, held_out, dtype, provenance)
+        code = train_and_save(run, state, images, held_out, provenance)
     except FloatingPointError as error:
         raise UserError(
             f"{error}; the last saved state is kept", hint="try a lower --lr or --dtype float32"
@@ -480,7 +427,7 @@ def train_run(args: argparse.Namespace) -> int:
 
 
 def train_and_save(
-    run: Run, state: Any, images: Any, held_out: Any, dtype: Any, provenance: dict[str, Any]
+    run: Run, state: Any, images: Any, held_out: Any, provenance: dict[str, Any]
 ) -> int:
     """Train to the end or to a signal, log and save each epoch; the exit code."""
     from ijepa.parallel import any_process
@@ -492,12 +439,12 @@ def train_and_save(
         signal.signal(one, lambda number, _: stop.append(number))
     began = time.monotonic()
     with progress_bar(run, state.step, len(images)) as bar:
-        for log in train(state, config, images, dtype):
+        for log in train(state, config, images):
             bar.update(config.batch_size)
             if log.end_of_epoch:
                 losses = mean_losses(state, config, len(images))
                 row = log_row(log, losses, time.monotonic() - began)
-                row |= evaluate(state.target_encoder, *held_out, dtype)
+                row |= evaluate(state.target_encoder, *held_out, state.dtype)
                 run.end_epoch(row, state, provenance)
                 bar.set_description(f"epoch {log.epoch}/{config.epochs} loss {losses[0]:.4f}")
                 began = time.monotonic()

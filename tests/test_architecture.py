@@ -26,6 +26,7 @@ ORDER = [
     "uncertainty",
     "plots",
     "checkpoint",
+    "runs",
     "training",
     "hub",
     "huggingface",

@@ -20,14 +20,14 @@ def set_gradients(weights, seed):
         weight.grad = torch.randn(weight.shape, generator=generator)
 
 
-@pytest.mark.parametrize("momentum", [0.95, 0.5])
-def test_in_bfloat16_it_is_the_optimizer_of_pytorch_bit_for_bit(momentum):
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.5}])
+def test_in_bfloat16_it_is_the_optimizer_of_pytorch_bit_for_bit(options):
     ours, theirs = make_weights(), make_weights()
     pairs = [
-        (ours, Muon(ours, 0.1, 0.3, torch.bfloat16, momentum)),
+        (ours, Muon(ours, 0.1, 0.3, torch.bfloat16, **options)),
         (
             theirs,
-            torch.optim.Muon(theirs, 0.1, 0.3, momentum=momentum, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.Muon(theirs, 0.1, 0.3, **options, adjust_lr_fn="match_rms_adamw"),
         ),
     ]
     for seed in range(4):

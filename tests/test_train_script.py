@@ -1,6 +1,7 @@
 import csv
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import torch
 
 from ijepa.checkpoint import load_checkpoint
 from ijepa.data import load_split
+from ijepa.runs import earlier_runs
 from ijepa.training import embed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -290,8 +292,11 @@ def test_a_run_goes_on_with_networks_and_log_of_a_finished_one(finished, flags, 
         load_checkpoint(path / "checkpoint_latest.pt") for path in (finished, tmp_path)
     )
     assert (went_on.epochs, went_on.training["planned_epochs"]) == (EPOCHS + 2, EPOCHS + 2)
-    assert went_on.training["started_from"] == ended.training
-    assert ended.training["started_from"] is None
+    (earlier,) = went_on.training["earlier_runs"]
+    assert earlier["epochs"] == EPOCHS
+    for name in ("command", "seconds", "git_commit", "dtype"):
+        assert earlier[name] == ended.training[name]
+    assert ended.training["earlier_runs"] == []
 
 
 def test_a_run_from_a_finished_one_begins_with_its_rounded_weights(finished, flags, tmp_path):
@@ -312,29 +317,73 @@ def test_a_run_from_a_finished_one_begins_with_its_rounded_weights(finished, fla
     assert moved[1].abs().sum() < moved[0].abs().sum()
 
 
-def test_a_stopped_run_from_a_finished_one_resumes_with_the_same_command(
-    finished, flags, tmp_path, capsys
-):
-    arguments = [*flags, "--epochs", str(EPOCHS + 2), "--init-from", str(finished)]
+def test_a_stopped_run_from_a_finished_one_resumes_by_itself(finished, flags, tmp_path, capsys):
+    """The same command goes on, even where the finished run is gone."""
+    start = shutil.copytree(finished, tmp_path / "start")
+    arguments = [*flags, "--epochs", str(EPOCHS + 2), "--init-from", str(start)]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert script.main([*arguments, "--output-dir", str(straight)]) == 0
     shutil.copytree(straight, stopped)
     (stopped / "state_previous.pt").replace(stopped / "state.pt")
+    shutil.rmtree(start)
     capsys.readouterr()
     assert script.main([*arguments, "--output-dir", str(stopped)]) == 0
     updates = 3 * (EPOCHS + 1)
     assert capsys.readouterr().err.startswith(f"resuming {stopped} after {updates} updates\n")
+    one, other = (load_checkpoint(path / "checkpoint_latest.pt") for path in (straight, stopped))
+    assert all(torch.equal(one.state_dict[name], other.state_dict[name]) for name in one.state_dict)
+    assert one.training["earlier_runs"] == other.training["earlier_runs"] != []
+
+
+@pytest.mark.parametrize("other", [[], ["--init-from", "elsewhere"]])
+def test_a_run_does_not_change_where_it_began(finished, flags, tmp_path, capsys, other):
+    output = ["--output-dir", str(tmp_path / "run")]
+    longer = [*flags, "--epochs", str(EPOCHS + 1), *output]
+    assert script.main([*longer, "--init-from", str(finished)]) == 0
+    before = contents(tmp_path / "run")
+    capsys.readouterr()
+    assert script.main([*longer, *other]) == 1
+    assert "has other settings: init_from" in capsys.readouterr().err
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_state_from_before_a_run_could_begin_elsewhere_is_resumed(finished, flags, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    saved = torch.load(folder / "state_previous.pt", weights_only=True)
+    del saved["earlier_runs"], saved["settings"]["init_from"], saved["state"]["start_step"]
+    torch.save(saved, folder / "state.pt")
+    assert script.main([*flags, "--output-dir", str(folder)]) == 0
     one, other = (
-        load_checkpoint(path / "checkpoint_latest.pt").state_dict for path in (straight, stopped)
+        load_checkpoint(path / "checkpoint_latest.pt").state_dict for path in (folder, finished)
     )
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_run_stopped_in_its_first_epoch_leaves_no_curves(tmp_path, finished, flags, monkeypatch):
+@pytest.mark.parametrize("begins", ["from nothing", "from a finished run"])
+def test_a_run_stopped_in_its_first_epoch_leaves_a_checkpoint_there_alone(
+    tmp_path, finished, flags, monkeypatch, begins
+):
+    """As in a folder with a shipped checkpoint, which has no state."""
     monkeypatch.setattr("ijepa.parallel.any_process", lambda *_: True)
-    arguments = [*flags, "--epochs", str(EPOCHS + 1), "--init-from", str(finished)]
-    assert script.main([*arguments, "--output-dir", str(tmp_path)]) == 130
-    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+    shutil.copy(finished / "checkpoint_latest.pt", tmp_path)
+    arguments = [*flags, "--epochs", str(EPOCHS + 1), "--output-dir", str(tmp_path)]
+    if begins == "from a finished run":
+        arguments += ["--init-from", str(finished)]
+    assert script.main(arguments) == 130
+    assert {path.name for path in tmp_path.iterdir()} == {"state.pt", "checkpoint_latest.pt"}
+
+
+def test_runs_before_are_a_list_of_plain_facts(finished):
+    training = load_checkpoint(finished / "checkpoint_latest.pt").training
+    deep = []
+    for _ in range(2000):
+        deep = [deep]
+    first = {"epochs": 2, "command": "a", "seconds": deep, "secret": 1}
+    runs = earlier_runs({**training, "earlier_runs": [first, "nothing"]})
+    assert runs[0] == {"epochs": 2, "command": "a"}
+    assert (len(runs), runs[1]["epochs"]) == (2, EPOCHS)
+    assert "settings" not in runs[1]
+    assert earlier_runs({"epochs": 1, "earlier_runs": 7}) == [{"epochs": 1}]
 
 
 def change_weights(change):
@@ -355,13 +404,35 @@ def change_log(change):
     return spoil
 
 
-def test_a_predictor_begins_anew_where_the_checkpoint_has_none(finished, flags, tmp_path):
+def change_content(change):
+    def spoil(folder):
+        path = folder / "checkpoint_latest.pt"
+        content = torch.load(path, weights_only=True)
+        torch.save(change(content) or content, path)
+
+    return spoil
+
+
+def as_of_the_authors(content):
+    """Their layout, with a key of ours that means nothing there."""
+    weights = content["weights"]
+    return {"target_encoder": weights["target"], "encoder": weights["context"], "weights": None}
+
+
+def make_pipe(folder):
+    (folder / "training_log.csv").unlink()
+    os.mkfifo(folder / "training_log.csv")
+
+
+def test_a_predictor_begins_anew_where_the_checkpoint_has_none(finished, flags, tmp_path, capsys):
     folder = shutil.copytree(finished, tmp_path / "without")
     change_weights(lambda weights: weights.pop("predictor"))(folder)
     arguments = [*flags, "--epochs", str(EPOCHS + 1), "--lr", "1e-12"]
     for name, start in (("with", finished), ("anew", folder)):
         folders = ["--init-from", str(start), "--output-dir", str(tmp_path / name)]
         assert script.main([*arguments, *folders]) == 0
+    told = f"{folder} holds no predictor: a new one begins"
+    assert capsys.readouterr().err.count(told) == 1
     losses = [float(read_log(tmp_path / name)[-1]["loss"]) for name in ("with", "anew")]
     assert losses[0] < losses[1]
 
@@ -388,7 +459,27 @@ def refused(flags, folder, output, capsys):
         (change_log(lambda text: text[:-30]), "cannot read the log"),
         (change_log(lambda text: text.replace("\n2,", "\nx,")), "cannot read the log"),
         (change_log(lambda text: text.replace("\n2,", "\ninf,")), "cannot read the log"),
+        (change_log(lambda text: text.replace("\n2,", "\n2.7,")), "cannot read the log"),
+        (change_log(lambda text: re.sub("\n2,[^,]+", "\n2,1e308", text)), "values beyond 1e+09"),
+        (change_log(lambda text: re.sub("\n2,[^,]+", "\n2,nan", text)), "values beyond 1e+09"),
+        (change_log(lambda text: text + "\0" * 2**24), "no file of at most 16 MiB"),
+        (make_pipe, "no file of at most 16 MiB"),
         (change_log(lambda text: text + "4" + ",0" * 9), "not one row for each of the 3"),
+        (change_log(lambda text: text.replace("\n2,", "\n3,")), "not one row for each of the 3"),
+        (
+            change_content(lambda content: content["training"].update(epochs=10**30)),
+            "not one row for each of the 1000000000000000000000000000000 epochs",
+        ),
+        (
+            change_content(lambda content: content["preprocessing"].update(mean=[0.4] * 3)),
+            "takes pixels of mean (0.4, 0.4, 0.4)",
+        ),
+        (change_content(as_of_the_authors), "does not tell its number of attention heads"),
+        (change_weights(lambda all_: all_.pop("context")), "has no context encoder"),
+        (
+            change_weights(lambda all_: all_["predictor"]["mask_token"].fill_(torch.nan)),
+            "the predictor has NaN",
+        ),
         (change_weights(lambda all_: all_["predictor"].popitem()), "the predictor does not fit"),
         (change_weights(lambda all_: all_.update(predictor=[])), "predictor must be a dictionary"),
     ],

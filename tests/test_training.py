@@ -122,8 +122,7 @@ def test_a_run_of_another_length_begins_with_the_same_rates():
 
 def test_a_run_that_begins_later_warms_up_again_and_falls_at_the_same_time():
     whole = TrainConfig(lr=1.0, epochs=10, warmup_epochs=2.0)
-    later = dataclasses.replace(whole, start_epochs=3)
-    rates = [[learning_rate(one, step, 10) for step in range(30, 100)] for one in (whole, later)]
+    rates = [[learning_rate(whole, step, 10, at) for step in range(30, 100)] for at in (0, 30)]
     np.testing.assert_allclose(rates[1][:20], np.arange(1, 21) / 20)
     assert rates[1][20:] == rates[0][20:]
 
@@ -131,21 +130,23 @@ def test_a_run_that_begins_later_warms_up_again_and_falls_at_the_same_time():
 def test_a_run_goes_on_from_the_networks_of_another(config, images):
     first, later = (dataclasses.replace(config, seed=seed) for seed in (0, 1))
     ended, begun, fresh = (init_state(one, CPU, FLOAT) for one in (first, later, later))
-    list(train(ended, first, images, FLOAT))
+    list(train(ended, first, images))
     saved = ended.state_dict()
     weights = {
         which: saved[name]
         for which, name in (("context", "context_encoder"), ("target", "target_encoder"))
     }
-    later = dataclasses.replace(later, epochs=5, start_epochs=3)
-    start_from(begun, later, weights, len(images))
+    later = dataclasses.replace(later, epochs=5)
+    start_from(begun, weights, 9)
     assert_equal_bit_for_bit(begun.predictor.state_dict(), fresh.predictor.state_dict())
-    start_from(begun, later, {**weights, "predictor": saved["predictor"]}, len(images))
+    start_from(begun, {**weights, "predictor": saved["predictor"]}, 9)
     for name in ("context_encoder", "target_encoder", "predictor"):
         assert_equal_bit_for_bit(begun.state_dict()[name], saved[name])
-    logs = list(train(begun, later, images, FLOAT))
+    logs = list(train(begun, later, images))
     assert [log.epoch for log in logs if log.end_of_epoch] == [4, 5]
     assert len(logs) == 2 * 3
+    assert logs[0].lr == learning_rate(later, 9, 3, 9) < learning_rate(later, 9, 3)
+    assert begun.muon.param_groups[0]["lr"] == logs[-1].lr
 
 
 def test_momentum_has_a_memory_that_is_a_share_of_the_updates_so_far():
@@ -181,7 +182,7 @@ def test_a_step_moves_the_target_towards_the_context_as_it_is_after_the_step(con
     config = dataclasses.replace(config, ema_start=0.85)
     state = init_state(config, CPU, FLOAT)
     before = {name: value.clone() for name, value in state.target_encoder.named_parameters()}
-    train_step(state, config, images[:4], 3, FLOAT)
+    train_step(state, config, images[:4], 3)
     for name, averaged in state.target_encoder.named_parameters():
         current = state.context_encoder.get_parameter(name)
         torch.testing.assert_close(averaged, 0.85 * before[name] + 0.15 * current)
@@ -190,7 +191,7 @@ def test_a_step_moves_the_target_towards_the_context_as_it_is_after_the_step(con
 
 def test_no_gradient_reaches_the_target_encoder_and_all_others_get_one(config, images):
     state = init_state(config, CPU, FLOAT)
-    train_step(state, config, images[:4], 3, FLOAT)
+    train_step(state, config, images[:4], 3)
     assert all(p.grad is None and not p.requires_grad for p in state.target_encoder.parameters())
     for network in (state.context_encoder, state.predictor):
         for name, parameter in network.named_parameters():
@@ -209,7 +210,7 @@ def test_the_losses_are_those_of_a_loop_over_images_blocks_and_patches(config, i
         for parameter in [parameter for one in networks for parameter in one.parameters()]:
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator()))
     views = draw_views(config, images[:3], step, 3)
-    losses = compute_losses(state, views, 0.3, FLOAT)
+    losses = compute_losses(state, views, 0.3)
 
     errors, targets, means = [], [], []
     for pixels, context, further, blocks in zip(*views, strict=True):
@@ -287,13 +288,13 @@ def test_views_and_updates_show_different_patches(config, images):
 def test_a_run_changes_temperature_and_sees_whole_views_in_time(config, images, monkeypatch):
     seen = []
 
-    def noted(state, views, temperature, dtype):
+    def noted(state, views, temperature):
         seen.append((temperature, views.further.shape[-1]))
-        return compute_losses(state, views, temperature, dtype)
+        return compute_losses(state, views, temperature)
 
     monkeypatch.setattr(training, "compute_losses", noted)
     config = dataclasses.replace(config, sharp_epochs=1.0)
-    list(train(init_state(config, CPU, FLOAT), config, images, FLOAT))
+    list(train(init_state(config, CPU, FLOAT), config, images))
     assert seen == [(0.1, 20)] * 3 + [(0.4, 20)] * 2 + [(0.4, 64)] * 4
 
 
@@ -344,7 +345,7 @@ def test_the_spread_loss_of_one_image_is_finite_with_a_finite_gradient():
 def test_the_gradient_of_both_networks_is_clipped_together(config, images):
     config = dataclasses.replace(config, clip_norm=1e-3)
     state = init_state(config, CPU, FLOAT)
-    train_step(state, config, images[:4], 3, FLOAT)
+    train_step(state, config, images[:4], 3)
     networks = (state.context_encoder, state.predictor)
     norms = [p.grad.norm() for network in networks for p in network.parameters()]
     assert torch.stack(norms).norm().item() == pytest.approx(1e-3, rel=1e-3)
@@ -367,10 +368,17 @@ def test_matrices_go_to_muon_and_vectors_do_not_decay(config):
     )
 
 
+@pytest.mark.parametrize("dtype", [FLOAT, torch.bfloat16])
+def test_muon_multiplies_in_the_dtype_of_the_run(config, dtype):
+    state = init_state(config, CPU, dtype)
+    assert state.muon.dtype == state.dtype == dtype
+    assert all(p.dtype == FLOAT for p in state.context_encoder.parameters())
+
+
 def test_an_update_uses_the_rate_of_its_step_and_the_decay(config, images):
     state = init_state(config, CPU, FLOAT)
     state.step = 7
-    train_step(state, config, images[:4], 3, FLOAT)
+    train_step(state, config, images[:4], 3)
     groups = [*state.muon.param_groups, *state.adamw.param_groups]
     assert [group["weight_decay"] for group in groups] == [config.weight_decay] * 2 + [0.0]
     for group in groups:
@@ -383,7 +391,7 @@ def test_the_first_update_of_muon_is_orthogonal_and_as_large_as_one_of_adamw(con
     state = init_state(config, CPU, FLOAT)
     weight = state.context_encoder.blocks[0].mlp.fc1.weight
     before = weight.detach().clone()
-    train_step(state, config, images[:4], 3, FLOAT)
+    train_step(state, config, images[:4], 3)
     rate, decay = learning_rate(config, 0, 3), config.weight_decay
     update = (weight.detach() - before * (1 - rate * decay)) / rate
     nearest = np.linalg.svd(weight.grad.numpy(), full_matrices=False)
@@ -401,7 +409,7 @@ def test_the_first_update_of_adam_moves_each_weight_by_the_rate_and_the_decay(co
     state = init_state(config, CPU, FLOAT)
     weight = state.context_encoder.patch_embed.proj.weight
     before = weight.detach().clone()
-    train_step(state, config, images[:4], 3, FLOAT)
+    train_step(state, config, images[:4], 3)
     rate, decay = learning_rate(config, 0, 3), config.weight_decay
     large = weight.grad.abs() > 1e-5
     expected = before * (1 - rate * decay) - rate * weight.grad.sign()
@@ -411,7 +419,7 @@ def test_the_first_update_of_adam_moves_each_weight_by_the_rate_and_the_decay(co
 
 def test_bfloat16_gives_nearly_the_loss_of_float32(config, images):
     exact, rounded = (
-        train_step(init_state(config, CPU, FLOAT), config, images[:4], 3, dtype)
+        train_step(init_state(config, CPU, dtype), config, images[:4], 3)
         for dtype in (FLOAT, torch.bfloat16)
     )
     for name, value in exact._asdict().items():
@@ -434,21 +442,21 @@ def test_one_batch_is_learned_by_heart(config, images):
         predictor=PredictorConfig(embed_dim=16, depth=1, num_heads=2),
     )
     state = init_state(config, CPU, FLOAT)
-    losses = [mean_losses(state, config, 4)[0] for _ in train(state, config, images[:4], FLOAT)]
+    losses = [mean_losses(state, config, 4)[0] for _ in train(state, config, images[:4])]
     assert np.mean(losses[-10:]) < losses[0] / 2
 
 
 def test_a_run_is_a_loop_of_updates_over_shuffled_batches(config, images):
     state, by_hand = init_state(config, CPU, FLOAT), init_state(config, CPU, FLOAT)
     logs, means, losses = [], [], []
-    for log in train(state, config, images, FLOAT):
+    for log in train(state, config, images):
         logs.append(log)
         means.append(mean_losses(state, config, 10))
     for epoch in range(3):
         order = epoch_order(config.seed, epoch, 10)
         for first in (0, 3, 6):
             batch = images[order[first : first + 3]]
-            found = train_step(by_hand, config, batch, 3, FLOAT)
+            found = train_step(by_hand, config, batch, 3)
             losses.append((found.prediction.item(), found.matching.item()))
     by_hand.loss_sums = state.loss_sums
     assert_equal_bit_for_bit(state.state_dict(), by_hand.state_dict())
@@ -486,7 +494,7 @@ def test_two_runs_are_equal_bit_for_bit_whatever_the_global_seed(config, images)
         torch.manual_seed(global_seed)
         before = torch.get_rng_state()
         states.append(init_state(config, CPU, FLOAT))
-        logs.append(list(train(states[-1], config, images, FLOAT)))
+        logs.append(list(train(states[-1], config, images)))
         assert torch.equal(torch.get_rng_state(), before)
     assert logs[0] == logs[1]
     assert_equal_bit_for_bit(states[0].state_dict(), states[1].state_dict())
@@ -495,14 +503,14 @@ def test_two_runs_are_equal_bit_for_bit_whatever_the_global_seed(config, images)
 @pytest.mark.parametrize("stops", [(3,), (1,), (4, 5), (8,), (9,)])
 def test_a_stopped_and_resumed_run_is_the_undisturbed_run_bit_for_bit(config, images, stops):
     straight = init_state(config, CPU, FLOAT)
-    expected = list(train(straight, config, images, FLOAT))
+    expected = list(train(straight, config, images))
 
     logs, saved = [], None
     for stop in (*stops, None):
         state = init_state(config, CPU, FLOAT)
         if saved is not None:
             state.load_state_dict(saved)
-        for log in train(state, config, images, FLOAT):
+        for log in train(state, config, images):
             logs.append(log)
             if log.step == stop:
                 break
@@ -513,7 +521,6 @@ def test_a_stopped_and_resumed_run_is_the_undisturbed_run_bit_for_bit(config, im
 
 FIELDS = {
     "epochs": 4,
-    "start_epochs": 1,
     "batch_size": 4,
     "lr": 1e-3,
     "warmup_epochs": 2.0,
@@ -543,7 +550,7 @@ def test_every_setting_changes_the_run(config, images, name):
     states = []
     for one in (config, dataclasses.replace(config, **{name: FIELDS[name]})):
         states.append(init_state(one, CPU, FLOAT))
-        list(train(states[-1], one, images, FLOAT))
+        list(train(states[-1], one, images))
     weights = [state.target_encoder.patch_embed.proj.weight for state in states]
     assert not torch.equal(*weights)
 
@@ -560,29 +567,29 @@ def test_the_target_starts_as_a_copy_with_weights_by_the_seed(config):
 
 def test_a_batch_larger_than_the_data_is_a_value_error(config, images):
     with pytest.raises(ValueError, match="batch_size 3 exceeds the 2 images"):
-        next(train(init_state(config, CPU, FLOAT), config, images[:2], FLOAT))
+        next(train(init_state(config, CPU, FLOAT), config, images[:2]))
 
 
 def test_one_image_and_one_step_are_a_run(config, images):
     config = dataclasses.replace(config, epochs=1, batch_size=1)
     state = init_state(config, CPU, FLOAT)
-    logs = list(train(state, config, images[:1], FLOAT))
+    logs = list(train(state, config, images[:1]))
     assert [(log.step, log.epoch, log.end_of_epoch) for log in logs] == [(1, 1, True)]
     assert all(parameter.isfinite().all() for parameter in state.context_encoder.parameters())
 
 
 def test_a_finished_run_does_nothing(config, images):
     state = init_state(config, CPU, FLOAT)
-    list(train(state, config, images, FLOAT))
+    list(train(state, config, images))
     before = through_a_file(state.state_dict())
-    assert list(train(state, config, images, FLOAT)) == []
+    assert list(train(state, config, images)) == []
     assert_equal_bit_for_bit(through_a_file(state.state_dict()), before)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_stops_the_run_before_the_epoch_is_logged(config, images, value):
     state = init_state(config, CPU, FLOAT)
-    run = train(state, config, images, FLOAT)
+    run = train(state, config, images)
     next(run)
     check_finite(state)
     with torch.no_grad():
