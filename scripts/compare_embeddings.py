@@ -2,8 +2,6 @@
 
 import argparse
 import os
-import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +25,8 @@ MANY_IMAGES = 10_000
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; heavy imports come later so that usage errors are instant."""
+    from ijepa.provenance import command_line
+
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add(
@@ -99,14 +99,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--no-cache", action="store_true", help="neither read nor keep finished embeddings")
     args = parser.parse_args(arguments)
     words = sys.argv[1:] if arguments is None else arguments
-    if any("\udc80" <= character <= "\udcff" for word in words for character in word):
-        parser.error(f"arguments must be UTF-8, got {words!a}")
+    try:
+        args.command = command_line("scripts/compare_embeddings.py", words)
+    except ValueError as error:
+        parser.error(str(error))
     if args.hf_model is None:
         args.hf_model = bundled("hf") if args.offline else HUB_MODEL
     args.local_checkpoint = args.local_checkpoint or [Path(bundled("checkpoint_latest.pt"))]
-    count = os.environ.get("LOCAL_WORLD_SIZE")
-    launcher = ["torchrun", "--nproc-per-node", count] if count else ["python"]
-    args.command = shlex.join([*launcher, "scripts/compare_embeddings.py", *words])
     return args
 
 
@@ -138,21 +137,6 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
-
-
-def git_commit() -> str | None:
-    """The project's commit, marked when files differ from it; None outside a checkout."""
-    try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except FileNotFoundError:
-        return None
-    return result.stdout.strip() or None
 
 
 def versions() -> dict[str, str]:
@@ -450,6 +434,7 @@ def describe_run(
 ) -> dict[str, Any]:
     """The provenance parts of metrics.json."""
     from ijepa.comparison import MUTUAL_K
+    from ijepa.provenance import git_commit
     from ijepa.uncertainty import NUM_BLOCKS, NUM_HALVES
 
     counts = [int((split.labels == label).sum()) for label in range(len(split.classes))]

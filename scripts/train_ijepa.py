@@ -2,9 +2,7 @@
 
 import argparse
 import os
-import shlex
 import signal
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -20,6 +18,8 @@ HELD_OUT = 2000
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; heavy imports come later so that usage errors are instant."""
+    from ijepa.provenance import command_line
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -32,9 +32,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="FOLDER",
         help="begin with the weights and the log of the run that ended there, not from scratch",
     )
-    add(
-        "--epochs", type=positive, default=300, help="passes over the images, those before included"
-    )
+    add("--epochs", type=positive, default=300, help="passes over the images, earlier ones too")
     add("--dataset", default="cifar10", help="cifar10, or a folder with one sub-folder per class")
     add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or will be put")
     add("--batch-size", type=positive, default=64, help="images per update")
@@ -47,7 +45,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=natural, default=0, help="of weights, order, crops and masks")
     args = parser.parse_args(arguments)
     words = sys.argv[1:] if arguments is None else arguments
-    args.command = shlex.join(["python", "scripts/train_ijepa.py", *words])
+    try:
+        args.command = command_line("scripts/train_ijepa.py", words)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
@@ -119,21 +120,6 @@ def build_config(args: argparse.Namespace) -> Any:
     except ValueError as error:
         raise UserError(str(error), hint="change --embed-dim, --depth or --patch-size") from error
     return config
-
-
-def git_commit() -> str | None:
-    """The project's commit, marked when files differ from it; None without git or a checkout."""
-    try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except FileNotFoundError:
-        return None
-    return result.stdout.strip() or None
 
 
 class Run:
@@ -343,6 +329,8 @@ def round_digits(value: float) -> float:
 def describe(args: argparse.Namespace, device: str, dtype: Any, num_images: int) -> dict[str, Any]:
     """Where a checkpoint comes from."""
     import torch
+
+    from ijepa.provenance import git_commit
 
     return {
         "dataset": args.dataset,

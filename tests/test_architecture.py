@@ -15,6 +15,7 @@ ORDER = [
     "errors",
     "files",
     "devices",
+    "provenance",
     "data",
     "augmentation",
     "parallel",

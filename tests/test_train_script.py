@@ -15,6 +15,7 @@ import torch
 
 from ijepa.checkpoint import load_checkpoint
 from ijepa.data import load_split
+from ijepa.provenance import git_commit
 from ijepa.runs import earlier_runs
 from ijepa.training import embed
 
@@ -543,7 +544,9 @@ def test_two_processes_train_the_model_of_one(tmp_path, flags, finished):
     )
     for name in one:
         torch.testing.assert_close(one[name], other[name], atol=2e-3, rtol=0)
-    assert load_checkpoint(tmp_path / "checkpoint_latest.pt").training["processes"] == 2
+    training = load_checkpoint(tmp_path / "checkpoint_latest.pt").training
+    assert training["processes"] == 2
+    assert training["command"].startswith("torchrun --nproc-per-node 2 scripts/train_ijepa.py --")
     assert result.stderr.count("epoch=1 ") == 1
 
 
@@ -587,6 +590,13 @@ def test_an_output_folder_that_is_a_file_is_told_before_training(tmp_path, flags
     assert capsys.readouterr().err.startswith(f"error: cannot write to {tmp_path / 'file'}")
 
 
+def test_an_argument_that_is_not_utf_8_is_wrong_usage(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script.main(["--dataset", os.fsdecode(b"in\xff")])
+    assert stopped.value.code == 2
+    assert "UTF-8" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "wrong",
     [["--epochs", "0"], ["--batch-size", "-3"], ["--seed", "-1"], ["--dtype", "half"], ["--epoch"]],
@@ -624,4 +634,4 @@ def test_help_and_usage_errors_import_nothing_heavy():
 
 def test_a_machine_without_git_has_no_commit(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert script.git_commit() is None
+    assert git_commit() is None
