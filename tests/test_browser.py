@@ -344,6 +344,20 @@ def test_nothing_is_wider_than_the_screen(opened, width):
     assert min(sizes) >= 250
 
 
+@pytest.mark.parametrize("width", [360, 1000, 1280])
+def test_cosines_of_four_decimals_fit_under_their_images(opened, width):
+    page = opened(viewport={"width": width, "height": 900})
+    page.evaluate("panels.forEach((panel) => { panel.model.digits = 4; }); choose(0);")
+    texts = page.locator("#chosen .tile b").all_inner_texts()
+    assert len(texts) == 10
+    assert all(re.fullmatch(r"[✓✗]\s−?[01]\.\d{4}", text) for text in texts)
+    over = page.locator("#chosen .tile b").evaluate_all(
+        """(texts) => texts.filter((text) => text.getBoundingClientRect().right
+            > text.parentElement.getBoundingClientRect().right + 1).length"""
+    )
+    assert over == 0
+
+
 @pytest.mark.parametrize("width", [1000, 1200, 1280])
 def test_the_longest_intervals_fit_into_the_table(opened, width):
     page = opened(viewport={"width": width, "height": 800})

@@ -34,7 +34,7 @@ function neighborTile(query, model, rank) {
   const tile = make("button", right ? "tile" : "tile wrong");
   tile.type = "button";
   tile.append(id < points ? imageOf(id) : make("div", "absent", "not on the map"));
-  tile.append(make("b", "", `${right ? "✓" : "✗"} ${similarity}${both ? " ◎" : ""}`), make("span", "", className(id)));
+  tile.append(make("b", model.digits > 2 ? "long" : "", `${right ? "✓" : "✗"} ${similarity}`), make("span", "", `${both ? "◎ " : ""}${className(id)}`));
   const words = `, ${right ? "right class" : "wrong class"}, image ${data.index[id]}${both ? ", listed by both models" : ""}`;
   tile.append(make("span", "unseen", words));
   tile.title = `image ${data.index[id]}: ${className(id)}`;
