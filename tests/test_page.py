@@ -206,6 +206,16 @@ def test_neighbours_precision_and_agreement_are_those_of_the_comparison(make_pag
     assert facts["mutual"] == expected.tolist()
 
 
+def test_cosines_are_kept_with_the_decimals_that_are_printed(make_page, monkeypatch):
+    monkeypatch.setattr("ijepa.explorer.similarity_digits", lambda _: 4)
+    page = make_page(n=30, shown=30)
+    for model in data_of(page.html)["models"]:
+        lists = page.comparison.analyses[model["key"]].lists
+        expected = lists.similarities[page.maps.rows, :5]
+        np.testing.assert_allclose(model["similarities"], expected, atol=6e-5)
+        assert model["digits"] == 4
+
+
 def test_maps_keep_the_shape_of_the_projection(example):
     model = data_of(example.html)["models"][0]
     points = np.array(model["pca"], dtype=float) * (1, -1)
