@@ -63,11 +63,16 @@ class FrozenEncoder:
     def prepare(self, images: Images) -> Float[Tensor, "b 3 H W"]:
         """What the network takes of these images, on the CPU; the next batch's may be made beside.
 
+        For a GPU it lies where the GPU fetches it by itself.
+
         Raises:
             UserError: If memory runs out.
         """
         with self.batch_memory_errors(len(images), torch.device("cpu")):
-            return self.preprocess(images)
+            pixels = self.preprocess(images)
+            if not self.autocast:
+                pixels = pixels.to(self.dtype)
+            return pixels.pin_memory() if self.device.type == "cuda" else pixels
 
     @torch.inference_mode()
     def encode(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d"]:
@@ -77,9 +82,7 @@ class FrozenEncoder:
             UserError: If memory runs out.
         """
         with self.batch_memory_errors(len(pixels), self.device):
-            pixels = pixels.to(self.device)
-            if not self.autocast:
-                pixels = pixels.to(self.dtype)
+            pixels = pixels.to(self.device, non_blocking=True)
             enabled = self.autocast and self.dtype != torch.float32
             with torch.autocast(self.device.type, self.dtype, enabled=enabled):
                 tokens = self.network(pixels)

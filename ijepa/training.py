@@ -14,21 +14,23 @@ stopped and resumed at any step is the undisturbed run bit for bit. Nothing here
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import permutations
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor, nn
 
 from ijepa.augmentation import color_jitter, random_resized_crop, standardize
+from ijepa.graphs import Graphs
 from ijepa.masking import MaskConfig, sample_masks
 from ijepa.metrics import effective_rank, nearest_neighbors, precision_at_k
 from ijepa.model import Predictor, PredictorConfig, VisionTransformer, ViTConfig, gather_tokens
 from ijepa.muon import Muon
-from ijepa.parallel import gather_rows, own_part, sum_gradients
+from ijepa.parallel import gather_rows, num_processes, own_part, sum_gradients
 
 CHECK_EVERY = 50
 """Updates between looks at the loss."""
@@ -46,13 +48,13 @@ class TrainConfig:
     """
 
     epochs: int = 300
-    batch_size: int = 64
+    batch_size: int = 256
     lr: float = 4e-3
     """Peak learning rate of both optimizers, held from the end of the warm-up to the decay."""
-    warmup_epochs: float = 1.0
-    decay_share: float = 0.2
-    """Last share of the epochs: the learning rate falls linearly towards 0, and the further views
-    are seen whole, as the encoder will be used."""
+    warmup_epochs: float = 4.0
+    decay_share: float = 0.3
+    """Last share of the epochs: the learning rate falls linearly towards 0, the further views are
+    seen whole, as the encoder will be used, and the temperature is the last one."""
     weight_decay: float = 0.05
     """On weights only, not on biases and norms."""
     ema_start: float = 0.99
@@ -68,10 +70,10 @@ class TrainConfig:
     num_views: int = 3
     """Crops of each image in an update, at least 2."""
     matching_weight: float = 1.0
-    sharp_epochs: float = 25.0
-    sharp_temperature: float = 0.1
-    """Of the matching loss at first; later `temperature`, which is kinder to similar images."""
-    temperature: float = 0.4
+    temperature: float = 0.1
+    """Of the matching loss: low, telling near images apart teaches most at first."""
+    last_temperature: float = 0.4
+    """In the decay: kinder to similar images."""
     spread_weight: float = 0.05
     seed: int = 0
     vit: ViTConfig = field(default_factory=ViTConfig)
@@ -95,6 +97,8 @@ class TrainState:
     step: int = 0
     start_step: int = 0
     """Updates that the networks had when the run began with them."""
+    graphs: Graphs | None = None
+    """Of `update`, where a GPU replays it."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers enough to go on exactly here."""
@@ -116,6 +120,8 @@ class TrainState:
         self.predictor.load_state_dict(saved["predictor"])
         self.muon.load_state_dict(saved["muon"])
         self.adamw.load_state_dict(saved["adamw"])
+        for group in self.adamw.param_groups:  # the state may come from another kind of device
+            group["capturable"] = self.graphs is not None
         self.step = saved["step"]
         self.start_step = saved.get("start_step", 0)  # not in states from before it was kept
         self.loss_sums.copy_(saved["loss_sums"])
@@ -145,7 +151,12 @@ def init_state(config: TrainConfig, device: torch.device, dtype: torch.dtype) ->
     parameters = [*context_encoder.parameters(), *predictor.parameters()]
     muon, adamw = make_optimizers(parameters, config, dtype)
     loss_sums = torch.zeros(2, device=device)
-    return TrainState(context_encoder, target_encoder, predictor, muon, adamw, dtype, loss_sums)
+    state = TrainState(context_encoder, target_encoder, predictor, muon, adamw, dtype, loss_sums)
+    if device.type == "cuda" and num_processes() == 1:
+        state.graphs = Graphs(partial(update, state, config), device)
+        for group in adamw.param_groups:
+            group["capturable"] = True
+    return state
 
 
 def start_from(
@@ -206,13 +217,15 @@ def ema_momentum(config: TrainConfig, step: int) -> float:
 
 
 def matching_temperature(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Low at first, where telling near images apart teaches most, then `config.temperature`."""
-    sharp = step < config.sharp_epochs * steps_per_epoch
-    return config.sharp_temperature if sharp else config.temperature
+    """That of the decay, or the one before it."""
+    decays = step >= decay_start(config, steps_per_epoch)
+    return config.last_temperature if decays else config.temperature
 
 
 @torch.no_grad()
-def update_target(target: VisionTransformer, context: VisionTransformer, momentum: float) -> None:
+def update_target(
+    target: VisionTransformer, context: VisionTransformer, momentum: float | Float[Tensor, ""]
+) -> None:
     """Move the target encoder towards the context encoder: t <- m t + (1 - m) c."""
     for averaged, current in zip(target.parameters(), context.parameters(), strict=True):
         averaged.lerp_(current, 1 - momentum)
@@ -233,7 +246,9 @@ def spread_loss(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
 
 
 def matching_loss(
-    queries: Float[Tensor, "B D"], keys: Float[Tensor, "B D"], temperature: float
+    queries: Float[Tensor, "B D"],
+    keys: Float[Tensor, "B D"],
+    temperature: float | Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
     """Cross-entropy of finding, for each query, the key of its image among all keys.
 
@@ -272,17 +287,16 @@ def draw_views(
     seed = derive_seed(config.seed, step)
     device, grid_size = images.device, config.vit.grid_size
     generator = torch.Generator(device).manual_seed(seed)
-    views = []
-    for _ in range(config.num_views):
-        crop = random_resized_crop(images, config.min_crop, generator)
-        crop = color_jitter(crop, config.jitter, config.grey_share, generator)
-        views.append(standardize(crop))
+    repeated = images.repeat_interleave(config.num_views, dim=0)
+    crops = random_resized_crop(repeated, config.min_crop, generator)
+    crops = color_jitter(crops, config.jitter, config.grey_share, generator)
+    pixels = standardize(crops).unflatten(0, (len(images), config.num_views))
     masks = sample_masks(config.mask, grid_size, len(images), seed, device)
     shape = (len(images), config.num_views - 1, grid_size**2)
     scores = torch.rand(shape, generator=generator, device=device)
     whole = step >= decay_start(config, steps_per_epoch)
     further = scores.topk(grid_size**2 if whole else config.mask.context_patches).indices
-    return Views(torch.stack(views, dim=1), masks.context, further, masks.targets)
+    return Views(pixels, masks.context, further, masks.targets)
 
 
 def encode_views(
@@ -307,7 +321,9 @@ class Losses(NamedTuple):
     spread: Float[Tensor, ""]
 
 
-def compute_losses(state: TrainState, views: Views, temperature: float) -> Losses:
+def compute_losses(
+    state: TrainState, views: Views, temperature: float | Float[Tensor, ""]
+) -> Losses:
     """The terms over the rows of all processes."""
     dtype = state.dtype
     B, T, M = views.target_blocks.shape
@@ -342,9 +358,28 @@ def train_step(
     Every process is given the whole batch and draws all its views, so that they are those of a
     single process, and computes on its own part.
     """
-    views = Views(*map(own_part, draw_views(config, images, state.step, steps_per_epoch)))
-    temperature = matching_temperature(config, state.step, steps_per_epoch)
-    losses = compute_losses(state, views, temperature)
+    views = map(own_part, draw_views(config, images, state.step, steps_per_epoch))
+    rates = (
+        learning_rate(config, state.step, steps_per_epoch, state.start_step),
+        ema_momentum(config, state.step),
+        matching_temperature(config, state.step, steps_per_epoch),
+    )
+    tensors = (*views, *(torch.full((), rate, device=images.device) for rate in rates))
+    losses = state.graphs(*tensors) if state.graphs else update(state, config, *tensors)
+    state.step += 1
+    return Losses(*losses)
+
+
+def update(state: TrainState, config: TrainConfig, *tensors: Shaped[Tensor, "..."]) -> Losses:
+    """The part of a step that a GPU can replay: numbers that change from step to step are tensors.
+
+    Args:
+        state: What is changed in place.
+        config: The settings of the run.
+        tensors: Those of `Views`; learning rate, momentum of the target encoder, temperature.
+    """
+    *views, lr, momentum, temperature = tensors
+    losses = compute_losses(state, Views(*views), temperature)
     state.muon.zero_grad()
     state.adamw.zero_grad()
     (
@@ -355,13 +390,11 @@ def train_step(
     parameters = [*state.context_encoder.parameters(), *state.predictor.parameters()]
     sum_gradients(parameters)
     torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-    rate = learning_rate(config, state.step, steps_per_epoch, state.start_step)
     for optimizer in (state.muon, state.adamw):
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = lr
         optimizer.step()
-    update_target(state.target_encoder, state.context_encoder, ema_momentum(config, state.step))
-    state.step += 1
+    update_target(state.target_encoder, state.context_encoder, momentum)
     return Losses(*(loss.detach() for loss in losses))
 
 

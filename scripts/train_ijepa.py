@@ -35,7 +35,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=positive, default=300, help="passes over the images, earlier ones too")
     add("--dataset", default="cifar10", help="cifar10, or a folder with one sub-folder per class")
     add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or will be put")
-    add("--batch-size", type=positive, default=64, help="images per update")
+    add("--batch-size", type=positive, default=256, help="images per update")
     add("--lr", type=float, default=4e-3, help="peak learning rate")
     add("--embed-dim", type=int, default=192, help="encoder width, a multiple of 64")
     add("--depth", type=int, default=6, help="encoder blocks")
@@ -43,6 +43,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="matrix products")
     add("--seed", type=natural, default=0, help="of weights, order, crops and masks")
+    add("--save-every", type=positive, default=1, metavar="EPOCHS", help="more on a fast GPU")
     args = parser.parse_args(arguments)
     words = sys.argv[1:] if arguments is None else arguments
     try:
@@ -130,6 +131,7 @@ class Run:
 
         self.folder = folder = args.output_dir
         self.init_from = args.init_from
+        self.save_every = args.save_every
         self.writes = writes  # one process of several
         self.state = folder / "state.pt"
         self.previous = folder / "state_previous.pt"
@@ -288,15 +290,16 @@ class Run:
         save_checkpoint(path, self.config.vit, networks, NORMALIZATION, training)
 
     def end_epoch(self, row: dict[str, float], state: Any, provenance: dict[str, Any]) -> None:
-        """Log one epoch and write the checkpoint and the state."""
+        """Log one epoch; write the checkpoint and the state where it is their turn."""
         from ijepa.training import collapse_warning
 
         self.seconds += row["seconds"]
         self.rows.append({key: round_digits(value) for key, value in row.items()})
-        # In this order: a kill in between repeats the epoch, never leaves out a checkpoint.
-        if self.writes:
-            self.publish(state, provenance)
-        self.save(state)
+        if row["epoch"] % self.save_every == 0 or row["epoch"] == self.config.epochs:
+            # In this order: a kill in between repeats the epoch, never leaves out a checkpoint.
+            if self.writes:
+                self.publish(state, provenance)
+            self.save(state)
         self.say(" ".join(f"{key}={value:.6g}" for key, value in row.items()))
         if warning := collapse_warning(self.rows[-1], self.config):
             self.say(f"warning: {warning}")

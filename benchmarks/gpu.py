@@ -1,0 +1,173 @@
+"""On a CUDA GPU: extraction with a ViT-Huge against transformers and the card, and training.
+
+    python benchmarks/gpu.py vit-huge --images 2048 --repeats 5
+    python benchmarks/gpu.py training --steps 200 --repeats 5
+
+`vit-huge` embeds 32 x 32 images, enlarged to 224 pixels on the CPU, with an I-JEPA of random
+weights in the shape of ViT-H/14, by turns in our extraction (bfloat16), in the same network alone
+on pixels that are on the GPU already, and in transformers' model in a loop over batches, in
+bfloat16 and in float32. The ceiling is a product of 8192 x 8192 matrices in bfloat16, timed between
+the others. `training` makes updates of the shipped recipe on random images, replayed from CUDA
+graphs as the trainer does and without them.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from extraction import some_images, vit_huge_flops, write_vit_huge
+
+from ijepa.data import Split
+from ijepa.embeddings import extract
+from ijepa.encoders import load_huggingface_encoder
+from ijepa.training import TrainConfig, decay_start, init_state, train_step
+
+GPU = torch.device("cuda")
+DEPTH = 32
+SIDE = 8192
+
+
+def seconds_of(work):
+    """Wall time until the GPU has done it."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def by_turns(works, repeats):
+    """Seconds of each work, one list per name; a first unmeasured turn warms everything up."""
+    seconds = {name: [] for name in works}
+    for turn in range(repeats + 1):
+        for name, work in works.items():
+            taken = seconds_of(work)
+            if turn:
+                seconds[name].append(taken)
+    return seconds
+
+
+def vit_huge(args):
+    """Ours, the network alone, and transformers' loops."""
+    from transformers import AutoImageProcessor, IJepaModel
+
+    images = some_images(args.images)
+    names = tuple("ab")
+    labels = np.zeros(args.images, np.int64)
+    split = Split("random", "test", names, torch.stack(images), labels, np.arange(args.images))
+    with tempfile.TemporaryDirectory() as folder:
+        write_vit_huge(folder, DEPTH)
+        encoder = load_huggingface_encoder(folder, GPU, torch.bfloat16, offline=True)
+        processor = AutoImageProcessor.from_pretrained(folder)
+        models = [
+            IJepaModel.from_pretrained(folder, dtype=dtype).to(GPU).eval()
+            for dtype in (torch.bfloat16, torch.float32)
+        ]
+    groups = [images[at : at + args.batch_size] for at in range(0, len(images), args.batch_size)]
+    resident = encoder.prepare(groups[0]).to(GPU)
+
+    @torch.inference_mode()
+    def network():
+        for _ in groups:
+            encoder.network(resident)
+
+    def loop(model):
+        @torch.inference_mode()
+        def run():
+            for group in groups:
+                pixels = processor(group, return_tensors="pt")["pixel_values"]
+                tokens = model(pixels.to(GPU, model.dtype)).last_hidden_state
+                tokens.float().mean(dim=1).cpu()
+
+        return run
+
+    def silent(**_):
+        return nullcontext(SimpleNamespace(update=lambda _: None))
+
+    left, right = (torch.randn(SIDE, SIDE, device=GPU, dtype=torch.bfloat16) for _ in range(2))
+    works = {
+        "ours, bfloat16": lambda: extract(encoder, split, args.batch_size, None, silent),
+        "the network alone": network,
+        "transformers' loop, bfloat16": loop(models[0]),
+        "transformers' loop, float32": loop(models[1]),
+        "ceiling": lambda: [left @ right for _ in range(50)],
+    }
+    seconds = by_turns(works, args.repeats)
+    ceiling = 50 * 2 * SIDE**3 / statistics.median(seconds.pop("ceiling"))
+    ours = seconds["ours, bfloat16"]
+    print(f"ceiling {ceiling / 1e12:.0f} TFLOP/s\n")
+    print("| work | images/s | of the ceiling | x ours |")
+    print("| --- | --- | --- | --- |")
+    for name, times in seconds.items():
+        rate = args.images / statistics.median(times)
+        share = rate * vit_huge_flops(DEPTH) / ceiling
+        ratio = statistics.median(a / b for a, b in zip(times, ours, strict=True))
+        print(f"| {name} | {rate:.0f} | {share:.1%} | {ratio:.2f} |")
+
+
+def training(args):
+    """Updates with and without graphs, on views of 20 patches and whole ones."""
+    steps_per_epoch = 10**4
+    print("| update | images/s | ms | x graphs |")
+    print("| --- | --- | --- | --- |")
+    for batch_size in args.batch_sizes:
+        config = TrainConfig(batch_size=batch_size)
+        size = (batch_size, 3, config.vit.image_size, config.vit.image_size)
+        images = torch.randint(0, 256, size, dtype=torch.uint8, device=GPU)
+        whole = decay_start(config, steps_per_epoch)
+        for views, first in (("20 patches", 0), ("whole", whole)):
+            states = [init_state(config, GPU, torch.bfloat16) for _ in range(2)]
+            states[1].graphs = None
+
+            def updates(state, first=first, config=config, images=images):
+                state.step = first
+                for _ in range(args.steps):
+                    train_step(state, config, images, steps_per_epoch)
+
+            works = {
+                "CUDA graphs": lambda states=states, updates=updates: updates(states[0]),
+                "without": lambda states=states, updates=updates: updates(states[1]),
+            }
+            seconds = by_turns(works, args.repeats)
+            base = seconds["CUDA graphs"]
+            for name, times in seconds.items():
+                one = statistics.median(times) / args.steps
+                ratio = statistics.median(a / b for a, b in zip(times, base, strict=True))
+                print(
+                    f"| {batch_size} images, {views}, {name} | {batch_size / one:.0f} "
+                    f"| {1000 * one:.2f} | {ratio:.2f} |",
+                    flush=True,
+                )
+
+
+def main():
+    """Parse the arguments and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("vit-huge")
+    one.set_defaults(work=vit_huge)
+    one.add_argument("--images", type=int, default=2048)
+    one.add_argument("--batch-size", type=int, default=64)
+    two = commands.add_parser("training")
+    two.set_defaults(work=training)
+    two.add_argument("--steps", type=int, default=200)
+    two.add_argument("--batch-sizes", type=int, nargs="+", default=[256])
+    for command in (one, two):
+        command.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
+    args.work(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Work on a GPU that is recorded once and then replayed, so that the GPU never waits for Python."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Recording(NamedTuple):
+    """A CUDA graph with the memory that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor]
+
+
+class Graphs:
+    """A function of tensors as CUDA graphs, one for all calls with the same shapes.
+
+    The first call with new shapes runs as ever, which sets up what libraries and optimizers set up
+    once; the second is recorded; it and all others replay the recording.
+
+    Args:
+        function: Of tensors, to tensors; apart from reading and changing other tensors in place it
+            must do the same whenever the shapes are the same, and must not wait for the GPU.
+        device: The GPU.
+    """
+
+    def __init__(self, function: Callable[..., Sequence[Tensor]], device: torch.device) -> None:
+        self.function = function
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.recordings: dict[tuple[torch.Size, ...], Recording | None] = {}
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """What the function returns; the next call may overwrite it."""
+        shapes = tuple(one.shape for one in inputs)
+        if shapes not in self.recordings:
+            self.recordings[shapes] = None
+            return self.run(inputs)
+        recording = self.recordings[shapes] or self.record(inputs)
+        self.recordings[shapes] = recording
+        for kept, new in zip(recording.inputs, inputs, strict=True):
+            kept.copy_(new)
+        recording.graph.replay()
+        return recording.outputs
+
+    def run(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Call the function on the stream that will record it."""
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            outputs = self.function(*inputs)
+        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+        return outputs
+
+    def record(self, inputs: Sequence[Tensor]) -> Recording:
+        """Write down what the function does, without doing it."""
+        graph, kept = torch.cuda.CUDAGraph(), [one.clone() for one in inputs]
+        # One pool for all: no two recordings run at a time, and none reads what another left.
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            outputs = self.function(*kept)
+        return Recording(graph, kept, outputs)
