@@ -6,6 +6,7 @@ Dimension key: B images of H x W pixels.
 """
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -66,16 +67,21 @@ def rotate_hue(
     images: Float[Tensor, "B 3 H W"], turns: Float[Tensor, " B"]
 ) -> Float[Tensor, "B 3 H W"]:
     """Turn the colours by shares of the full circle; greys and luma stay as they are."""
-    to_yiq = torch.tensor(YIQ, device=images.device)
+    to_yiq, to_rgb = yiq_matrices(images.device)
     angle = 2 * math.pi * turns
     rotation = torch.zeros(len(images), 3, 3, device=images.device)
     rotation[:, 0, 0] = 1
     rotation[:, 1, 1] = rotation[:, 2, 2] = angle.cos()
     rotation[:, 2, 1] = angle.sin()
     rotation[:, 1, 2] = -angle.sin()
-    # inv would wait for an accelerator to learn whether the matrix is singular.
-    turn = torch.linalg.inv_ex(to_yiq).inverse @ rotation @ to_yiq
-    return torch.einsum("bij,bjhw->bihw", turn, images)
+    return torch.einsum("bij,bjhw->bihw", to_rgb @ rotation @ to_yiq, images)
+
+
+@cache
+def yiq_matrices(device: torch.device) -> tuple[Float[Tensor, "3 3"], Float[Tensor, "3 3"]]:
+    """From colours to luma and differences, and back; kept, as a copy to a GPU waits for it."""
+    to_yiq = torch.tensor(YIQ)
+    return to_yiq.to(device), torch.linalg.inv(to_yiq).to(device)
 
 
 def standardize(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:

@@ -58,18 +58,17 @@ class Muon(torch.optim.Optimizer):
     def update(self, weights: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
         """Update matrices of one shape, whose products are taken in one call."""
         lr, momentum = group["lr"], group["momentum"]
-        slopes = []
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-            average = self.state[weight]["momentum_buffer"]
-            average.lerp_(weight.grad, 1 - momentum)
-            slopes.append(weight.grad.lerp(average, momentum))
-        directions = orthogonalize(torch.stack(slopes).to(self.dtype))
+        averages = [self.state[weight]["momentum_buffer"] for weight in weights]
+        gradients = [weight.grad for weight in weights]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        slopes = torch.stack(torch._foreach_lerp(gradients, averages, momentum))
+        directions = orthogonalize(slopes.to(self.dtype)).to(slopes.dtype)
         scale = 0.2 * math.sqrt(max(weights[0].shape))
-        for weight, direction in zip(weights, directions, strict=True):
-            weight.mul_(1 - lr * group["weight_decay"])
-            weight.sub_(direction.to(weight.dtype) * (lr * scale))
+        torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+        torch._foreach_sub_(weights, (directions * (lr * scale)).unbind())
 
 
 def orthogonalize(matrices: Float[Tensor, "b m n"]) -> Float[Tensor, "b m n"]:

@@ -28,7 +28,14 @@ from ijepa.augmentation import color_jitter, random_resized_crop, standardize
 from ijepa.graphs import Graphs
 from ijepa.masking import MaskConfig, sample_masks
 from ijepa.metrics import effective_rank, nearest_neighbors, precision_at_k
-from ijepa.model import Predictor, PredictorConfig, VisionTransformer, ViTConfig, gather_tokens
+from ijepa.model import (
+    Block,
+    Predictor,
+    PredictorConfig,
+    VisionTransformer,
+    ViTConfig,
+    gather_tokens,
+)
 from ijepa.muon import Muon
 from ijepa.parallel import gather_rows, num_processes, own_part, sum_gradients
 
@@ -148,6 +155,10 @@ def init_state(config: TrainConfig, device: torch.device, dtype: torch.dtype) ->
         predictor = Predictor(config.vit, config.predictor)
     context_encoder, predictor = context_encoder.to(device), predictor.to(device)
     target_encoder = copy.deepcopy(context_encoder).requires_grad_(False)
+    if device.type == "cuda":
+        for module in [*context_encoder.modules(), *target_encoder.modules(), *predictor.modules()]:
+            if isinstance(module, Block):  # alike, so that one compilation serves all of a network
+                module.compile(dynamic=True)
     parameters = [*context_encoder.parameters(), *predictor.parameters()]
     muon, adamw = make_optimizers(parameters, config, dtype)
     loss_sums = torch.zeros(2, device=device)
@@ -227,8 +238,10 @@ def update_target(
     target: VisionTransformer, context: VisionTransformer, momentum: float | Float[Tensor, ""]
 ) -> None:
     """Move the target encoder towards the context encoder: t <- m t + (1 - m) c."""
-    for averaged, current in zip(target.parameters(), context.parameters(), strict=True):
-        averaged.lerp_(current, 1 - momentum)
+    averaged = list(target.parameters())
+    steps = torch._foreach_sub(list(context.parameters()), averaged)
+    torch._foreach_mul_(steps, 1 - momentum)
+    torch._foreach_add_(averaged, steps)
 
 
 def spread_loss(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
@@ -246,11 +259,11 @@ def spread_loss(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
 
 
 def matching_loss(
-    queries: Float[Tensor, "B D"],
-    keys: Float[Tensor, "B D"],
+    queries: Float[Tensor, "*P B D"],
+    keys: Float[Tensor, "*P B D"],
     temperature: float | Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of finding, for each query, the key of its image among all keys.
+    """Cross-entropy of finding, for each query, the key of its image among all keys of its batch.
 
     InfoNCE on cosine similarities (van den Oord et al. 2018, https://arxiv.org/abs/1807.03748).
     The keys are a moving average's as in MoCo v3 (Chen et al. 2021,
@@ -258,10 +271,9 @@ def matching_loss(
     2020, https://arxiv.org/abs/2002.05709). There are no projection heads: the mean token itself
     shall be like that of another crop.
     """
-    similarities = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).T
-    return F.cross_entropy(
-        similarities / temperature, torch.arange(len(queries), device=queries.device)
-    )
+    similarities = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).mT
+    own = torch.arange(keys.shape[-2], device=keys.device).expand(similarities.shape[:-1])
+    return F.cross_entropy(similarities.flatten(0, -2) / temperature, own.flatten())
 
 
 class Views(NamedTuple):
@@ -340,10 +352,12 @@ def compute_losses(
     prediction = gather_rows(F.smooth_l1_loss(predicted.float(), targets)[None]).mean()
     mean_target = gather_rows(tokens.mean(dim=1))
     means = torch.cat([first.float().mean(dim=1)[:, None], further.float().mean(dim=2)], dim=1)
-    means = gather_rows(means).unbind(dim=1)
-    to_target = [matching_loss(view, mean_target, temperature) for view in means[1:]]
-    to_views = [matching_loss(*pair, temperature) for pair in permutations(means, 2)]
-    matching = torch.stack(to_target).mean() + torch.stack(to_views).mean()
+    means = gather_rows(means).transpose(0, 1)  # (V, B, D)
+    queries, keys = (
+        torch.stack(side) for side in zip(*permutations(means.unbind(), 2), strict=True)
+    )
+    to_target = matching_loss(means[1:], mean_target.expand_as(means[1:]), temperature)
+    matching = to_target + matching_loss(queries, keys, temperature)
     return Losses(prediction, matching, spread_loss(means[0]))
 
 

@@ -19,6 +19,7 @@ ORDER = [
     "data",
     "augmentation",
     "parallel",
+    "graphs",
     "model",
     "masking",
     "muon",
