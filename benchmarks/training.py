@@ -23,7 +23,7 @@ from ijepa.devices import choose_dtype
 from ijepa.training import TrainConfig, decay_start, init_state, train_step
 
 CPU = torch.device("cpu")
-STEPS_PER_EPOCH = 750
+STEPS_PER_EPOCH = 187
 
 
 def make_update(config, dtype, images, step, peer=False):
@@ -68,7 +68,7 @@ def main():
             if turn:
                 seconds[name].append(time.process_time() - began)
     print(f"{dtype}, {torch.get_num_threads()} threads, {args.repeats} updates each\n")
-    print("| update of 64 images | CPU s | images/s | x the first |")
+    print(f"| update of {config.batch_size} images | CPU s | images/s | x the first |")
     print("| --- | --- | --- | --- |")
     base = next(iter(seconds.values()))
     for name, times in seconds.items():

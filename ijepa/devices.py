@@ -1,4 +1,8 @@
-"""Which processor to compute on, and in which number format."""
+"""Which processor to compute on, in which number format, compiled or not."""
+
+import os
+import shutil
+from importlib.util import find_spec
 
 import torch
 
@@ -44,3 +48,10 @@ def has_bfloat16(device: torch.device) -> bool:
         able = torch.cpu.get_capabilities()
         return any(bool(able.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether `torch.compile` finds what it needs for a GPU: Triton, and a C compiler for that."""
+    compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
+    present = find_spec("triton") is not None and any(map(shutil.which, compilers))
+    return device.type == "cuda" and present

@@ -25,6 +25,7 @@ from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor, nn
 
 from ijepa.augmentation import color_jitter, random_resized_crop, standardize
+from ijepa.devices import can_compile
 from ijepa.graphs import Graphs
 from ijepa.masking import MaskConfig, sample_masks
 from ijepa.metrics import effective_rank, nearest_neighbors, precision_at_k
@@ -155,7 +156,7 @@ def init_state(config: TrainConfig, device: torch.device, dtype: torch.dtype) ->
         predictor = Predictor(config.vit, config.predictor)
     context_encoder, predictor = context_encoder.to(device), predictor.to(device)
     target_encoder = copy.deepcopy(context_encoder).requires_grad_(False)
-    if device.type == "cuda":
+    if can_compile(device):
         for module in [*context_encoder.modules(), *target_encoder.modules(), *predictor.modules()]:
             if isinstance(module, Block):  # alike, so that one compilation serves all of a network
                 module.compile(dynamic=True)

@@ -141,6 +141,12 @@ class Run:
         self.earlier_runs: list[dict[str, Any]] = []
         self.seconds = 0.0
 
+    @property
+    def published(self) -> int:
+        """Epochs of the last checkpoint."""
+        finished = len(self.rows)
+        return finished if finished == self.config.epochs else finished - finished % self.save_every
+
     def say(self, text: str) -> None:
         """Tell the user, once for all processes."""
         if self.writes:
@@ -295,7 +301,7 @@ class Run:
 
         self.seconds += row["seconds"]
         self.rows.append({key: round_digits(value) for key, value in row.items()})
-        if row["epoch"] % self.save_every == 0 or row["epoch"] == self.config.epochs:
+        if row["epoch"] == self.published:
             # In this order: a kill in between repeats the epoch, never leaves out a checkpoint.
             if self.writes:
                 self.publish(state, provenance)
@@ -312,16 +318,18 @@ class Run:
         from ijepa.report import save_figure
         from ijepa.runs import CHECKPOINT
 
+        epochs, path = self.published, self.folder / CHECKPOINT
         taken_over = self.earlier_runs[-1]["epochs"] if self.earlier_runs else 0
-        if not self.writes or len(self.rows) == taken_over:
-            return  # another process does it, or no epoch of its own is finished
-        epochs = self.rows[-1]["epoch"]
+        if not self.writes or epochs <= taken_over or not path.exists():
+            return  # another process does it, or there is no checkpoint of this run
         title = f"I-JEPA training, {epochs} of {self.config.epochs} epochs"
         footer = f"Held-out images are {HELD_OUT} training images at most; seed {self.config.seed}."
-        rows = [{**row, "precision_at_5": row["heldout_precision_at_5"]} for row in self.rows]
+        rows = [
+            {**row, "precision_at_5": row["heldout_precision_at_5"]} for row in self.rows[:epochs]
+        ]
         curves = plot_training_curves(rows, Caption(title, footer))
         save_figure(self.folder / "training_curves.png", curves)
-        export_huggingface(load_checkpoint(self.folder / CHECKPOINT, "context"), self.folder / "hf")
+        export_huggingface(load_checkpoint(path, "context"), self.folder / "hf")
 
 
 def round_digits(value: float) -> float:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ijepa import parallel
-from ijepa.devices import choose_device, choose_dtype, has_bfloat16
+from ijepa.devices import can_compile, choose_device, choose_dtype, has_bfloat16
 from ijepa.errors import UserError
 from ijepa.parallel import TORCHRUN, gather_rows, join_processes, own_part, sum_gradients
 
@@ -45,6 +45,27 @@ def test_number_formats_follow_their_names_and_auto_the_hardware():
     assert choose_dtype("bfloat16", cpu) == torch.bfloat16
     automatic = torch.bfloat16 if has_bfloat16(cpu) else torch.float32
     assert choose_dtype("auto", cpu) == automatic
+
+
+@pytest.mark.parametrize(
+    ("device", "triton", "programs", "expected"),
+    [
+        ("cuda", True, {"gcc"}, True),
+        ("cuda", True, {"/opt/mine/cc"}, True),
+        ("cuda", True, set(), False),
+        ("cuda", False, {"gcc"}, False),
+        ("cpu", True, {"gcc"}, False),
+    ],
+)
+def test_blocks_are_compiled_where_triton_has_a_compiler(
+    monkeypatch, device, triton, programs, expected
+):
+    monkeypatch.setenv("CC", "/opt/mine/cc")
+    monkeypatch.setattr(
+        "ijepa.devices.find_spec", lambda name: (name == "triton" and triton) or None
+    )
+    monkeypatch.setattr("shutil.which", lambda name: name if name in programs else None)
+    assert can_compile(torch.device(device)) is expected
 
 
 def test_metal_computes_in_float32():

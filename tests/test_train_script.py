@@ -203,9 +203,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_a_terminated_run_saves_and_goes_on_to_the_same_weights(tmp_path, finished, flags, capsys):
-    output = tmp_path / "run"
-    arguments = [*flags, "--output-dir", str(output)]
+def stop_after_epoch_2(arguments):
     code = STOP_AFTER_EPOCH_2.replace("sys.argv[0]", repr(str(SCRIPT)))
     stopped = subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -215,6 +213,13 @@ def test_a_terminated_run_saves_and_goes_on_to_the_same_weights(tmp_path, finish
         check=False,
     )
     assert stopped.returncode == 130, stopped.stderr
+    return stopped
+
+
+def test_a_terminated_run_saves_and_goes_on_to_the_same_weights(tmp_path, finished, flags, capsys):
+    output = tmp_path / "run"
+    arguments = [*flags, "--output-dir", str(output)]
+    stopped = stop_after_epoch_2(arguments)
     assert stopped.stderr.splitlines()[-1] == "stopped and saved after 6 updates"
     assert load_checkpoint(output / "checkpoint_latest.pt").epochs == 2
 
@@ -228,6 +233,26 @@ def test_a_terminated_run_saves_and_goes_on_to_the_same_weights(tmp_path, finish
         assert all(torch.equal(resumed[name], straight[name]) for name in straight)
     for one, other in zip(read_log(output), read_log(finished), strict=True):
         assert {**one, "seconds": ""} == {**other, "seconds": ""}
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_a_run_that_saves_seldom_is_stopped_with_all_its_epochs(tmp_path, finished, flags, every):
+    arguments = [*flags, "--output-dir", str(tmp_path), "--save-every", str(every)]
+    stop_after_epoch_2(arguments)
+    if every == 3:
+        assert {path.name for path in tmp_path.iterdir()} == {"state.pt"}
+    else:
+        assert load_checkpoint(tmp_path / "checkpoint_latest.pt").epochs == 2
+        assert len(read_log(tmp_path)) == 2
+        assert (tmp_path / "training_curves.png").exists()
+    assert script.main(arguments) == 0
+    one, other = (
+        load_checkpoint(path / "checkpoint_latest.pt").state_dict for path in (tmp_path, finished)
+    )
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    assert [row["loss"] for row in read_log(tmp_path)] == [
+        row["loss"] for row in read_log(finished)
+    ]
 
 
 def test_a_damaged_state_is_a_user_error(tmp_path, flags, capsys):
