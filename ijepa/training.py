@@ -60,7 +60,7 @@ class TrainConfig:
     lr: float = 4e-3
     """Peak learning rate of both optimizers, held from the end of the warm-up to the decay."""
     warmup_epochs: float = 4.0
-    decay_share: float = 0.3
+    decay_share: float = 0.15
     """Last share of the epochs: the learning rate falls linearly towards 0, the further views are
     seen whole, as the encoder will be used, and the temperature is the last one."""
     weight_decay: float = 0.05
