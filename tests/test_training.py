@@ -116,7 +116,7 @@ def test_the_learning_rate_stays_within_its_range_in_runs_of_any_length(epochs, 
 def test_a_run_of_another_length_begins_with_the_same_rates():
     short, long = TrainConfig(epochs=10), TrainConfig(epochs=300)
     same = [learning_rate(short, s, 50) == learning_rate(long, s, 50) for s in range(500)]
-    assert same.index(False) == decay_start(short, 50) + 1 == 351
+    assert same.index(False) == decay_start(short, 50) + 1 == 426
 
 
 def test_a_run_that_begins_later_warms_up_again_and_falls_at_the_same_time():
