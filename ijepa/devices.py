@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import sysconfig
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -51,7 +53,13 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether `torch.compile` finds what it needs for a GPU: Triton, and a C compiler for that."""
-    compilers = (os.environ.get("CC", "cc"), "gcc", "clang")
-    present = find_spec("triton") is not None and any(map(shutil.which, compilers))
-    return device.type == "cuda" and present
+    """Whether `torch.compile` has what it needs for this GPU: Triton and what Triton builds with.
+
+    That is the C compiler named by CC, where it names none gcc or clang, and Python's headers; the
+    GPU must be of compute capability 7.0 or more.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (7, 0):
+        return False
+    names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return find_spec("triton") is not None and any(map(shutil.which, names)) and headers.exists()

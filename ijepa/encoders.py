@@ -63,7 +63,7 @@ class FrozenEncoder:
     def prepare(self, images: Images) -> Float[Tensor, "b 3 H W"]:
         """What the network takes of these images, on the CPU; the next batch's may be made beside.
 
-        For a GPU it lies where the GPU fetches it by itself.
+        For a GPU it lies in pinned memory, from which it is copied while the processor goes on.
 
         Raises:
             UserError: If memory runs out.

@@ -19,7 +19,8 @@ class Graphs:
     """A function of tensors as CUDA graphs, one for all calls with the same shapes.
 
     The first call with new shapes runs as ever, which sets up what libraries and optimizers set up
-    once; the second is recorded; it and all others replay the recording.
+    once; the second is recorded, for which the GPU comes to rest; it and all others replay the
+    recording. So few shapes should come often.
 
     Args:
         function: Of tensors, to tensors; apart from reading and changing other tensors in place it

@@ -1,8 +1,8 @@
 """Muon, an optimizer for matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
-It is `torch.optim.Muon` but for the dtype of its matrix products, which there is always bfloat16:
-emulated, that makes a whole update of the shipped recipe take 3.5 times as long as in float32
-(benchmarks/training.py).
+It is `torch.optim.Muon` but for a rounding and for the dtype of its matrix products, which there is
+always bfloat16: emulated, that makes a whole update of the shipped recipe take 1.6 times as long as
+in float32 (benchmarks/training.py).
 """
 
 import math

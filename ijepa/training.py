@@ -8,7 +8,8 @@ of the encoder afterwards: `matching_loss` (which image does another crop show?)
 (do the dimensions vary, each by itself?). Weights of 0 leave the paper's method.
 
 Every random draw of a step comes from generators seeded by (run seed, step), so a run that is
-stopped and resumed at any step is the undisturbed run bit for bit. Nothing here knows of disks.
+stopped and resumed at any step is the undisturbed run, on a CPU bit for bit. Nothing here knows of
+disks.
 """
 
 import copy
@@ -79,7 +80,7 @@ class TrainConfig:
     """Crops of each image in an update, at least 2."""
     matching_weight: float = 1.0
     temperature: float = 0.1
-    """Of the matching loss: low, telling near images apart teaches most at first."""
+    """Of the matching loss before the decay: low, as telling near images apart teaches most."""
     last_temperature: float = 0.4
     """In the decay: kinder to similar images."""
     spread_weight: float = 0.05
@@ -130,6 +131,8 @@ class TrainState:
         self.adamw.load_state_dict(saved["adamw"])
         for group in self.adamw.param_groups:  # the state may come from another kind of device
             group["capturable"] = self.graphs is not None
+        if self.graphs:  # recordings go on with the moments that the optimizers had
+            self.graphs.recordings.clear()
         self.step = saved["step"]
         self.start_step = saved.get("start_step", 0)  # not in states from before it was kept
         self.loss_sums.copy_(saved["loss_sums"])
@@ -229,7 +232,7 @@ def ema_momentum(config: TrainConfig, step: int) -> float:
 
 
 def matching_temperature(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """That of the decay, or the one before it."""
+    """`last_temperature` in the decay, `temperature` before it."""
     decays = step >= decay_start(config, steps_per_epoch)
     return config.last_temperature if decays else config.temperature
 
@@ -371,7 +374,7 @@ def train_step(
     """One optimizer update and one move of the target encoder.
 
     Every process is given the whole batch and draws all its views, so that they are those of a
-    single process, and computes on its own part.
+    single process, and computes on its own part. On a GPU the next call may overwrite the losses.
     """
     views = map(own_part, draw_views(config, images, state.step, steps_per_epoch))
     rates = (
@@ -381,6 +384,8 @@ def train_step(
     )
     tensors = (*views, *(torch.full((), rate, device=images.device) for rate in rates))
     losses = state.graphs(*tensors) if state.graphs else update(state, config, *tensors)
+    for group in (*state.muon.param_groups, *state.adamw.param_groups):
+        group["lr"] = rates[0]  # to be saved; `update` left a tensor that replays overwrite
     state.step += 1
     return Losses(*losses)
 

@@ -43,7 +43,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="matrix products")
     add("--seed", type=natural, default=0, help="of weights, order, crops and masks")
-    add("--save-every", type=positive, default=1, metavar="EPOCHS", help="more on a fast GPU")
+    add(
+        "--save-every",
+        type=positive,
+        default=1,
+        metavar="EPOCHS",
+        help="from one checkpoint and saved state to the next; more on a fast GPU",
+    )
     args = parser.parse_args(arguments)
     words = sys.argv[1:] if arguments is None else arguments
     try:
@@ -140,12 +146,6 @@ class Run:
         self.rows: list[dict[str, float]] = []
         self.earlier_runs: list[dict[str, Any]] = []
         self.seconds = 0.0
-
-    @property
-    def published(self) -> int:
-        """Epochs of the last checkpoint."""
-        finished = len(self.rows)
-        return finished if finished == self.config.epochs else finished - finished % self.save_every
 
     def say(self, text: str) -> None:
         """Tell the user, once for all processes."""
@@ -301,7 +301,7 @@ class Run:
 
         self.seconds += row["seconds"]
         self.rows.append({key: round_digits(value) for key, value in row.items()})
-        if row["epoch"] == self.published:
+        if row["epoch"] % self.save_every == 0 or row["epoch"] == self.config.epochs:
             # In this order: a kill in between repeats the epoch, never leaves out a checkpoint.
             if self.writes:
                 self.publish(state, provenance)
@@ -311,17 +311,21 @@ class Run:
             self.say(f"warning: {warning}")
 
     def finish(self) -> None:
-        """Draw the curves and export the context encoder as a Hugging Face directory."""
+        """Of the last checkpoint, draw the curves and export the context encoder for others."""
         from ijepa.checkpoint import load_checkpoint
         from ijepa.huggingface import export_huggingface
         from ijepa.plots import Caption, plot_training_curves
         from ijepa.report import save_figure
         from ijepa.runs import CHECKPOINT
 
-        epochs, path = self.published, self.folder / CHECKPOINT
+        path = self.folder / CHECKPOINT
+        if not self.writes or not path.exists():
+            return  # another process does it, or no epoch was saved
+        checkpoint = load_checkpoint(path, "context")
+        epochs = checkpoint.epochs or 0
         taken_over = self.earlier_runs[-1]["epochs"] if self.earlier_runs else 0
-        if not self.writes or epochs <= taken_over or not path.exists():
-            return  # another process does it, or there is no checkpoint of this run
+        if not taken_over < epochs <= len(self.rows):
+            return  # it lay there before this run
         title = f"I-JEPA training, {epochs} of {self.config.epochs} epochs"
         footer = f"Held-out images are {HELD_OUT} training images at most; seed {self.config.seed}."
         rows = [
@@ -329,7 +333,7 @@ class Run:
         ]
         curves = plot_training_curves(rows, Caption(title, footer))
         save_figure(self.folder / "training_curves.png", curves)
-        export_huggingface(load_checkpoint(path, "context"), self.folder / "hf")
+        export_huggingface(checkpoint, self.folder / "hf")
 
 
 def round_digits(value: float) -> float:

@@ -48,24 +48,32 @@ def test_number_formats_follow_their_names_and_auto_the_hardware():
 
 
 @pytest.mark.parametrize(
-    ("device", "triton", "programs", "expected"),
+    ("change", "expected"),
     [
-        ("cuda", True, {"gcc"}, True),
-        ("cuda", True, {"/opt/mine/cc"}, True),
-        ("cuda", True, set(), False),
-        ("cuda", False, {"gcc"}, False),
-        ("cpu", True, {"gcc"}, False),
+        ({}, True),
+        ({"programs": {"clang"}}, True),
+        ({"programs": {"cc"}}, False),
+        ({"cc": "/opt/mine/cc", "programs": {"/opt/mine/cc"}}, True),
+        ({"cc": "/opt/mine/cc"}, False),
+        ({"triton": False}, False),
+        ({"headers": False}, False),
+        ({"capability": (6, 1)}, False),
+        ({"device": "cpu"}, False),
     ],
 )
-def test_blocks_are_compiled_where_triton_has_a_compiler(
-    monkeypatch, device, triton, programs, expected
-):
-    monkeypatch.setenv("CC", "/opt/mine/cc")
-    monkeypatch.setattr(
-        "ijepa.devices.find_spec", lambda name: (name == "triton" and triton) or None
-    )
-    monkeypatch.setattr("shutil.which", lambda name: name if name in programs else None)
-    assert can_compile(torch.device(device)) is expected
+def test_blocks_are_compiled_where_triton_can_build(monkeypatch, tmp_path, change, expected):
+    usual = {"device": "cuda", "triton": True, "programs": {"gcc"}, "cc": None, "headers": True}
+    facts = {**usual, "capability": (9, 0), **change}
+    if facts["headers"]:
+        (tmp_path / "Python.h").touch()
+    monkeypatch.delenv("CC", raising=False)
+    if facts["cc"]:
+        monkeypatch.setenv("CC", facts["cc"])
+    monkeypatch.setattr("ijepa.devices.find_spec", {"triton": facts["triton"] or None}.get)
+    monkeypatch.setattr("shutil.which", lambda name: name if name in facts["programs"] else None)
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: facts["capability"])
+    assert can_compile(torch.device(facts["device"])) is expected
 
 
 def test_metal_computes_in_float32():

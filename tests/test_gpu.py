@@ -1,11 +1,14 @@
 """What only a CUDA GPU can show: `pytest -m gpu`."""
 
+import copy
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from ijepa import training
-from ijepa.checkpoint import save_checkpoint
+from ijepa.checkpoint import read_torch_file, save_checkpoint
 from ijepa.encoders import load_local_encoder
 from ijepa.graphs import Graphs
 from ijepa.model import VisionTransformer
@@ -24,7 +27,9 @@ def images():
 
 @pytest.fixture
 def config(tiny_vit):
-    return TrainConfig(epochs=4, batch_size=16, lr=1e-3, decay_share=0.5, vit=tiny_vit)
+    """36 updates, in which every rate changes from one to the next."""
+    rates = {"lr": 1e-2, "warmup_epochs": 2.0, "decay_share": 0.5, "ema_start": 0.5}
+    return TrainConfig(epochs=12, batch_size=16, ema_window=0.5, vit=tiny_vit, **rates)
 
 
 def test_a_replay_does_with_new_inputs_what_was_recorded():
@@ -49,36 +54,56 @@ def weights_after(config, images, replayed, monkeypatch):
         if not replayed:
             patch.setattr(training, "can_compile", lambda _: False)
         state = init_state(config, GPU, torch.float32)
-        assert state.graphs is not None
+        graphs = state.graphs
         if not replayed:
             state.graphs = None
         logs = list(train(state, config, images.to(GPU)))
-    assert len(logs) == 12
-    return {name: value.cpu() for name, value in state.target_encoder.state_dict().items()}
+    assert len(logs) == 36
+    assert any(graphs.recordings.values()) is replayed
+    assert state.muon.param_groups[0]["lr"] == logs[-1].lr
+    networks = (state.context_encoder, state.target_encoder)
+    return [value.cpu() for one in networks for value in one.state_dict().values()]
 
 
 def test_compiled_and_replayed_updates_are_the_plain_ones(config, images, monkeypatch):
     replayed, plain = (weights_after(config, images, one, monkeypatch) for one in (True, False))
-    for name, value in plain.items():
-        torch.testing.assert_close(replayed[name], value, atol=1e-4, rtol=0)
+    for one, other in zip(replayed, plain, strict=True):
+        # Replays with the rates of the recording are 0.07 off, rounding another update 1e-5.
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=0)
 
 
-def test_a_run_goes_from_the_cpu_to_a_gpu_and_back(config, images):
-    began = init_state(config, torch.device("cpu"), torch.float32)
-    run = train(began, config, images)
-    for _ in range(5):
-        next(run)
-    there = init_state(config, GPU, torch.float32)
-    there.load_state_dict(began.state_dict())
-    assert all(value.is_cuda for value in there.target_encoder.state_dict().values())
-    for _ in zip(train(there, config, images.to(GPU)), range(3), strict=False):
-        pass
-    back = init_state(config, torch.device("cpu"), torch.float32)
-    back.load_state_dict(there.state_dict())
-    logs = list(train(back, config, images))
-    assert logs[-1].step == 12
-    values = evaluate(back.target_encoder, images, np.arange(48) % 4, torch.float32)
+def test_a_run_goes_from_the_cpu_to_a_gpu_and_back(tmp_path, config, images):
+    """Through a file, as the script does."""
+    stretches = (("cpu", 5), ("cuda", 9), ("cpu", 3))
+    for number, (device, updates) in enumerate(stretches):
+        state = init_state(config, torch.device(device), torch.float32)
+        if number:
+            saved = read_torch_file(tmp_path / f"{number}.pt")["state"]
+            state.load_state_dict(saved)
+            for name in ("context_encoder", "target_encoder", "predictor"):
+                for key, value in getattr(state, name).state_dict().items():
+                    assert value.device.type == device
+                    assert torch.equal(value.cpu(), saved[name][key])
+        run = train(state, config, images.to(device))
+        logs = [next(run) for _ in range(updates)]
+        torch.save({"state": state.state_dict()}, tmp_path / f"{number + 1}.pt")
+    assert logs[-1].step == 17
+    values = evaluate(state.target_encoder, images, np.arange(48) % 4, torch.float32)
     assert np.isfinite(list(values.values())).all()
+
+
+def test_a_loaded_state_is_not_changed_by_old_recordings(config, images):
+    config = dataclasses.replace(config, decay_share=0.0)
+    state, fresh = (init_state(config, GPU, torch.float32) for _ in range(2))
+    list(zip(train(state, config, images.to(GPU)), range(20), strict=False))
+    saved = copy.deepcopy(state.state_dict())
+    for one in (state, fresh):
+        one.load_state_dict(copy.deepcopy(saved))
+        list(zip(train(one, config, images.to(GPU)), range(8), strict=False))
+    for one, other in zip(state.muon.state.values(), fresh.muon.state.values(), strict=True):
+        torch.testing.assert_close(
+            one["momentum_buffer"], other["momentum_buffer"], atol=1e-3, rtol=1e-2
+        )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.05)])

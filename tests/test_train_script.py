@@ -203,7 +203,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def stop_after_epoch_2(arguments):
+def test_a_terminated_run_saves_and_goes_on_to_the_same_weights(tmp_path, finished, flags, capsys):
+    output = tmp_path / "run"
+    arguments = [*flags, "--output-dir", str(output)]
     code = STOP_AFTER_EPOCH_2.replace("sys.argv[0]", repr(str(SCRIPT)))
     stopped = subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -213,13 +215,6 @@ def stop_after_epoch_2(arguments):
         check=False,
     )
     assert stopped.returncode == 130, stopped.stderr
-    return stopped
-
-
-def test_a_terminated_run_saves_and_goes_on_to_the_same_weights(tmp_path, finished, flags, capsys):
-    output = tmp_path / "run"
-    arguments = [*flags, "--output-dir", str(output)]
-    stopped = stop_after_epoch_2(arguments)
     assert stopped.stderr.splitlines()[-1] == "stopped and saved after 6 updates"
     assert load_checkpoint(output / "checkpoint_latest.pt").epochs == 2
 
@@ -235,24 +230,47 @@ def test_a_terminated_run_saves_and_goes_on_to_the_same_weights(tmp_path, finish
         assert {**one, "seconds": ""} == {**other, "seconds": ""}
 
 
-@pytest.mark.parametrize("every", [2, 3])
-def test_a_run_that_saves_seldom_is_stopped_with_all_its_epochs(tmp_path, finished, flags, every):
-    arguments = [*flags, "--output-dir", str(tmp_path), "--save-every", str(every)]
-    stop_after_epoch_2(arguments)
-    if every == 3:
-        assert {path.name for path in tmp_path.iterdir()} == {"state.pt"}
-    else:
-        assert load_checkpoint(tmp_path / "checkpoint_latest.pt").epochs == 2
-        assert len(read_log(tmp_path)) == 2
-        assert (tmp_path / "training_curves.png").exists()
-    assert script.main(arguments) == 0
+@pytest.mark.parametrize(
+    "stretches",
+    [
+        # (--save-every, updates before the stop, epochs of the checkpoint then)
+        [(2, 4, 0)],
+        [(2, 7, 2)],
+        [(1, 4, 1), (3, 4, 1)],
+        [(3, 7, 0), (1, 1, 0)],
+    ],
+)
+def test_log_curves_and_export_are_of_the_last_checkpoint(
+    tmp_path, finished, flags, monkeypatch, stretches
+):
+    drawn = []
+    monkeypatch.setattr(
+        "ijepa.plots.plot_training_curves", lambda rows, caption: drawn.append((len(rows), caption))
+    )
+    monkeypatch.setattr("ijepa.report.save_figure", lambda *_: None)
+    arguments = [*flags, "--output-dir", str(tmp_path)]
+    for every, updates, epochs in stretches:
+        left = iter(range(updates - 1, -1, -1))
+        drawn.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr("ijepa.parallel.any_process", lambda *_, left=left: not next(left))
+            assert script.main([*arguments, "--save-every", str(every)]) == 130
+        if not epochs:
+            assert {path.name for path in tmp_path.iterdir()} <= {"state.pt", "state_previous.pt"}
+            assert not drawn
+            continue
+        assert load_checkpoint(tmp_path / "checkpoint_latest.pt").epochs == epochs
+        assert len(read_log(tmp_path)) == epochs
+        assert [(rows, caption.title) for rows, caption in drawn] == [
+            (epochs, f"I-JEPA training, {epochs} of 3 epochs")
+        ]
+    assert script.main([*arguments, "--save-every", "3"]) == 0
     one, other = (
         load_checkpoint(path / "checkpoint_latest.pt").state_dict for path in (tmp_path, finished)
     )
     assert all(torch.equal(one[name], other[name]) for name in other)
-    assert [row["loss"] for row in read_log(tmp_path)] == [
-        row["loss"] for row in read_log(finished)
-    ]
+    for mine, whole in zip(read_log(tmp_path), read_log(finished), strict=True):
+        assert {**mine, "seconds": ""} == {**whole, "seconds": ""}
 
 
 def test_a_damaged_state_is_a_user_error(tmp_path, flags, capsys):
