@@ -10,7 +10,7 @@ AXE_FILE := $(VENV)/npm/node_modules/axe-core/axe.min.js
 # How long to fuzz.
 MINUTES ?= 10
 
-.PHONY: setup compare example test test-browser lint fuzz campaigns audit
+.PHONY: setup compare example test test-browser test-gpu lint fuzz campaigns audit
 
 setup: $(VENV)/installed
 
@@ -32,6 +32,11 @@ test: setup
 
 test-browser: setup $(VENV)/browser $(AXE_FILE)
 	$(RUN) -m pytest -q -rs -m browser tests/test_browser.py
+
+# Not with the types checked as in the other tests: what is compiled has no shapes to check.
+test-gpu: setup
+	$(RUN) -m pytest -q -m gpu tests/test_gpu.py -o addopts=--import-mode=importlib \
+		-o filterwarnings=default
 
 $(VENV)/browser: pyproject.toml constraints.txt
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[browser]"

@@ -1,4 +1,4 @@
-"""What only a CUDA GPU can show: `pytest -m gpu`."""
+"""What only a CUDA GPU can show: `make test-gpu`."""
 
 import copy
 import dataclasses
@@ -15,7 +15,10 @@ from ijepa.model import VisionTransformer
 from ijepa.runs import NORMALIZATION
 from ijepa.training import TrainConfig, evaluate, init_state, train
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU"),
+]
 GPU = torch.device("cuda")
 
 
