@@ -160,7 +160,7 @@ def init_state(config: TrainConfig, device: torch.device, dtype: torch.dtype) ->
     context_encoder, predictor = context_encoder.to(device), predictor.to(device)
     target_encoder = copy.deepcopy(context_encoder).requires_grad_(False)
     if can_compile(device):
-        for module in [*context_encoder.modules(), *target_encoder.modules(), *predictor.modules()]:
+        for module in nn.ModuleList([context_encoder, target_encoder, predictor]).modules():
             if isinstance(module, Block):  # alike, so that one compilation serves all of a network
                 module.compile(dynamic=True)
     parameters = [*context_encoder.parameters(), *predictor.parameters()]
