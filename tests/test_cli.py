@@ -62,6 +62,12 @@ def run(models, output, *flags):
     return load_script().main([*arguments, "--max-samples", "220", *flags])
 
 
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """For runs whose numbers and words are what is looked at: drawing is most of their time."""
+    monkeypatch.setattr("ijepa.report.draw", lambda *_: iter(()))
+
+
 @pytest.fixture(scope="module")
 def finished(models, tmp_path_factory):
     output = tmp_path_factory.mktemp("output")
@@ -133,6 +139,7 @@ def test_a_second_run_reads_the_cache_and_gives_the_same_numbers(models, finishe
     assert "NN precision@5" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_other_settings_and_damage_in_the_cache_are_a_line_each(models, finished, capsys):
     first = json.loads((finished / "metrics.json").read_text())["summary"]
     _, chunk = sorted((finished / ".cache").glob("hf-*/*.chunk"))
@@ -150,6 +157,7 @@ def test_other_settings_and_damage_in_the_cache_are_a_line_each(models, finished
     )
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_same_model_on_both_sides_differs_by_exactly_nothing(models, tmp_path):
     flags = ("--local-weights", "context", "--dtype", "float32")
     assert run(models, tmp_path, *flags) == 0
@@ -248,6 +256,7 @@ def other_seed(models):
     return path
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_several_checkpoints_give_the_spread_over_seeds(models, other_seed, tmp_path):
     flags = ["--hf-model", "none", "--local-checkpoint", str(other_seed)]
     assert run(models, tmp_path, *flags) == 0

@@ -72,9 +72,14 @@ def facts():
     }
 
 
-def test_artifacts_are_the_files_with_their_hashes_and_sizes(run, facts, tmp_path):
+@pytest.fixture(scope="module")
+def written(run, facts, tmp_path_factory):
     comparison, maps, split = run
-    written = write_report(tmp_path, comparison, maps, split, facts, ["a caveat"])
+    folder = tmp_path_factory.mktemp("report")
+    return write_report(folder, comparison, maps, split, facts, ["a caveat"])
+
+
+def test_artifacts_are_the_files_with_their_hashes_and_sizes(written):
     assert written[-1].name == "metrics.json"
     metrics = json.loads(written[-1].read_text())
     listed = {artifact["path"]: artifact for artifact in metrics["artifacts"]}
@@ -84,7 +89,7 @@ def test_artifacts_are_the_files_with_their_hashes_and_sizes(run, facts, tmp_pat
         assert listed[path.name]["sha256"] == hashlib.sha256(content).hexdigest()
         assert listed[path.name]["bytes"] == len(content)
     assert metrics["caveats"][0] == "a caveat"
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in written}
+    assert set(written[0].parent.iterdir()) == set(written)
 
 
 def test_files_of_an_earlier_run_that_this_one_does_not_make_are_neither_kept_nor_named(
@@ -104,15 +109,12 @@ def test_files_of_an_earlier_run_that_this_one_does_not_make_are_neither_kept_no
     assert {one["path"] for one in named} <= left
 
 
-def test_the_same_run_writes_the_same_bytes(run, facts, tmp_path):
+def test_the_same_run_writes_the_same_bytes(run, facts, written, tmp_path):
     comparison, maps, split = run
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for folder in folders:
-        folder.mkdir()
-        write_report(folder, comparison, maps, split, facts, [])
-    names = sorted(path.name for path in folders[0].iterdir())
-    for name in names:
-        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+    again = write_report(tmp_path, comparison, maps, split, facts, ["a caveat"])
+    assert [path.name for path in again] == [path.name for path in written]
+    for one, other in zip(again, written, strict=True):
+        assert one.read_bytes() == other.read_bytes()
 
 
 def test_per_image_rows_read_back_as_the_numbers(run, monkeypatch):
@@ -229,7 +231,8 @@ def test_undefined_numbers_become_null_and_are_named():
     assert undefined == [".a[1]", ".b.c"]
 
 
-def test_a_failed_write_leaves_no_metrics(run, facts, tmp_path):
+def test_a_failed_write_leaves_no_metrics(run, facts, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda *_: iter(()))
     comparison, maps, split = run
     (tmp_path / "report.html").mkdir()  # where a file has to go
     with pytest.raises(UserError):
