@@ -1,14 +1,17 @@
-"""On a CUDA GPU: extraction with a ViT-Huge against transformers and the card, and training.
+"""On a CUDA GPU: extraction with a ViT-Huge against transformers and the card, training, pairs.
 
     python benchmarks/gpu.py vit-huge --repeats 5
     python benchmarks/gpu.py training --repeats 5
+    python benchmarks/gpu.py pairs --sizes 50000 200000 1000000
 
 `vit-huge` embeds 32 x 32 images, enlarged to 224 pixels on the CPU, with an I-JEPA of random
 weights in the shape of ViT-H/14, by turns in our extraction (bfloat16), in the same network alone
 on pixels that are on the GPU already, and in transformers' model in a loop over batches, in
 bfloat16 and in float32. The ceiling is a product of 8192 x 8192 matrices in bfloat16, timed between
 the others. `training` makes updates of the shipped recipe on random images, as the trainer does,
-compiled and replayed from CUDA graphs, without the graphs, and with neither.
+compiled and replayed from CUDA graphs, without the graphs, and with neither. `pairs` looks at all
+pairs of random embeddings of 1280 numbers, as a comparison of that many images does, once for each
+number of images.
 """
 
 import argparse
@@ -27,12 +30,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from extraction import batches, some_images, vit_huge_flops, write_vit_huge
+from extraction import WIDTH, batches, some_images, vit_huge_flops, write_vit_huge
 
 from ijepa.data import Split
 from ijepa.embeddings import extract
 from ijepa.encoders import load_huggingface_encoder
+from ijepa.metrics import mean_silhouettes, nearest_neighbors, silhouette_samples
 from ijepa.training import TrainConfig, decay_start, init_state, train_step
+from ijepa.uncertainty import LIST_LENGTH, NUM_HALVES
 
 GPU = torch.device("cuda")
 DEPTH = 32
@@ -160,6 +165,28 @@ def training(args):
                 )
 
 
+def pairs(args):
+    """Neighbours and Euclidean silhouettes of all images, and silhouettes of their halves."""
+    generator = np.random.default_rng(0)
+    print("| images | 64 neighbours, s | silhouettes, s | of 200 halves, s | GPU, GiB |")
+    print("| --- | --- | --- | --- | --- |")
+    for n in (10_000, *args.sizes):  # the first warms everything up
+        labels = np.arange(n) % 10
+        halves = generator.random((NUM_HALVES, n)) < 0.5
+        X = generator.standard_normal((n, WIDTH), dtype=np.float32)
+        X += 3 * generator.standard_normal((10, WIDTH), dtype=np.float32)[labels]
+        works = (
+            partial(nearest_neighbors, X, LIST_LENGTH, str(GPU)),
+            partial(silhouette_samples, X, labels, device=str(GPU)),
+            partial(mean_silhouettes, X, labels, halves, device=str(GPU)),
+        )
+        torch.cuda.reset_peak_memory_stats()
+        times = [seconds_of(work) for work in works]
+        if n in args.sizes:
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            print(f"| {n} | {' | '.join(f'{one:.1f}' for one in times)} | {peak:.1f} |", flush=True)
+
+
 def main():
     """Parse the arguments and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -175,6 +202,9 @@ def main():
     two.add_argument("--batch-sizes", type=int, nargs="+", default=[256])
     for command in (one, two):
         command.add_argument("--repeats", type=int, default=5)
+    three = commands.add_parser("pairs")
+    three.set_defaults(work=pairs)
+    three.add_argument("--sizes", type=int, nargs="+", default=[50_000, 200_000, 1_000_000])
     args = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
     args.work(args)

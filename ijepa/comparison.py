@@ -58,6 +58,8 @@ NAN = float("nan")
 MUTUAL_K = 10
 PROBE = 2048
 """Images whose pairs tell the time of all: a tile of similarities, four of distances."""
+GPU_PROBE = 2**14
+"""The same on a GPU: its tiles are larger, and fewer images would tell its pauses alone."""
 HEADLINES = ("variance_10pc", "variance_50pc", "silhouette", "precision_at_5")
 """The rows of the table, after the embedding dimension."""
 
@@ -100,7 +102,9 @@ class Analysis:
         return found.skew, float(found.maximum), found.anti_hub_share
 
 
-def analyze(X: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], name: str) -> Analysis:
+def analyze(
+    X: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], name: str, device: str = "cpu"
+) -> Analysis:
     """Search neighbours and compute spectrum and silhouettes once.
 
     Raises:
@@ -108,9 +112,9 @@ def analyze(X: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], name: st
     """
     validate_embeddings(X, name)
     silhouettes = {
-        metric: silhouette_samples(X, labels, metric) for metric in ("euclidean", "cosine")
+        metric: silhouette_samples(X, labels, metric, device) for metric in ("euclidean", "cosine")
     }
-    return Analysis(list_neighbors(X), labels, covariance_spectrum(X), silhouettes)
+    return Analysis(list_neighbors(X, device), labels, covariance_spectrum(X), silhouettes)
 
 
 def share_of_variance(a: Analysis, k: int) -> float:
@@ -183,7 +187,9 @@ def deviations(a: Analysis, by_class: Deviations, parts: Resampling | None) -> D
     if parts is None:
         return {}
     silhouettes = {
-        name: half_deviations(mean_silhouettes(a.embeddings, a.labels, parts.halves, metric))
+        name: half_deviations(
+            mean_silhouettes(a.embeddings, a.labels, parts.halves, metric, a.lists.device)
+        )
         for name, metric in (("silhouette", "euclidean"), ("silhouette_cosine", "cosine"))
     }
     neighbors = {name: overall(values, a.labels) for name, values in by_class.items()}
@@ -248,6 +254,7 @@ def compare(
     labels: Int[np.ndarray, " n"],
     seed: int,
     other_seeds: Sequence[Float[np.ndarray, "n _"]] = (),
+    device: str = "cpu",
 ) -> Comparison:
     """Measure one model or two, and the references, on the same images.
 
@@ -257,6 +264,7 @@ def compare(
         labels: Class of each row.
         seed: Of the halves and of the permutation tests.
         other_seeds: Embeddings by other trainings of the local model.
+        device: Where all pairs of images are looked at, as in `ijepa.metrics`.
 
     Raises:
         ValueError: If the numbers of rows differ.
@@ -267,12 +275,12 @@ def compare(
         if len(X) != len(labels):
             raise ValueError(f"{name} has {len(X)} rows for {len(labels)} labels")
     parts = resample(labels, seed)
-    analyses = {name: analyze(X, labels, name) for name, X in embeddings.items()}
+    analyses = {name: analyze(X, labels, name, device) for name, X in embeddings.items()}
     values = {name: measure(a) for name, a in analyses.items()}
     by_class = {name: class_deviations(a, parts) for name, a in analyses.items()}
     deviating = {name: deviations(a, by_class[name], parts) for name, a in analyses.items()}
     for name, X in references.items():
-        reference = analyze(X, labels, name)
+        reference = analyze(X, labels, name, device)
         values[name], by_class[name] = measure(reference), class_deviations(reference, parts)
     paired = len(analyses) == 2
     pair = paired_deviations(analyses, by_class, parts) if paired else {}
@@ -293,7 +301,7 @@ def compare(
         agreement=agreement(analyses, pair, seed) if paired else {},
         mutual=mutual_per_image(analyses) if paired else None,
         chance_precision=chance_precision(labels),
-        seeds=seed_spread(values["local"], other_seeds, labels),
+        seeds=seed_spread(values["local"], other_seeds, labels, device),
         num_halves=len(parts.halves) if parts else 0,
         seed=seed,
     )
@@ -303,23 +311,24 @@ def pairwise_seconds(
     embeddings: Mapping[str, Float[np.ndarray, "n _"]],
     references: Mapping[str, Float[np.ndarray, "n _"]],
     num_classes: int,
+    device: str = "cpu",
 ) -> float:
     """Seconds that `compare` will need for all pairs of images here, from those of a few.
 
     Neighbours and silhouettes of n images cost a n + b n^2. Two small n tell b; the rest of a
     comparison is soon less than that.
     """
-    few = min(PROBE, len(embeddings["local"]) // 2)
+    few = min(PROBE if device == "cpu" else GPU_PROBE, len(embeddings["local"]) // 2)
     generator = np.random.default_rng(0)
 
     def seconds(n: int) -> float:
         labels, halves = np.arange(n) % num_classes, generator.random((NUM_HALVES, n)) < 0.5
         began = time.perf_counter()
         for name, X in {**references, **embeddings}.items():
-            list_neighbors(X[:n])
-            silhouette_samples(X[:n], labels)
+            list_neighbors(X[:n], device)
+            silhouette_samples(X[:n], labels, device=device)
             if name in embeddings:
-                mean_silhouettes(X[:n], labels, halves)
+                mean_silhouettes(X[:n], labels, halves, device=device)
         return time.perf_counter() - began
 
     seconds(few)  # the first time is slower
@@ -345,13 +354,14 @@ def seed_spread(
     local: Mapping[str, float],
     other_seeds: Sequence[Float[np.ndarray, "n _"]],
     labels: Int[np.ndarray, " n"],
+    device: str,
 ) -> dict[str, SeedSpread]:
     """Spread of every metric over trainings; kept apart from the intervals over images."""
     if not other_seeds:
         return {}
     trainings = [local]
     for row, X in enumerate(other_seeds, start=2):
-        trainings.append(measure(analyze(X, labels, f"local_{row}")))
+        trainings.append(measure(analyze(X, labels, f"local_{row}", device)))
     columns = {metric: [numbers[metric] for numbers in trainings] for metric in METRICS}
     return {
         metric: SeedSpread(values, float(np.mean(values)), float(np.std(values, ddof=1)))

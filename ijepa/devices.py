@@ -10,9 +10,17 @@ import torch
 
 from ijepa.errors import UserError
 
+GPU_PAIRS_FROM = 20_000
+"""Images whose pairs take a processor half a minute or more."""
+TILES = 2**32
+"""Bytes that tiles of pairs take on a GPU, with room to spare."""
+
 
 def choose_device(name: str) -> torch.device:
     """Resolve `auto` to cuda, else mps, else cpu; check any other name.
+
+    From then on products in float32 are those of float32 on a GPU too. PyTorch lets convolutions
+    round what they multiply to 10 bits (TF32), and some installations all matrix products.
 
     Raises:
         UserError: If there is no such device here.
@@ -32,7 +40,20 @@ def choose_device(name: str) -> torch.device:
     if not present:
         known = ", ".join(kind for kind, here in available.items() if here)
         raise UserError(f"device {name!r} is not available", hint=f"choose auto or one of: {known}")
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return torch.device(name)
+
+
+def choose_pairs_device(device: torch.device, num_images: int, width: int) -> str:
+    """Where all pairs of embeddings are looked at: on a CUDA GPU if they are many and it has room.
+
+    Few stay on the processor, so that the same embeddings give the same digits everywhere.
+    """
+    if device.type != "cuda" or num_images < GPU_PAIRS_FROM:
+        return "cpu"
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    return str(device) if 4 * num_images * width + TILES < free else "cpu"
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -13,6 +13,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
@@ -200,12 +201,13 @@ def effective_rank_of_spectrum(squares: Float[np.ndarray, " rank"]) -> float:
 
 
 def nearest_neighbors(
-    X: Float[np.ndarray, "n d"], k: int
+    X: Float[np.ndarray, "n d"], k: int, device: str = "cpu"
 ) -> tuple[Int[np.ndarray, "n k"], Float[np.ndarray, "n k"]]:
     """Indices and cosine similarities (float32) of the k most similar other images, best first.
 
     An image is never its own neighbour. Ties go to the smaller index. Equal embeddings are tied
-    exactly, and permuting the images permutes the result up to such ties.
+    exactly, and permuting the images permutes the result up to such ties. Any device but "cpu" is
+    PyTorch's of that name: the last bit of a similarity may be another there.
 
     Raises:
         ValueError: k exceeds the number of other images.
@@ -224,7 +226,7 @@ def nearest_neighbors(
     names = _row_names(unit, X.shape)
     _, first, group = np.unique(names, return_index=True, return_inverse=True)
     # One more than asked for: the image itself is among them and leaves at the end.
-    keys = _search(lambda rows: unit(first[rows]), first, k + 1)
+    keys = _search_on(device)(lambda rows: unit(first[rows]), first, k + 1)
     if len(first) < n:
         keys = _with_duplicates(keys, group, k + 1)
     neighbors, similarities = np.empty((n, k), np.int32), np.empty((n, k), np.float32)
@@ -245,6 +247,15 @@ def _row_names(
     lines = (line for rows in row_blocks(*shape) for line in make(rows))
     names = [line[:4].tobytes() + hashlib.blake2b(line, digest_size=16).digest() for line in lines]
     return np.frombuffer(b"".join(names), f"V{len(names[0])}")
+
+
+def _search_on(device: str) -> Callable[..., Int[np.ndarray, "t m"]]:
+    """The search for a processor or for a GPU."""
+    if device == "cpu":
+        return _search
+    from ijepa.gpu_pairs import largest_keys
+
+    return partial(largest_keys, device=device)
 
 
 def _search(
@@ -433,7 +444,10 @@ def hubness(neighbors: Int[np.ndarray, "n m"], k: int = 10) -> Hubness:
 
 
 def silhouette_samples(
-    X: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], metric: str = "euclidean"
+    X: Float[np.ndarray, "n d"],
+    labels: Int[np.ndarray, " n"],
+    metric: str = "euclidean",
+    device: str = "cpu",
 ) -> Float[np.ndarray, " n"]:
     """Silhouette of each image in its own class, in [-1, 1]; higher is better.
 
@@ -442,8 +456,8 @@ def silhouette_samples(
     codes, counts = np.unique(labels, return_inverse=True, return_counts=True)[1:]
     # The sums that let each distance serve both images are one for each class and image: 0.5 GB.
     many = len(counts) * len(X) > 8 * TILE_ENTRIES
-    if metric != "euclidean" or len(counts) < 2 or many:
-        return silhouette_of_subsets(X, labels, np.ones((1, len(X)), bool), metric)[0]
+    if metric != "euclidean" or len(counts) < 2 or many or device != "cpu":
+        return silhouette_of_subsets(X, labels, np.ones((1, len(X)), bool), metric, device)[0]
     order = np.argsort(codes, kind="stable")
     sums, codes = _sum_distances(X, codes, order), codes[order]
     scores = np.empty(len(X))
@@ -458,13 +472,15 @@ def _distance_side() -> int:
     return math.isqrt(TILE_ENTRIES // 8)
 
 
-def _shifted(X: Float[np.ndarray, "n d"]) -> Callable[[Rows], Float[np.ndarray, "t d"]]:
-    """Float64 copies of rows, so shifted that few digits are lost in differences of squares.
+def _center(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " d"]:
+    """The float64 median of a hundred rows: one huge row would draw a mean away from all others."""
+    return np.median(X[:: max(1, len(X) // 100)].astype(np.float64), axis=0)
 
-    By the median of a hundred rows, because one huge row would draw a mean away from all others.
-    """
-    median = np.median(X[:: max(1, len(X) // 100)].astype(np.float64), axis=0)
-    return lambda rows: X[rows] - median
+
+def _shifted(X: Float[np.ndarray, "n d"]) -> Callable[[Rows], Float[np.ndarray, "t d"]]:
+    """Float64 copies of rows, so shifted that few digits are lost in differences of squares."""
+    center = _center(X)
+    return lambda rows: X[rows] - center
 
 
 def _squares(
@@ -514,19 +530,21 @@ def silhouette_of_subsets(
     labels: Int[np.ndarray, " n"],
     keep: Bool[np.ndarray, "b n"],
     metric: str = "euclidean",
+    device: str = "cpu",
 ) -> Float[np.ndarray, "b n"]:
     """Silhouette of each kept image among the kept images alone; NaN for the others.
 
     (b - a) / max(a, b), with a the mean distance to the rest of the own class and b the smallest
     mean distance to another class; 0 in a class of one image and where both distances are 0.
     Rousseeuw 1987, https://doi.org/10.1016/0377-0427(87)90125-7. The metric is "euclidean", or
-    "cosine" for 1 - cosine similarity.
+    "cosine" for 1 - cosine similarity. The device is where Euclidean distances are computed, as in
+    `nearest_neighbors`.
 
     Raises:
         ValueError: The metric is unknown or a subset holds fewer than two classes.
     """
     scores = np.full(keep.shape, np.nan)
-    for subsets, rows, tile in _silhouette_tiles(X, labels, keep, metric):
+    for subsets, rows, tile in _silhouette_tiles(X, labels, keep, metric, device):
         scores[subsets, rows] = np.where(keep[subsets, rows], tile.T, np.nan)
     return scores
 
@@ -536,10 +554,11 @@ def mean_silhouettes(
     labels: Int[np.ndarray, " n"],
     keep: Bool[np.ndarray, "b n"],
     metric: str = "euclidean",
+    device: str = "cpu",
 ) -> Float[np.ndarray, " b"]:
     """Mean over the kept images of `silhouette_of_subsets`, without a number for each of them."""
     sums = np.zeros(len(keep))
-    for subsets, rows, tile in _silhouette_tiles(X, labels, keep, metric):
+    for subsets, rows, tile in _silhouette_tiles(X, labels, keep, metric, device):
         sums[subsets] += (tile.T * keep[subsets, rows]).sum(axis=1)
     return sums / keep.sum(axis=1)
 
@@ -549,9 +568,11 @@ def _silhouette_tiles(
     labels: Int[np.ndarray, " n"],
     keep: Bool[np.ndarray, "b n"],
     metric: str,
+    device: str,
 ) -> Iterator[tuple[slice, slice, Float[np.ndarray, "t b"]]]:
     """Yield some subsets, some rows, and the silhouettes of these rows in these subsets."""
-    class_sums = {"euclidean": _euclidean_class_sums, "cosine": _cosine_class_sums}
+    euclidean = partial(_euclidean_class_sums, device=device)
+    class_sums = {"euclidean": euclidean, "cosine": _cosine_class_sums}
     if metric not in class_sums:
         raise ValueError(f"unknown metric {metric!r}; choose from: {', '.join(class_sums)}")
     codes = np.unique(labels, return_inverse=True)[1]
@@ -596,11 +617,16 @@ def _euclidean_class_sums(
     X: Float[np.ndarray, "n d"],
     codes: Int[np.ndarray, " n"],
     keep: Bool[np.ndarray, "b n"],
+    device: str,
 ) -> ClassSums:
     """Sums of Euclidean distances."""
+    members = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
+    if device != "cpu":
+        from ijepa.gpu_pairs import distance_sums
+
+        return distance_sums(X, _center(X), members, keep, device)
     points = _shifted(X)
     squares = _squares(points, X.shape)
-    members = [np.flatnonzero(codes == code) for code in range(codes.max() + 1)]
     side = _distance_side()
 
     def sums_of(rows: slice) -> Iterator[Float[np.ndarray, "t b"]]:

@@ -126,11 +126,13 @@ class NeighborLists:
     embeddings: Float[np.ndarray, "n d"]
     neighbors: Int[np.ndarray, "n m"]
     similarities: Float[np.ndarray, "n m"]
+    device: str = "cpu"
+    """Where all pairs of these embeddings are looked at."""
 
 
-def list_neighbors(X: Float[np.ndarray, "n d"]) -> NeighborLists:
+def list_neighbors(X: Float[np.ndarray, "n d"], device: str = "cpu") -> NeighborLists:
     """Lists long enough that halves of the images hardly ever need a search of their own."""
-    return NeighborLists(X, *nearest_neighbors(X, min(LIST_LENGTH, len(X) - 1)))
+    return NeighborLists(X, *nearest_neighbors(X, min(LIST_LENGTH, len(X) - 1), device), device)
 
 
 def neighbors_within(
@@ -146,7 +148,7 @@ def neighbors_within(
     chosen = keep[neighbors]
     counts = chosen.sum(axis=1)
     if (counts < k).any():
-        return nearest_neighbors(lists.embeddings[images], k)
+        return nearest_neighbors(lists.embeddings[images], k, lists.device)
     # Where in the flattened lists each image's first k chosen neighbours stand.
     starts = np.cumsum(counts) - counts
     first = np.flatnonzero(chosen)[starts[:, None] + np.arange(k)]

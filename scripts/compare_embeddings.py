@@ -378,7 +378,7 @@ def compare_run(args: argparse.Namespace) -> None:
     if not reports:
         return
     with watch.stage("compare"):
-        models, comparison = compare_all(results, split, args.seed)
+        models, comparison, pairs_device = compare_all(results, split, args.seed, device)
     with watch.stage("project"):
         maps = project(comparison, args.seed)
     with watch.stage("write"):
@@ -386,6 +386,7 @@ def compare_run(args: argparse.Namespace) -> None:
             save_embeddings(args.output_dir / f"embeddings_{name}.npz", models[name], split)
         facts = describe_run(args, watch, loaded, results, split, split_hash)
         facts["run"]["torch_threads"] = torch.get_num_threads()
+        facts["run"]["pairs_device"] = pairs_device
         notes = caveats(comparison, loaded, maps)
         written = write_report(args.output_dir, comparison, maps, split, facts, notes)
     print(console_table(table(comparison)))
@@ -395,26 +396,33 @@ def compare_run(args: argparse.Namespace) -> None:
     print(f"wrote {len(written) + len(models)} files to {args.output_dir} ({stages})")
 
 
-def compare_all(results: dict[str, Any], split: Any, seed: int) -> tuple[dict[str, Any], Any]:
-    """The embeddings of the models that are compared, and all that was found."""
+def compare_all(
+    results: dict[str, Any], split: Any, seed: int, device: Any
+) -> tuple[dict[str, Any], Any, str]:
+    """The embeddings of the models that are compared, all that was found, and on which device."""
     from ijepa.comparison import compare
+    from ijepa.devices import choose_pairs_device
 
     values = {name: result.values for name, result in results.items()}
     models = {name: values[name] for name in ("local", "hf") if name in values}
     references = {name: values[name] for name in ("pixels", "random_weights")}
     seeds = [values[name] for name in values if name not in {*models, *references}]
-    announce_wait(models, references, len(split.classes))
-    return models, compare(models, references, split.labels, seed, seeds)
+    widest = max(X.shape[1] for X in values.values())
+    chosen = choose_pairs_device(device, len(split), widest)
+    announce_wait(models, references, len(split.classes), chosen)
+    return models, compare(models, references, split.labels, seed, seeds, chosen), chosen
 
 
-def announce_wait(models: dict[str, Any], references: dict[str, Any], num_classes: int) -> None:
+def announce_wait(
+    models: dict[str, Any], references: dict[str, Any], num_classes: int, device: str
+) -> None:
     """Say how long all pairs of images will take where nobody would wait for them."""
     from ijepa.comparison import pairwise_seconds
 
     n = len(models["local"])
     if n < MANY_IMAGES:
         return
-    seconds = pairwise_seconds(models, references, num_classes)
+    seconds = pairwise_seconds(models, references, num_classes, device)
     if seconds > 60:
         wait = f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.0f} hours"
         print(

@@ -23,6 +23,7 @@ ORDER = [
     "model",
     "masking",
     "muon",
+    "gpu_pairs",
     "metrics",
     "agreement",
     "uncertainty",

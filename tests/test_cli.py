@@ -175,6 +175,21 @@ def test_the_local_model_can_be_reported_alone(models, tmp_path, capsys):
     assert "HF" not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_the_device_of_all_pairs_is_chosen_by_their_number_and_told(models, tmp_path, monkeypatch):
+    asked = []
+
+    def choose(*facts):
+        asked.append(facts)
+        return "cpu:0"
+
+    monkeypatch.setattr("ijepa.devices.choose_pairs_device", choose)
+    monkeypatch.setattr("ijepa.metrics._search", None)
+    assert run(models, tmp_path, "--max-samples", "30", "--device", "cpu") == 0
+    assert asked == [(torch.device("cpu"), 30, 3 * 32 * 32)]  # the pixels are the widest
+    assert json.loads((tmp_path / "metrics.json").read_text())["run"]["pairs_device"] == "cpu:0"
+
+
 @pytest.mark.parametrize("samples", ["4", "25"])
 def test_tiny_samples_give_numbers_with_caveats(models, tmp_path, samples):
     assert run(models, tmp_path, "--max-samples", samples) == 0
@@ -405,10 +420,10 @@ def test_a_long_comparison_says_beforehand_how_long_it_will_take(
 ):
     monkeypatch.setattr("ijepa.comparison.pairwise_seconds", lambda *_: seconds)
     script = load_script()
-    script.announce_wait({"local": np.zeros(20_000)}, {}, 2)
+    script.announce_wait({"local": np.zeros(20_000)}, {}, 2, "cpu")
     said = capsys.readouterr()
     assert said.out == ""
     assert bool(words) == ("comparing all pairs of 20,000 images" in said.err)
     assert words in said.err
-    script.announce_wait({"local": np.zeros(9_999)}, {}, 2)
+    script.announce_wait({"local": np.zeros(9_999)}, {}, 2, "cpu")
     assert capsys.readouterr().err == ""

@@ -264,7 +264,7 @@ def test_blocks_of_rows_of_a_file_give_the_numbers_of_the_whole(monkeypatch, tmp
 def test_the_time_of_all_pairs_is_told_from_the_curvature_of_the_time_of_few(monkeypatch):
     spent = [0.0]
 
-    def spend(X, *_):
+    def spend(X, *_, **__):
         spent.append(spent[-1] + 5 * len(X) + 0.25 * len(X) ** 2)
 
     for name in ("list_neighbors", "silhouette_samples", "mean_silhouettes"):

@@ -39,6 +39,19 @@ def test_cuda_where_there_is_none_is_a_user_error():
         choose_device("cuda")
 
 
+def test_float32_is_not_rounded_to_tf32_on_a_gpu():
+    products = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [kind.allow_tf32 for kind in products]
+    try:
+        for kind in products:
+            kind.allow_tf32 = True
+        choose_device("cpu")
+        assert not any(kind.allow_tf32 for kind in products)
+    finally:
+        for kind, allowed in zip(products, before, strict=True):
+            kind.allow_tf32 = allowed
+
+
 def test_number_formats_follow_their_names_and_auto_the_hardware():
     cpu = torch.device("cpu")
     assert choose_dtype("float32", cpu) == torch.float32

@@ -9,8 +9,10 @@ import torch
 
 from ijepa import training
 from ijepa.checkpoint import read_torch_file, save_checkpoint
+from ijepa.devices import choose_device
 from ijepa.encoders import load_local_encoder
 from ijepa.graphs import Graphs
+from ijepa.metrics import mean_silhouettes, nearest_neighbors, silhouette_samples
 from ijepa.model import VisionTransformer
 from ijepa.runs import NORMALIZATION
 from ijepa.training import TrainConfig, evaluate, init_state, train
@@ -109,16 +111,30 @@ def test_a_loaded_state_is_not_changed_by_old_recordings(config, images):
         )
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 def test_embeddings_are_those_of_the_cpu(tmp_path, tiny_vit, images, dtype, tolerance):
     path = tmp_path / "checkpoint.pt"
     networks = {"target": VisionTransformer(tiny_vit), "context": VisionTransformer(tiny_vit)}
     save_checkpoint(path, tiny_vit, networks, NORMALIZATION, {"epochs": 0})
 
     def embeddings(device, dtype):
-        encoder = load_local_encoder(path, "target", torch.device(device), dtype)
+        encoder = load_local_encoder(path, "target", choose_device(device), dtype)
         assert encoder.prepare(list(images)).is_pinned() is (device == "cuda")
         return encoder.embed(list(images))
 
     ours, expected = embeddings("cuda", dtype), embeddings("cpu", torch.float32)
     assert (ours - expected).abs().max() < tolerance * expected.abs().max()
+
+
+def test_neighbors_and_silhouettes_are_those_of_the_cpu(monkeypatch):
+    monkeypatch.setattr("ijepa.gpu_pairs.SIDE", 1000)
+    device, labels = str(choose_device("cuda")), np.arange(3000) % 7
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(3000, 64)) + rng.normal(size=(7, 64))[labels]
+    X = X.astype(np.float32)
+    halves = rng.random((4, 3000)) < 0.5
+    for one, other in zip(nearest_neighbors(X, 64, device), nearest_neighbors(X, 64), strict=True):
+        assert np.isclose(one, other, rtol=0, atol=1e-6).mean() > 0.99
+    for measure, rows in ((silhouette_samples, ()), (mean_silhouettes, (halves,))):
+        found, expected = (measure(X, labels, *rows, device=one) for one in (device, "cpu"))
+        np.testing.assert_allclose(found, expected, atol=1e-9)
