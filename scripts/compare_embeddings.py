@@ -1,6 +1,7 @@
 """Compare the embeddings of a local I-JEPA encoder and a Hugging Face I-JEPA on the same images."""
 
 import argparse
+import gc
 import os
 import sys
 import tempfile
@@ -526,4 +527,5 @@ if __name__ == "__main__":
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    gc.freeze()  # or the collector goes through all objects of the libraries on the way out
     sys.exit(code)

@@ -1,6 +1,7 @@
 """Train a small I-JEPA; stop it at any moment, the same command goes on."""
 
 import argparse
+import gc
 import os
 import signal
 import sys
@@ -487,4 +488,5 @@ if __name__ == "__main__":
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    gc.freeze()  # or the collector goes through all objects of the libraries on the way out
     sys.exit(code)
