@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from extraction import WIDTH, batches, some_images, vit_huge_flops, write_vit_huge
 
 from ijepa.data import Split
+from ijepa.devices import choose_device
 from ijepa.embeddings import extract
 from ijepa.encoders import load_huggingface_encoder
 from ijepa.metrics import mean_silhouettes, nearest_neighbors, silhouette_samples
@@ -174,7 +175,8 @@ def pairs(args):
         labels = np.arange(n) % 10
         halves = generator.random((NUM_HALVES, n)) < 0.5
         X = generator.standard_normal((n, WIDTH), dtype=np.float32)
-        X += 3 * generator.standard_normal((10, WIDTH), dtype=np.float32)[labels]
+        for label, center in enumerate(generator.standard_normal((10, WIDTH), dtype=np.float32)):
+            X[label::10] += 3 * center
         works = (
             partial(nearest_neighbors, X, LIST_LENGTH, str(GPU)),
             partial(silhouette_samples, X, labels, device=str(GPU)),
@@ -206,6 +208,7 @@ def main():
     three.set_defaults(work=pairs)
     three.add_argument("--sizes", type=int, nargs="+", default=[50_000, 200_000, 1_000_000])
     args = parser.parse_args()
+    choose_device(str(GPU))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
     args.work(args)
 

@@ -12,6 +12,8 @@ from ijepa.errors import UserError
 
 GPU_PAIRS_FROM = 20_000
 """Images whose pairs take a processor half a minute or more."""
+FULL_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+"""Compute capabilities of GPUs that are fast at float64; on others it is slower than processors."""
 TILES = 2**32
 """Bytes that tiles of pairs take on a GPU, with room to spare."""
 
@@ -45,11 +47,13 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_pairs_device(device: torch.device, num_images: int, width: int) -> str:
-    """Where all pairs of embeddings are looked at: on a CUDA GPU if they are many and it has room.
+    """Where all pairs of embeddings are looked at: many on a GPU that is fast and has room.
 
-    Few stay on the processor, so that the same embeddings give the same digits everywhere.
+    Few stay on the processor, so that their last digits depend on no GPU.
     """
     if device.type != "cuda" or num_images < GPU_PAIRS_FROM:
+        return "cpu"
+    if torch.cuda.get_device_capability(device) not in FULL_FLOAT64:
         return "cpu"
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)

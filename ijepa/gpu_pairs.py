@@ -16,18 +16,21 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 SIDE = 2**13
-"""Rows and columns of a tile of similarities: 0.3 GB, and 0.5 GB for their keys."""
-COLUMNS = 2**15
-"""Columns of a tile of distances: 0.3 GB with the thousand rows that are asked for at once."""
+"""Rows and columns of a tile: 0.3 GB of similarities and 0.5 GB of their keys, or of distances."""
+BLOCK_ENTRIES = 2**23
+"""Numbers that are copied to the device at once."""
 
 
 def _upload(
     make: Callable[[slice], Float[np.ndarray, "t d"]], n: int, device: str
 ) -> Float[Tensor, "n d"]:
     """All rows on the device, made and copied block by block."""
-    stored = torch.empty((n, make(slice(0, 1)).shape[1]), device=device)
-    for start in range(0, n, SIDE):
-        stored[start : start + SIDE] = torch.tensor(make(slice(start, start + SIDE)))
+    first = torch.from_numpy(make(slice(0, 1)).copy())
+    d = first.shape[1]
+    stored = torch.empty((n, d), dtype=first.dtype, device=device)
+    step = max(1, BLOCK_ENTRIES // d)
+    for start in range(0, n, step):
+        stored[start : start + step] = torch.from_numpy(make(slice(start, start + step)).copy())
     return stored
 
 
@@ -41,18 +44,19 @@ def largest_keys(
 
     A key holds the bits of a float32 similarity, in numeric order, above 2^32 - 1 less a position.
     """
-    rows = _upload(make, len(positions), device)
+    n = len(positions)
+    rows = _upload(make, n, device)
     names = torch.tensor(2**32 - 1 - positions, device=device)
-    found = []
-    for left in rows.split(SIDE):
+    found = np.empty((n, min(k, n)), np.int64)
+    for start, left in zip(range(0, n, SIDE), rows.split(SIDE), strict=True):
         best = torch.empty((len(left), 0), dtype=torch.int64, device=device)
         for right, own in zip(rows.split(SIDE), names.split(SIDE), strict=True):
             bits = (left @ right.T).view(torch.int32)
             keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | own
             both = torch.cat([best, keys], dim=1)
             best = both.topk(min(k, both.shape[1]), dim=1).values
-        found.append(best.cpu().numpy())
-    return np.concatenate(found)
+        found[start : start + SIDE] = best.cpu().numpy()
+    return found
 
 
 def distance_sums(
@@ -77,14 +81,16 @@ def distance_sums(
 
     def sums_of(rows: slice) -> Iterator[Float[np.ndarray, "t b"]]:
         left = stored[rows].double() - origin
-        left_squares = left.square().sum(dim=1, keepdim=True)
+        own = torch.arange(rows.start, rows.start + len(left), device=device)[:, None]
+        left_squares, left = left.square().sum(dim=1, keepdim=True), -2.0 * left
         for images in classes:
             total = left.new_zeros((len(left), kept.shape[1]))
-            for part in images.split(COLUMNS):
+            for part in images.split(SIDE):
                 right = stored[part].double() - origin
-                squares = (-2.0 * left) @ right.T
+                squares = left @ right.T
                 squares += right.square().sum(dim=1)
                 squares += left_squares
+                squares.masked_fill_(part == own, 0)  # not what rounding leaves of it
                 total += squares.clamp_(min=0).sqrt_() @ kept[part].double()
             yield total.cpu().numpy()
 

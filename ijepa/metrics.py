@@ -472,6 +472,15 @@ def _distance_side() -> int:
     return math.isqrt(TILE_ENTRIES // 8)
 
 
+def _rows_at_once(device: str) -> int:
+    """Rows whose distances are asked for together."""
+    if device == "cpu":
+        return _distance_side()
+    from ijepa.gpu_pairs import SIDE
+
+    return SIDE
+
+
 def _center(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " d"]:
     """The float64 median of a hundred rows: one huge row would draw a mean away from all others."""
     return np.median(X[:: max(1, len(X) // 100)].astype(np.float64), axis=0)
@@ -579,7 +588,7 @@ def _silhouette_tiles(
     counts = np.stack([keep[:, codes == code].sum(axis=1) for code in range(codes.max() + 1)])
     if ((counts > 0).sum(axis=0) < 2).any():
         raise ValueError("a silhouette needs at least 2 classes in every subset, got 1")
-    side, at_once = _distance_side(), len(keep)
+    side, at_once = _rows_at_once(device), len(keep)
     if metric == "cosine":  # there is a vector for each class and subset
         at_once = max(1, TILE_ENTRIES // (len(counts) * X.shape[1]))
     for at in range(0, len(keep), at_once):

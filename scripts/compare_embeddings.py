@@ -401,8 +401,11 @@ def compare_all(
     results: dict[str, Any], split: Any, seed: int, device: Any
 ) -> tuple[dict[str, Any], Any, str]:
     """The embeddings of the models that are compared, all that was found, and on which device."""
+    import torch
+
     from ijepa.comparison import compare
     from ijepa.devices import choose_pairs_device
+    from ijepa.errors import UserError
 
     values = {name: result.values for name, result in results.items()}
     models = {name: values[name] for name in ("local", "hf") if name in values}
@@ -411,7 +414,11 @@ def compare_all(
     widest = max(X.shape[1] for X in values.values())
     chosen = choose_pairs_device(device, len(split), widest)
     announce_wait(models, references, len(split.classes), chosen)
-    return models, compare(models, references, split.labels, seed, seeds, chosen), chosen
+    try:
+        return models, compare(models, references, split.labels, seed, seeds, chosen), chosen
+    except torch.OutOfMemoryError as error:
+        hint = "wait until nothing else uses it, give a smaller --max-samples, or --device cpu"
+        raise UserError(f"{chosen} has too little free memory for all pairs", hint=hint) from error
 
 
 def announce_wait(

@@ -190,6 +190,17 @@ def test_the_device_of_all_pairs_is_chosen_by_their_number_and_told(models, tmp_
     assert json.loads((tmp_path / "metrics.json").read_text())["run"]["pairs_device"] == "cpu:0"
 
 
+def test_a_gpu_without_room_for_the_pairs_is_two_lines(models, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("ijepa.comparison.compare", fail)
+    assert run(models, tmp_path, "--max-samples", "30") == 1
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == "error: cpu has too little free memory for all pairs"
+    assert hint.startswith("hint: wait until nothing else uses it")
+
+
 @pytest.mark.parametrize("samples", ["4", "25"])
 def test_tiny_samples_give_numbers_with_caveats(models, tmp_path, samples):
     assert run(models, tmp_path, "--max-samples", samples) == 0

@@ -47,10 +47,11 @@ def test_neighbors_are_those_of_the_processor(monkeypatch):
     assert similarities.dtype == similar.dtype
 
 
-@pytest.mark.parametrize("columns", [1, 37, 2**16])
+@pytest.mark.parametrize("side", [1, 37, 2**16])
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_silhouettes_equal_scikit_learn(monkeypatch, columns, offset):
-    monkeypatch.setattr(gpu_pairs, "COLUMNS", columns)
+def test_silhouettes_equal_scikit_learn(monkeypatch, side, offset):
+    monkeypatch.setattr(gpu_pairs, "SIDE", side)
+    monkeypatch.setattr(gpu_pairs, "BLOCK_ENTRIES", 300)
     X, labels = clouds(150, 12, offset)
     expected = sklearn.metrics.silhouette_samples(X.astype(np.float64), labels)
     found = metrics.silhouette_samples(X, labels, device=DEVICE)
@@ -58,13 +59,33 @@ def test_silhouettes_equal_scikit_learn(monkeypatch, columns, offset):
 
 
 def test_silhouettes_of_subsets_are_those_of_the_subsets_alone(monkeypatch):
-    monkeypatch.setattr(gpu_pairs, "COLUMNS", 37)
+    monkeypatch.setattr(gpu_pairs, "SIDE", 37)
     X, labels = clouds(150, 12)
     keep = np.random.default_rng(0).random((5, 150)) < 0.5
     found = metrics.mean_silhouettes(X, labels, keep, device=DEVICE)
     for value, half in zip(found, keep, strict=True):
         expected = sklearn.metrics.silhouette_score(X[half].astype(np.float64), labels[half])
         assert value == pytest.approx(expected, abs=1e-7)
+
+
+def test_an_image_is_at_no_distance_from_itself(monkeypatch):
+    monkeypatch.setattr(gpu_pairs, "SIDE", 7)
+    X = np.random.default_rng(0).normal(size=(20, 1280)).astype(np.float32)
+    members, keep = [np.array([image]) for image in range(20)], np.ones((1, 20), bool)
+    sums_of = gpu_pairs.distance_sums(X, np.zeros(1280), members, keep, DEVICE)
+    parts = [np.hstack(list(sums_of(slice(at, at + 7)))) for at in range(0, 20, 7)]
+    found = np.concatenate(parts)
+    assert not found.diagonal().any()  # rounding leaves 1e-6 of it
+    np.testing.assert_allclose(found, sklearn.metrics.pairwise_distances(X), rtol=1e-5)
+
+
+def test_double_precision_and_any_order_of_the_rows_are_kept():
+    X, labels = clouds(60, 5)
+    X = X[::-1].astype(np.float64) * 1e-2 + 1e6
+    expected = metrics.silhouette_samples(X[::-1], labels)
+    np.testing.assert_allclose(
+        metrics.silhouette_samples(X[::-1], labels, device=DEVICE), expected, atol=1e-6
+    )
 
 
 def test_a_comparison_is_that_of_the_processor():
@@ -101,19 +122,21 @@ def test_every_search_and_every_silhouette_of_a_comparison_is_on_the_device(monk
 
 
 @pytest.mark.parametrize(
-    ("device", "num_images", "free", "expected"),
+    ("device", "num_images", "free", "capability", "expected"),
     [
-        ("cuda:1", 20_000, 2**35, "cuda:1"),
-        ("cuda", 10**6, 2**35, "cuda"),
-        ("cuda", 19_999, 2**35, "cpu"),
-        ("cuda", 10**6, 2**32 + 4 * 10**6 * 1280, "cpu"),
-        ("cpu", 10**6, 2**35, "cpu"),
-        ("mps", 10**6, 2**35, "cpu"),
+        ("cuda:1", 20_000, 2**35, (9, 0), "cuda:1"),
+        ("cuda", 10**6, 2**35, (8, 0), "cuda"),
+        ("cuda", 19_999, 2**35, (9, 0), "cpu"),
+        ("cuda", 10**6, 2**32 + 4 * 10**6 * 1280, (9, 0), "cpu"),
+        ("cuda", 10**6, 2**35, (8, 9), "cpu"),
+        ("cpu", 10**6, 2**35, (9, 0), "cpu"),
+        ("mps", 10**6, 2**35, (9, 0), "cpu"),
     ],
 )
-def test_many_pairs_are_looked_at_on_a_cuda_gpu_with_room(
-    monkeypatch, device, num_images, free, expected
+def test_many_pairs_are_looked_at_on_a_fast_gpu_with_room(
+    monkeypatch, device, num_images, free, capability, expected
 ):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2**36))
     found = devices.choose_pairs_device(torch.device(device), num_images, 1280)
     assert found == expected

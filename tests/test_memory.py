@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from ijepa import agreement, metrics, plots, uncertainty
+from ijepa import agreement, gpu_pairs, metrics, plots, uncertainty
 
 
 def mapped(folder, n, d, seed=0):
@@ -45,6 +45,10 @@ PAIRS = {
     "silhouettes of halves": lambda X, labels: metrics.mean_silhouettes(
         X, labels, uncertainty.half_samples(labels, 4)
     ),
+    "neighbours on a device": lambda X, *_: metrics.nearest_neighbors(X, 5, "cpu:0"),
+    "silhouettes on a device": lambda X, labels: metrics.mean_silhouettes(
+        X, labels, uncertainty.half_samples(labels, 4), device="cpu:0"
+    ),
 }
 
 
@@ -52,6 +56,7 @@ PAIRS = {
 def small_blocks(monkeypatch):
     for module in (metrics, agreement):
         monkeypatch.setattr(module, "TILE_ENTRIES", 2**16)
+    monkeypatch.setattr(gpu_pairs, "BLOCK_ENTRIES", 2**16)
 
 
 @pytest.mark.parametrize("name", LINEAR)
