@@ -54,6 +54,9 @@ class TrainConfig:
 
     Nothing but `epochs` knows how long the run is until its last `decay_share`, so that a run can
     be made longer or shorter before that.
+
+    Raises:
+        ValueError: If there are not two views, so that there would be nothing to match.
     """
 
     epochs: int = 300
@@ -88,6 +91,10 @@ class TrainConfig:
     vit: ViTConfig = field(default_factory=ViTConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
+
+    def __post_init__(self) -> None:
+        if self.num_views < 2:
+            raise ValueError(f"num_views must be at least 2, got {self.num_views}")
 
 
 @dataclass

@@ -38,6 +38,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or will be put")
     add("--batch-size", type=positive, default=256, help="images per update")
     add("--lr", type=float, default=4e-3, help="peak learning rate")
+    add(
+        "--num-views",
+        type=positive,
+        default=3,
+        help="crops of each image in an update, at least 2: the fewer, the faster",
+    )
     add("--embed-dim", type=int, default=192, help="encoder width, a multiple of 64")
     add("--depth", type=int, default=6, help="encoder blocks")
     add("--patch-size", type=int, default=4, help="side of a patch in pixels")
@@ -121,12 +127,19 @@ def build_config(args: argparse.Namespace) -> Any:
             num_heads=max(args.embed_dim // 64, 1),
         )
         config = TrainConfig(
-            epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, seed=args.seed, vit=vit
+            epochs=args.epochs,
+            batch_size=args.batch_size,
+            lr=args.lr,
+            num_views=args.num_views,
+            seed=args.seed,
+            vit=vit,
         )
         # Large patches make a grid without room for the blocks: say so before loading images.
         sample_masks(config.mask, vit.grid_size, 1, config.seed, torch.device("cpu"))
     except ValueError as error:
-        raise UserError(str(error), hint="change --embed-dim, --depth or --patch-size") from error
+        raise UserError(
+            str(error), hint="change --embed-dim, --depth, --patch-size or --num-views"
+        ) from error
     return config
 
 
