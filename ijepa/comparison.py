@@ -315,8 +315,8 @@ def pairwise_seconds(
 ) -> float:
     """Seconds that `compare` will need for all pairs of images here, from those of a few.
 
-    Neighbours and silhouettes of n images cost a n + b n^2. Two small n tell b; the rest of a
-    comparison is soon less than that.
+    Neighbours and silhouettes of n images cost a n + b n^2, which two small n tell; on a GPU and
+    with many classes the first part is not soon the lesser. The rest of a comparison is.
     """
     few = min(PROBE if device == "cpu" else GPU_PROBE, len(embeddings["local"]) // 2)
     generator = np.random.default_rng(0)
@@ -332,8 +332,10 @@ def pairwise_seconds(
         return time.perf_counter() - began
 
     seconds(few)  # the first time is slower
-    curvature = (seconds(2 * few) - 2 * seconds(few)) / 2
-    return max(curvature, 0.0) * (len(embeddings["local"]) / few) ** 2
+    once, twice = seconds(few), seconds(2 * few)
+    curved = min(max(twice / 2 - once, 0.0), once)
+    times = len(embeddings["local"]) / few
+    return (once - curved) * times + curved * times**2
 
 
 def gain(

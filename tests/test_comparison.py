@@ -261,11 +261,12 @@ def test_blocks_of_rows_of_a_file_give_the_numbers_of_the_whole(monkeypatch, tmp
         np.testing.assert_allclose(blocks, expected, rtol=1e-7, atol=1e-9)
 
 
-def test_the_time_of_all_pairs_is_told_from_the_curvature_of_the_time_of_few(monkeypatch):
+@pytest.mark.parametrize(("linear", "square"), [(5, 0.25), (5, 0), (0, 0.25)])
+def test_the_time_of_all_pairs_is_told_from_the_time_of_few(monkeypatch, linear, square):
     spent = [0.0]
 
     def spend(X, *_, **__):
-        spent.append(spent[-1] + 5 * len(X) + 0.25 * len(X) ** 2)
+        spent.append(spent[-1] + linear * len(X) + square * len(X) ** 2)
 
     for name in ("list_neighbors", "silhouette_samples", "mean_silhouettes"):
         monkeypatch.setattr(f"ijepa.comparison.{name}", spend)
@@ -274,6 +275,6 @@ def test_the_time_of_all_pairs_is_told_from_the_curvature_of_the_time_of_few(mon
     monkeypatch.setattr("ijepa.comparison.PROBE", 100)
     # Two models with three pieces of work, a reference with two.
     found = pairwise_seconds({"local": X, "hf": X}, {"pixels": X}, 2)
-    assert found == pytest.approx(8 * 0.25 * 3000**2)
+    assert found == pytest.approx(8 * (linear * 3000 + square * 3000**2))
     monkeypatch.undo()
     assert 0 <= pairwise_seconds({"local": X[:50] + 1}, {}, 2) < 60

@@ -607,6 +607,7 @@ def test_a_batch_that_processes_cannot_share_is_told(tmp_path, flags):
     [
         (["--patch-size", "8"], "leaves fewer than 20 context patches"),
         (["--patch-size", "5"], "patch_size 5 does not divide image_size 32"),
+        (["--num-views", "1"], "num_views must be at least 2, got 1"),
         (["--embed-dim", "18"], "embed_dim must be a multiple of 4"),
         (["--batch-size", "109"], "120 images are too few for batches of 109"),
         (["--dataset", "nothing"], "unknown data set 'nothing'"),
