@@ -158,7 +158,8 @@ class Run:
         self.settings = asdict(config) | {"init_from": args.init_from and str(args.init_from)}
         self.rows: list[dict[str, float]] = []
         self.earlier_runs: list[dict[str, Any]] = []
-        self.seconds = 0.0
+        self.seconds = 0.0  # of whole epochs
+        self.epoch_seconds = 0.0  # of the epoch that a signal cut off
 
     def say(self, text: str) -> None:
         """Tell the user, once for all processes."""
@@ -235,7 +236,9 @@ class Run:
         self.check_settings(saved["settings"], saved["state"]["step"], num_images)
         state.load_state_dict(saved["state"])
         self.rows, self.seconds = saved["rows"], saved["seconds"]
-        self.earlier_runs = saved.get("earlier_runs", [])  # not in states from before it was kept
+        # Not in states from before they were kept.
+        self.earlier_runs = saved.get("earlier_runs", [])
+        self.epoch_seconds = saved.get("epoch_seconds", 0.0)
         self.say(f"resuming {self.folder} after {state.step} updates")
         return True
 
@@ -280,6 +283,7 @@ class Run:
             "settings": self.settings,
             "rows": self.rows,
             "seconds": self.seconds,
+            "epoch_seconds": self.epoch_seconds,
             "earlier_runs": self.earlier_runs,
         }
         if self.state.exists():
@@ -313,6 +317,7 @@ class Run:
         from ijepa.training import collapse_warning
 
         self.seconds += row["seconds"]
+        self.epoch_seconds = 0.0
         self.rows.append({key: round_digits(value) for key, value in row.items()})
         if row["epoch"] % self.save_every == 0 or row["epoch"] == self.config.epochs:
             # In this order: a kill in between repeats the epoch, never leaves out a checkpoint.
@@ -453,7 +458,7 @@ def train_and_save(
     stop: list[int] = []
     for one in (signal.SIGINT, signal.SIGTERM):
         signal.signal(one, lambda number, _: stop.append(number))
-    began = time.monotonic()
+    began = time.monotonic() - run.epoch_seconds
     with progress_bar(run, state.step, len(images)) as bar:
         for log in train(state, config, images):
             bar.update(config.batch_size)
@@ -465,7 +470,7 @@ def train_and_save(
                 bar.set_description(f"epoch {log.epoch}/{config.epochs} loss {losses[0]:.4f}")
                 began = time.monotonic()
             if any_process(bool(stop), images.device):
-                run.seconds += time.monotonic() - began
+                run.epoch_seconds = time.monotonic() - began
                 run.save(state)
                 run.finish()
                 run.say(f"stopped and saved after {state.step} updates")

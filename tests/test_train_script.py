@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
-from ijepa.checkpoint import load_checkpoint
+from ijepa.checkpoint import load_checkpoint, read_torch_file
 from ijepa.data import load_split
 from ijepa.provenance import git_commit
 from ijepa.runs import earlier_runs
@@ -271,6 +272,23 @@ def test_log_curves_and_export_are_of_the_last_checkpoint(
     assert all(torch.equal(one[name], other[name]) for name in other)
     for mine, whole in zip(read_log(tmp_path), read_log(finished), strict=True):
         assert {**mine, "seconds": ""} == {**whole, "seconds": ""}
+
+
+@pytest.mark.parametrize("stops", [(), (4,), (2, 3, 5)])
+def test_an_epoch_that_was_stopped_keeps_its_seconds(tmp_path, flags, monkeypatch, stops):
+    clock = [0]
+
+    def tick(*_):  # called after each of the 3 x 3 updates
+        clock[0] += 1
+        return clock[0] in stops
+
+    monkeypatch.setattr("ijepa.parallel.any_process", tick)
+    monkeypatch.setattr(script, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for code in (*(130 for _ in stops), 0):
+        assert script.main([*flags, "--output-dir", str(tmp_path)]) == code
+    assert [float(row["seconds"]) for row in read_log(tmp_path)] == [2, 3, 3]
+    checkpoint = read_torch_file(tmp_path / "checkpoint_latest.pt")
+    assert checkpoint["training"]["seconds"] == 8
 
 
 def test_a_damaged_state_is_a_user_error(tmp_path, flags, capsys):
