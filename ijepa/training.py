@@ -52,8 +52,8 @@ COLLAPSED_SHARE = 0.05
 class TrainConfig:
     """Settings of one run; the defaults are the recipe of the shipped checkpoint.
 
-    Nothing but `epochs` knows how long the run is until its last `decay_share`, so that a run can
-    be made longer or shorter before that.
+    That one saw two views, not three, in its last 20 epochs. Nothing but `epochs` knows how long a
+    run is until its last `decay_share`, so that a run can be made longer or shorter before that.
 
     Raises:
         ValueError: If there are not two views, so that there would be nothing to match.
