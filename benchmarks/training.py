@@ -2,20 +2,22 @@
 
     python benchmarks/training.py --repeats 5
 
-Three works by turns in one process, on random images: an update while the further views are cut
-to 20 patches, one while they are whole, and the first again with `torch.optim.Muon`, which
-multiplies in bfloat16 on every processor. Medians of the processor seconds of all threads, which
-other programs beside do not add to; with one thread (`OMP_NUM_THREADS=1`) images/s are those of one
-idle core.
+Four works by turns in one process, on random images: an update while the further views are cut to
+20 patches, one while they are whole, the same with one further view for two, and the first again
+with `torch.optim.Muon`, which multiplies in bfloat16 on every processor. Medians of the processor
+seconds of all threads, which other programs beside do not add to; with one thread
+(`OMP_NUM_THREADS=1`) images/s are those of one idle core.
 """
 
 import argparse
+import dataclasses
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -56,25 +58,33 @@ def main():
     works = {
         "views of 20 patches": make_update(config, dtype, images, whole - 1),
         "whole views": make_update(config, dtype, images, whole),
+        "whole views, two for three": make_update(
+            dataclasses.replace(config, num_views=2), dtype, images, whole
+        ),
         "views of 20 patches, torch.optim.Muon": make_update(
             config, dtype, images, whole - 1, peer=True
         ),
     }
+    operations = {}
+    for name, work in works.items():  # which warms everything up
+        with FlopCounterMode(display=False) as counter:
+            work()
+        operations[name] = counter.get_total_flops()
     seconds = {name: [] for name in works}
-    for turn in range(args.repeats + 1):  # the first warms everything up
+    for _ in range(args.repeats):
         for name, work in works.items():
             began = time.process_time()
             work()
-            if turn:
-                seconds[name].append(time.process_time() - began)
+            seconds[name].append(time.process_time() - began)
     print(f"{dtype}, {torch.get_num_threads()} threads, {args.repeats} updates each\n")
-    print(f"| update of {config.batch_size} images | CPU s | images/s | x the first |")
-    print("| --- | --- | --- | --- |")
+    print(f"| update of {config.batch_size} images | GFLOP | CPU s | images/s | x the first |")
+    print("| --- | --- | --- | --- | --- |")
     base = next(iter(seconds.values()))
     for name, times in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(times, base, strict=True))
         median = statistics.median(times)
-        print(f"| {name} | {median:.3f} | {config.batch_size / median:.0f} | {ratio:.2f} |")
+        cells = f"{operations[name] / 1e9:.0f} | {median:.3f} | {config.batch_size / median:.0f}"
+        print(f"| {name} | {cells} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":

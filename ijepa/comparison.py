@@ -315,8 +315,8 @@ def pairwise_seconds(
 ) -> float:
     """Seconds that `compare` will need for all pairs of images here, from those of a few.
 
-    Neighbours and silhouettes of n images cost a n + b n^2, which two small n tell; on a GPU and
-    with many classes the first part is not soon the lesser. The rest of a comparison is.
+    Neighbours and silhouettes of n images cost a n + b n^2, which two small n tell; the rest of a
+    comparison is soon less than that.
     """
     few = min(PROBE if device == "cpu" else GPU_PROBE, len(embeddings["local"]) // 2)
     generator = np.random.default_rng(0)
