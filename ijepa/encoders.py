@@ -57,7 +57,7 @@ class FrozenEncoder:
         Raises:
             UserError: If memory runs out.
         """
-        return self.encode(self.prepare(images))
+        return self.encode(self.prepare(images)).cpu()
 
     @torch.inference_mode()
     def prepare(self, images: Images) -> Float[Tensor, "b 3 H W"]:
@@ -76,7 +76,7 @@ class FrozenEncoder:
 
     @torch.inference_mode()
     def encode(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d"]:
-        """The embeddings of prepared images, float32 on the CPU.
+        """The embeddings of prepared images, float32; a GPU may still be at work on them.
 
         Raises:
             UserError: If memory runs out.
@@ -86,7 +86,7 @@ class FrozenEncoder:
             enabled = self.autocast and self.dtype != torch.float32
             with torch.autocast(self.device.type, self.dtype, enabled=enabled):
                 tokens = self.network(pixels)
-            return tokens.float().mean(dim=1).cpu()
+            return tokens.float().mean(dim=1)
 
     def batch_memory_errors(self, count: int, device: torch.device) -> AbstractContextManager[None]:
         """Memory that runs out with a batch of this many images, as an error for the user."""

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +15,14 @@ import torch
 
 from ijepa import embeddings
 from ijepa.data import Split
-from ijepa.embeddings import cache_folder, embed_chunks, extract, read_chunk, save_embeddings
+from ijepa.embeddings import (
+    cache_folder,
+    embed_chunks,
+    extract,
+    map_ahead,
+    read_chunk,
+    save_embeddings,
+)
 from ijepa.encoders import FrozenEncoder, pixel_encoder, random_encoder
 from ijepa.errors import UserError
 from ijepa.model import ViTConfig
@@ -335,6 +343,46 @@ def test_the_cache_folder_changes_with_everything_that_decides_an_embedding(tmp_
     again = random_encoder(config, half, 0, cpu, torch.float32)
     assert cache_folder(tmp_path, again, "images") == cache_folder(tmp_path, ENCODER, "images")
     assert {folder.parent for folder in folders} == {tmp_path}
+
+
+def on_gpu(events):
+    """Stands in for an encoder on a GPU and notes what it is asked for, in which order."""
+    preparing = threading.Barrier(2, timeout=20)
+
+    class Encoder(FrozenEncoder):
+        def prepare(self, images):
+            preparing.wait()  # for a second batch that is prepared at the same time
+            return ENCODER.prepare(images)
+
+        def encode(self, pixels):
+            number = sum(event == "launch" for event, _ in events)
+            events.append(("launch", number))
+            result = ENCODER.encode(pixels)
+            cpu = lambda: events.append(("await", number)) or result  # noqa: E731
+            return types.SimpleNamespace(cpu=cpu)
+
+    return Encoder(**{**vars(ENCODER), "device": torch.device("cuda")})
+
+
+def test_a_gpu_has_its_next_batch_before_the_result_of_one_is_awaited():
+    split, events, chunks = make_split(16), [], [range(8), range(8, 16)]
+    found = list(embed_chunks(on_gpu(events), split, chunks, 4))
+    assert [rows for rows, _ in found] == chunks
+    expected = ENCODER.embed(list(split.images)).numpy()
+    np.testing.assert_allclose(np.concatenate([x for _, x in found]), expected, atol=1e-5)
+    first = [("launch", 0), ("launch", 1), ("await", 0), ("launch", 2), ("await", 1)]
+    assert events == [*first, ("launch", 3), ("await", 2), ("await", 3)]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_a_map_ahead_is_the_map_and_ends_with_the_first_error(threads):
+    assert list(map_ahead(lambda x: 10 // x, iter([1, 2, 5]), threads)) == [10, 5, 2]
+    assert list(map_ahead(str, iter([]), threads)) == []
+    before, found = threading.active_count(), []
+    with pytest.raises(ZeroDivisionError):
+        found.extend(map_ahead(lambda x: 10 // x, iter([1, 2, 0, 5]), threads))
+    assert found == [10, 5]
+    assert threading.active_count() == before
 
 
 def test_rows_are_embedded_in_the_order_asked_for():
