@@ -25,11 +25,11 @@ from ijepa.files import cannot_write, write_atomically
 from ijepa.parallel import gather_objects, num_processes, process_rank
 
 CHUNK = 128
-"""Images per cache file: at most this many are computed again after an interruption."""
+"""Images per cache file: so many are lost with an interruption at most, on a GPU a batch more."""
 BATCH_VALUES = 2**29
 """Bytes of decoded images at which a batch is closed: 0.5 GB."""
 GPU_THREADS = 2
-"""Threads that prepare batches for a GPU; one alone is hardly faster than an H200 with a ViT-H."""
+"""Threads that prepare batches for a GPU; one alone is slower than an H200 with a ViT-H."""
 SUM_BYTES = hashlib.sha256().digest_size
 
 Item = TypeVar("Item")
