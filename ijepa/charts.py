@@ -13,7 +13,7 @@ from jaxtyping import Float
 from ijepa.comparison import Comparison
 from ijepa.markup import Markup, Number, attribute, element, join
 from ijepa.narrative import interval, number
-from ijepa.plots import PcaProjection
+from ijepa.projections import PcaProjection
 from ijepa.uncertainty import Estimate
 
 WIDTH = 400

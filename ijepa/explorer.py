@@ -12,14 +12,8 @@ from PIL import Image
 
 from ijepa.comparison import MUTUAL_K, Analysis, Comparison
 from ijepa.data import Split
-from ijepa.plots import (
-    MODEL_NAMES,
-    PcaProjection,
-    TsneProjection,
-    align,
-    class_styles,
-    similarity_digits,
-)
+from ijepa.plots import MODEL_NAMES, class_styles, similarity_digits
+from ijepa.projections import PcaProjection, TsneProjection, align
 
 GRID = 10_000
 """Steps of a coordinate on the maps: finer than a pixel on any screen."""

@@ -10,7 +10,8 @@ from ijepa.class_charts import difference_panel, matrix_panel, precision_panel
 from ijepa.comparison import Comparison
 from ijepa.markup import Markup, element, table
 from ijepa.narrative import MISSING, interval
-from ijepa.plots import PcaProjection, class_similarity
+from ijepa.plots import class_similarity
+from ijepa.projections import PcaProjection
 from ijepa.uncertainty import Estimate
 
 MAX_ROWS = 40

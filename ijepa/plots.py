@@ -26,11 +26,9 @@ from matplotlib.markers import MarkerStyle
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter
-from sklearn.manifold import TSNE
-from sklearn.neighbors import NearestNeighbors
-from threadpoolctl import threadpool_limits
 
-from ijepa.metrics import class_means, gram, residuals, row_blocks, row_norms
+from ijepa.metrics import class_means, row_norms
+from ijepa.projections import PcaProjection, TsneProjection, align
 
 FONT = "DejaVu Sans"  # ships with Matplotlib, so a figure is the same on every machine
 STYLE: dict[Any, Any] = {
@@ -78,38 +76,6 @@ class Caption:
 
 
 @dataclass(frozen=True)
-class PcaProjection:
-    """Principal components of centered, not standardized, embeddings.
-
-    Args:
-        scores: Coordinates on the first k components; zero beyond the d that there are.
-        variance_shares: Share of the total variance of all d components, descending, in [0, 1].
-    """
-
-    scores: Float[np.ndarray, "n k"]
-    variance_shares: Float[np.ndarray, " d"]
-
-
-@dataclass(frozen=True)
-class TsneProjection:
-    """A t-SNE map and how far it can be believed.
-
-    Args:
-        coordinates: Positions in the plane; the first two principal components where
-            t-SNE has no meaning (fewer than four images, or no variance).
-        kl_divergence: Divergence left at the end, in nats, lower is better; NaN without t-SNE.
-        kept_neighbors: Share of the 10 nearest neighbors by cosine that are among the 10 nearest
-            in the plane, in [0, 1], higher is better; NaN for a single image.
-        perplexity: The perplexity used: 30, lowered to stay under n/3; NaN without t-SNE.
-    """
-
-    coordinates: Float[np.ndarray, "n 2"]
-    kl_divergence: float
-    kept_neighbors: float
-    perplexity: float
-
-
-@dataclass(frozen=True)
 class Neighbors:
     """The nearest images of each query, best first.
 
@@ -120,72 +86,6 @@ class Neighbors:
 
     indices: Int[np.ndarray, "q k"]
     similarities: Float[np.ndarray, "q k"]
-
-
-def project_pca(X: Float[np.ndarray, "n d"], k: int) -> PcaProjection:
-    """Project on k principal components, each with its largest absolute loading positive."""
-    centered = residuals(X)
-    n, d = X.shape
-    # On cores shared with other work, more threads made these a hundred times slower.
-    with threadpool_limits(limits=1):
-        if n < d:
-            _, singular, loadings = np.linalg.svd(centered[:], full_matrices=False)
-            variances = np.pad(singular**2, (0, d - n))
-        else:  # cheaper: 1 s instead of 8 s for 50,000 x 1280
-            ascending, vectors = np.linalg.eigh(gram(centered))
-            variances, loadings = ascending[::-1].clip(min=0), vectors[:, ::-1].T
-    loadings = loadings[:k]
-    largest = loadings[np.arange(len(loadings)), np.abs(loadings).argmax(axis=1)]
-    axes = (loadings * np.sign(largest)[:, None]).T
-    scores = np.concatenate([centered[rows] @ axes for rows in row_blocks(n, d)])
-    total = variances.sum()
-    shares = variances / total if total > 0 else np.zeros(d)
-    return PcaProjection(np.pad(scores, ((0, 0), (0, k - scores.shape[1]))), shares)
-
-
-def project_tsne(X: Float[np.ndarray, "n d"], seed: int) -> TsneProjection:
-    """Map embeddings to the plane: unit length, PCA to 50, then scikit-learn's t-SNE.
-
-    The same seed gives the same map, whatever the number of cores.
-    """
-    unit = X.astype(np.float64) / np.linalg.norm(X.astype(np.float64), axis=1, keepdims=True)
-    pca = project_pca(unit, k=max(2, min(50, *X.shape)))
-    spread = np.ptp(pca.scores, axis=0).max()
-    if len(X) < 4 or spread < 1e-6:  # no variance but that of rounding
-        coordinates, divergence, perplexity = pca.scores[:, :2], float("nan"), float("nan")
-    else:
-        perplexity = min(30.0, (len(X) - 1) / 3)
-        tsne = TSNE(perplexity=perplexity, random_state=seed)
-        # Threads add up in any order and t-SNE magnifies the last digit; one thread is repeatable.
-        with threadpool_limits(limits=1):
-            coordinates = tsne.fit_transform(pca.scores).astype(np.float64)
-        divergence = float(tsne.kl_divergence_)
-    kept = _kept_neighbors(unit, coordinates)
-    return TsneProjection(coordinates, divergence, kept, perplexity)
-
-
-def _kept_neighbors(original: Float[np.ndarray, "n d"], plane: Float[np.ndarray, "n 2"]) -> float:
-    """Share of the 10 nearest neighbors in ``original`` that are so in ``plane`` as well."""
-    k = min(10, len(plane) - 1)
-    if k == 0:
-        return float("nan")
-    # Without an argument, kneighbors leaves each point out of its own neighbors by index.
-    before, after = (
-        NearestNeighbors(n_neighbors=k).fit(Z).kneighbors(return_distance=False)
-        for Z in (original, plane)
-    )
-    return float((before[:, :, None] == after[:, None, :]).sum() / before.size)
-
-
-def align(
-    reference: Float[np.ndarray, "n 2"], moving: Float[np.ndarray, "n 2"]
-) -> Float[np.ndarray, "n 2"]:
-    """Rotate, reflect, scale and shift ``moving`` onto ``reference`` (orthogonal Procrustes)."""
-    center = reference.mean(axis=0)
-    centered = moving - moving.mean(axis=0)
-    left, stretch, right = np.linalg.svd(centered.T @ (reference - center))
-    scale = stretch.sum() / max((centered**2).sum(), np.finfo(np.float64).tiny)
-    return center + scale * centered @ left @ right
 
 
 def class_similarity(

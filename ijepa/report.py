@@ -27,6 +27,7 @@ from ijepa.files import sha256, write_atomically, write_text
 from ijepa.markdown import markdown
 from ijepa.narrative import summary
 from ijepa.page import page
+from ijepa.projections import TsneProjection, project_pca, project_tsne
 
 SCHEMA_VERSION = 1
 MAX_POINTS = 5000
@@ -44,14 +45,14 @@ NOT_ALWAYS_MADE = ("embeddings_hf.npz", "nn_disagreement.png")
 Figures = Iterator[tuple[str, Figure]]
 
 
-def project(comparison: Comparison, seed: int) -> dict[str, plots.TsneProjection]:
+def project(comparison: Comparison, seed: int) -> dict[str, TsneProjection]:
     """A t-SNE map of each model's embeddings, of at most `MAX_POINTS` images, for display only."""
     rows = shown_rows(comparison, seed)
     shown = {name: analysis.embeddings[rows] for name, analysis in comparison.analyses.items()}
     # A map takes one thread, so both are made at once. The limit is set here as well, because the
     # map that is done first would lift it for the other.
     with threadpool_limits(limits=1), ThreadPoolExecutor() as pool:
-        maps = pool.map(lambda X: plots.project_tsne(X, seed), shown.values())
+        maps = pool.map(lambda X: project_tsne(X, seed), shown.values())
         return dict(zip(shown, maps, strict=True))
 
 
@@ -269,7 +270,7 @@ def artifact(path: Path) -> dict[str, Any]:
 def write_report(
     folder: Path,
     comparison: Comparison,
-    maps: Mapping[str, plots.TsneProjection],
+    maps: Mapping[str, TsneProjection],
     split: Split,
     facts: Mapping[str, Any],
     caveats: Sequence[str],
@@ -287,7 +288,7 @@ def write_report(
         how(folder / name)
         written.append(folder / name)
 
-    pca = {name: plots.project_pca(a.embeddings, 2) for name, a in comparison.analyses.items()}
+    pca = {name: project_pca(a.embeddings, 2) for name, a in comparison.analyses.items()}
     shown = Maps(shown_rows(comparison, comparison.seed), maps, pca)
     for name, figure in draw(comparison, shown, split, comparison.seed):
         write(name, lambda path, figure=figure: save_figure(path, figure))

@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from ijepa import agreement, gpu_pairs, metrics, plots, uncertainty
+from ijepa import agreement, gpu_pairs, metrics, plots, projections, uncertainty
 
 
 def mapped(folder, n, d, seed=0):
@@ -36,7 +36,7 @@ LINEAR = {
     "cosine silhouettes": lambda X, labels: metrics.mean_silhouettes(
         X, labels, uncertainty.half_samples(labels, 4), "cosine"
     ),
-    "components": lambda X, *_: plots.project_pca(X, 2),
+    "components": lambda X, *_: projections.project_pca(X, 2),
     "class means": lambda X, labels: plots.class_similarity(X, labels, centered=True),
 }
 PAIRS = {

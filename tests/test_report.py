@@ -9,11 +9,12 @@ import torch
 from matplotlib.collections import PathCollection
 from matplotlib.text import Text
 
-from ijepa import plots, report
+from ijepa import report
 from ijepa.comparison import compare
 from ijepa.data import Split
 from ijepa.errors import UserError
 from ijepa.explorer import Maps
+from ijepa.projections import project_tsne
 from ijepa.report import (
     disagreements,
     draw_queries,
@@ -44,7 +45,7 @@ def test_maps_made_at_once_equal_maps_made_one_after_the_other(run):
     comparison, maps, _ = run
     assert list(maps) == ["local", "hf"]
     for name, analysis in comparison.analyses.items():
-        alone = plots.project_tsne(analysis.embeddings, 0)
+        alone = project_tsne(analysis.embeddings, 0)
         np.testing.assert_array_equal(maps[name].coordinates, alone.coordinates)
         assert maps[name].kept_neighbors == alone.kept_neighbors
 

@@ -1,0 +1,118 @@
+import numpy as np
+import pytest
+from scipy.spatial import procrustes
+from sklearn.decomposition import PCA
+from threadpoolctl import threadpool_limits
+
+from ijepa.projections import align, project_pca, project_tsne
+
+
+def embeddings(n: int = 24, d: int = 6, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=(n, d)) + 0.5).astype(np.float32)
+
+
+@pytest.mark.parametrize(("n", "d"), [(40, 6), (8, 30)])
+def test_pca_equals_scikit_learn_with_the_largest_loading_positive(n, d):
+    X = embeddings(n, d)
+    pca = project_pca(X, 3)
+    expected = PCA(n_components=min(n, d), svd_solver="full").fit(X.astype(np.float64))
+    loadings = expected.components_[:3]
+    signs = [np.sign(row[np.argmax(np.abs(row))]) for row in loadings]
+    scores = (X - X.mean(axis=0)) @ loadings.T * signs
+    np.testing.assert_allclose(pca.scores, scores, atol=1e-5)  # float32 embeddings
+    np.testing.assert_allclose(
+        pca.variance_shares[: min(n, d)], expected.explained_variance_ratio_, atol=1e-9
+    )
+    assert pca.variance_shares.shape == (d,)
+
+
+def test_pca_turns_over_with_the_embeddings():
+    X = embeddings()
+    np.testing.assert_allclose(np.abs(project_pca(-X, 2).scores), np.abs(project_pca(X, 2).scores))
+    np.testing.assert_allclose(project_pca(-X, 2).scores, -project_pca(X, 2).scores)
+
+
+def test_pca_of_fewer_dimensions_than_asked_for_or_of_no_variance_is_zero_there():
+    assert np.all(project_pca(embeddings(d=1), 2).scores[:, 1] == 0)
+    constant = project_pca(np.ones((5, 3), np.float32), 2)
+    assert np.all(constant.scores == 0)
+    assert np.all(constant.variance_shares == 0)
+
+
+def test_align_equals_scipys_procrustes_in_the_size_of_the_reference():
+    rng = np.random.default_rng(0)
+    reference, moving = rng.normal(size=(2, 30, 2)) + 4
+    centered = reference - reference.mean(axis=0)
+    _, expected, _ = procrustes(reference, moving)
+    expected = expected * np.linalg.norm(centered) + reference.mean(axis=0)
+    np.testing.assert_allclose(align(reference, moving), expected)
+
+
+def test_align_undoes_rotation_reflection_scale_and_shift():
+    reference = np.random.default_rng(0).normal(size=(30, 2))
+    turn = np.array([[0.6, 0.8], [0.8, -0.6]])
+    np.testing.assert_allclose(align(reference, 7 * reference @ turn + 3), reference, atol=1e-12)
+
+
+def test_align_puts_a_single_spot_at_the_center_of_the_reference():
+    reference = np.random.default_rng(0).normal(size=(5, 2))
+    spot = align(reference, np.ones((5, 2)))
+    np.testing.assert_allclose(spot, np.tile(reference.mean(axis=0), (5, 1)))
+
+
+def test_tsne_gives_the_same_map_for_the_same_seed_and_any_number_of_threads():
+    X = embeddings(60)
+    first = project_tsne(X, seed=3)
+    with threadpool_limits(limits=2):
+        second = project_tsne(X, seed=3)
+    np.testing.assert_array_equal(first.coordinates, second.coordinates)
+    assert first.kl_divergence == second.kl_divergence
+
+
+def test_tsne_ignores_the_lengths_of_the_embeddings():
+    X = embeddings(30)
+    lengths = np.random.default_rng(0).choice([0.5, 1, 2, 4], size=(30, 1)).astype(np.float32)
+    np.testing.assert_array_equal(
+        project_tsne(X, 0).coordinates, project_tsne(X * lengths, 0).coordinates
+    )
+
+
+def test_kept_neighbors_equals_a_naive_loop():
+    X = embeddings(40)
+    projection = project_tsne(X, seed=0)
+    unit = X / np.linalg.norm(X, axis=1, keepdims=True)
+    kept = 0
+    for i in range(40):
+        others = [j for j in range(40) if j != i]
+        before = sorted(others, key=lambda j: -unit[i] @ unit[j])[:10]
+        place = projection.coordinates
+        after = sorted(others, key=lambda j: np.linalg.norm(place[i] - place[j]))[:10]
+        kept += len(set(before) & set(after))
+    assert 0.3 < projection.kept_neighbors < 1
+    assert projection.kept_neighbors == pytest.approx(kept / 400)
+
+
+@pytest.mark.parametrize(("n", "expected"), [(4, 1.0), (31, 10.0), (91, 30.0), (100, 30.0)])
+def test_perplexity_is_30_or_less_than_a_third_of_the_images(n, expected):
+    assert project_tsne(embeddings(n), seed=0).perplexity == expected
+    assert expected < n / 3
+
+
+@pytest.mark.parametrize("X", [embeddings(2), embeddings(3), np.ones((9, 4), np.float32)])
+def test_too_few_or_equal_embeddings_are_shown_by_their_principal_components(X):
+    projection = project_tsne(X, seed=0)
+    unit = X / np.linalg.norm(X, axis=1, keepdims=True)
+    np.testing.assert_allclose(projection.coordinates, project_pca(unit, 2).scores, atol=1e-6)
+    assert np.isnan(projection.kl_divergence)
+    assert np.isnan(projection.perplexity)
+
+
+def test_a_single_image_has_no_neighbors_to_keep():
+    assert np.isnan(project_tsne(embeddings(1), seed=0).kept_neighbors)
+
+
+def test_tsne_takes_one_dimensional_and_doubled_embeddings():
+    assert np.isfinite(project_tsne(embeddings(12, 2), seed=0).coordinates).all()
+    doubled = np.repeat(embeddings(6), 3, axis=0)
+    assert np.isfinite(project_tsne(doubled, seed=0).coordinates).all()
