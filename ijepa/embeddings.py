@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ijepa.data import Split
 from ijepa.encoders import FrozenEncoder
-from ijepa.files import cannot_write, write_atomically
+from ijepa.files import cannot_write, read_sealed, write_atomically, write_sealed
 from ijepa.parallel import gather_objects, num_processes, process_rank
 
 CHUNK = 128
@@ -30,7 +30,6 @@ BATCH_VALUES = 2**29
 """Bytes of decoded images at which a batch is closed: 0.5 GB."""
 GPU_THREADS = 2
 """Threads that prepare batches for a GPU; one alone is slower than an H200 with a ViT-H."""
-SUM_BYTES = hashlib.sha256().digest_size
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -229,27 +228,15 @@ def chunk_file(cache: Path | None, rows: range) -> Path | None:
     return cache / f"{rows.start:09d}.chunk" if cache else None
 
 
-def chunk_sum(file: Path, content: bytes) -> bytes:
-    """SHA-256 of a chunk and its place, so that no chunk is taken for another."""
-    return hashlib.sha256(f"{file.parent.name}/{file.name}\n".encode() + content).digest()
-
-
 def write_chunk(file: Path, values: Float[np.ndarray, "b d"]) -> None:
-    """Store one chunk: its checksum (32 bytes), then little-endian float32 numbers row by row."""
-    content = values.astype("<f4").tobytes()
-    write_atomically(file, lambda opened: opened.write(chunk_sum(file, content) + content))
+    """Store one chunk: little-endian float32 numbers row by row."""
+    write_sealed(file, values.astype("<f4").tobytes())
 
 
 def read_chunk(file: Path, num_rows: int, embed_dim: int) -> Float[np.ndarray, "b d"] | None:
     """A finished chunk, or None if there is none or it is damaged."""
-    try:
-        if file.stat().st_size != SUM_BYTES + 4 * num_rows * embed_dim:
-            return None
-        stored = file.read_bytes()
-    except OSError:
-        return None
-    content = stored[SUM_BYTES:]
-    if chunk_sum(file, content) != stored[:SUM_BYTES]:
+    content = read_sealed(file, 4 * num_rows * embed_dim)
+    if content is None:
         return None
     return np.frombuffer(content, "<f4").astype(np.float32, copy=False).reshape(num_rows, embed_dim)
 

@@ -3,7 +3,11 @@
 Dimension key: n images, d width of an embedding.
 """
 
+import hashlib
+import json
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
@@ -11,7 +15,12 @@ from sklearn.manifold import TSNE
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 
+from ijepa.files import read_sealed, write_sealed
 from ijepa.metrics import gram, residuals, row_blocks
+
+TSNE_WIDTH = 50
+"""Principal components that t-SNE sees at most."""
+PERPLEXITY = 30.0
 
 
 @dataclass(frozen=True)
@@ -73,12 +82,12 @@ def project_tsne(X: Float[np.ndarray, "n d"], seed: int) -> TsneProjection:
     The same seed gives the same map, whatever the number of cores.
     """
     unit = X.astype(np.float64) / np.linalg.norm(X.astype(np.float64), axis=1, keepdims=True)
-    pca = project_pca(unit, k=max(2, min(50, *X.shape)))
+    pca = project_pca(unit, k=max(2, min(TSNE_WIDTH, *X.shape)))
     spread = np.ptp(pca.scores, axis=0).max()
     if len(X) < 4 or spread < 1e-6:  # no variance but that of rounding
         coordinates, divergence, perplexity = pca.scores[:, :2], float("nan"), float("nan")
     else:
-        perplexity = min(30.0, (len(X) - 1) / 3)
+        perplexity = min(PERPLEXITY, (len(X) - 1) / 3)
         tsne = TSNE(perplexity=perplexity, random_state=seed)
         # Threads add up in any order and t-SNE magnifies the last digit; one thread is repeatable.
         with threadpool_limits(limits=1):
@@ -86,6 +95,34 @@ def project_tsne(X: Float[np.ndarray, "n d"], seed: int) -> TsneProjection:
         divergence = float(tsne.kl_divergence_)
     kept = kept_neighbors(unit, coordinates)
     return TsneProjection(coordinates, divergence, kept, perplexity)
+
+
+def project_tsne_cached(
+    X: Float[np.ndarray, "n d"], seed: int, cache: Path | None
+) -> TsneProjection:
+    """`project_tsne`, made once: a map that a folder keeps is read, any other is put there.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
+    if cache is None:
+        return project_tsne(X, seed)
+    file = cache / f"{map_key(X, seed)}.map"
+    content = read_sealed(file, 8 * (2 * len(X) + 3))
+    if content is not None:
+        *places, divergence, kept, perplexity = np.frombuffer(content, "<f8").tolist()
+        return TsneProjection(np.array(places).reshape(-1, 2), divergence, kept, perplexity)
+    made = project_tsne(X, seed)
+    facts = made.kl_divergence, made.kept_neighbors, made.perplexity
+    write_sealed(file, np.array([*made.coordinates.flat, *facts], "<f8").tobytes())
+    return made
+
+
+def map_key(X: Float[np.ndarray, "n d"], seed: int) -> str:
+    """A hash of everything that decides a map: numbers, settings and libraries."""
+    versions = [version(name) for name in ("numpy", "scipy", "scikit-learn")]
+    facts = json.dumps([X.shape, str(X.dtype), seed, TSNE_WIDTH, PERPLEXITY, *versions])
+    return hashlib.sha256(facts.encode() + X.tobytes()).hexdigest()[:16]
 
 
 def kept_neighbors(original: Float[np.ndarray, "n d"], plane: Float[np.ndarray, "n 2"]) -> float:

@@ -27,7 +27,7 @@ from ijepa.files import sha256, write_atomically, write_text
 from ijepa.markdown import markdown
 from ijepa.narrative import summary
 from ijepa.page import page
-from ijepa.projections import TsneProjection, project_pca, project_tsne
+from ijepa.projections import TsneProjection, project_pca, project_tsne_cached
 
 SCHEMA_VERSION = 1
 MAX_POINTS = 5000
@@ -45,14 +45,20 @@ NOT_ALWAYS_MADE = ("embeddings_hf.npz", "nn_disagreement.png")
 Figures = Iterator[tuple[str, Figure]]
 
 
-def project(comparison: Comparison, seed: int) -> dict[str, TsneProjection]:
-    """A t-SNE map of each model's embeddings, of at most `MAX_POINTS` images, for display only."""
+def project(
+    comparison: Comparison, seed: int, cache: Path | None = None
+) -> dict[str, TsneProjection]:
+    """A t-SNE map of each model's embeddings, of at most `MAX_POINTS` images, for display only.
+
+    Raises:
+        UserError: If the folder that keeps the maps cannot be written.
+    """
     rows = shown_rows(comparison, seed)
     shown = {name: analysis.embeddings[rows] for name, analysis in comparison.analyses.items()}
     # A map takes one thread, so both are made at once. The limit is set here as well, because the
     # map that is done first would lift it for the other.
     with threadpool_limits(limits=1), ThreadPoolExecutor() as pool:
-        maps = pool.map(lambda X: project_tsne(X, seed), shown.values())
+        maps = pool.map(lambda X: project_tsne_cached(X, seed, cache), shown.values())
         return dict(zip(shown, maps, strict=True))
 
 

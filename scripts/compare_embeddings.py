@@ -96,7 +96,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=0,
         help="of the sample, the maps and the intervals (default: %(default)s)",
     )
-    add("--no-cache", action="store_true", help="neither read nor keep finished embeddings")
+    add(
+        "--no-cache", action="store_true", help="neither read nor keep finished embeddings and maps"
+    )
     args = parser.parse_args(arguments)
     words = sys.argv[1:] if arguments is None else arguments
     try:
@@ -225,7 +227,7 @@ def check_seeds(local: Any, others: list[Any]) -> None:
 
 
 def extract_all(
-    args: argparse.Namespace, loaded: list[Any], split: Any, split_hash: str
+    args: argparse.Namespace, loaded: list[Any], split: Any, split_hash: str, cache: Path | None
 ) -> dict[str, Any]:
     """Embed the sample with every encoder, through the cache unless it is off."""
     from functools import partial
@@ -237,7 +239,6 @@ def extract_all(
 
     first = process_rank() == 0
     progress = partial(tqdm, unit=" images", delay=2, file=sys.stderr, disable=not first)
-    cache = None if args.no_cache else args.output_dir / ".cache"
     results = {}
     for encoder in loaded:
         folder = cache_folder(cache, encoder, split_hash) if cache else None
@@ -349,6 +350,7 @@ def collapse_warning(comparison: Any, name: str, width: int) -> list[str]:
 def compare_run(args: argparse.Namespace) -> None:
     """Images, encoders, embeddings, comparison, report: the whole line of data."""
     watch = Stopwatch()
+    cache = None if args.no_cache else args.output_dir / ".cache"
     with watch.stage("import"):
         import torch
 
@@ -372,7 +374,7 @@ def compare_run(args: argparse.Namespace) -> None:
         loaded = load_encoders(args, device)
     with watch.stage("extract"):
         split_hash = fingerprint(split)
-        results = extract_all(args, loaded, split, split_hash)
+        results = extract_all(args, loaded, split, split_hash, cache)
         reports = process_rank() == 0
         leave_processes()
     if not reports:
@@ -380,7 +382,7 @@ def compare_run(args: argparse.Namespace) -> None:
     with watch.stage("compare"):
         models, comparison, pairs_device = compare_all(results, split, args.seed, device)
     with watch.stage("project"):
-        maps = project(comparison, args.seed)
+        maps = project(comparison, args.seed, cache and cache / "maps")
     with watch.stage("write"):
         for name in models:
             save_embeddings(args.output_dir / f"embeddings_{name}.npz", models[name], split)

@@ -126,7 +126,10 @@ def test_metrics_json_follows_the_schema(finished):
         assert (finished / artifact["path"]).stat().st_size == artifact["bytes"]
 
 
-def test_a_second_run_reads_the_cache_and_gives_the_same_numbers(models, finished, capsys):
+def test_a_second_run_reads_the_cache_and_gives_the_same_numbers(
+    models, finished, capsys, monkeypatch
+):
+    monkeypatch.setattr("ijepa.projections.project_tsne", None)  # never called
     first = json.loads((finished / "metrics.json").read_text())
     pictures = {path.name: path.read_bytes() for path in finished.glob("*.png")}
     assert run(models, finished) == 0
@@ -165,6 +168,12 @@ def test_the_same_model_on_both_sides_differs_by_exactly_nothing(models, tmp_pat
     retrieval = comparison["differences"]["precision_at_5"]
     assert retrieval["wins"] + retrieval["losses"] <= 2  # rounding may swap a neighbour
     assert comparison["agreement"]["cka"] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_without_a_cache_nothing_but_the_results_is_left(models, tmp_path):
+    assert run(models, tmp_path, "--hf-model", "none", "--no-cache") == 0
+    assert ".cache" not in {path.name for path in tmp_path.iterdir()}
 
 
 def test_the_local_model_can_be_reported_alone(models, tmp_path, capsys):

@@ -25,6 +25,7 @@ from ijepa.embeddings import (
 )
 from ijepa.encoders import FrozenEncoder, pixel_encoder, random_encoder
 from ijepa.errors import UserError
+from ijepa.files import SEAL_BYTES
 from ijepa.model import ViTConfig
 
 CHUNK = 8
@@ -226,7 +227,7 @@ def cut(data):
 
 def flip_first_number(data):
     changed = bytearray(data)
-    changed[embeddings.SUM_BYTES] ^= 1
+    changed[SEAL_BYTES] ^= 1
     return bytes(changed)
 
 
@@ -286,7 +287,7 @@ def test_every_flipped_byte_and_every_cut_of_a_chunk_is_seen(tmp_path):
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
     embeddings.write_chunk(file, values)
     whole = file.read_bytes()
-    assert len(whole) == embeddings.SUM_BYTES + 24
+    assert len(whole) == SEAL_BYTES + 24
     np.testing.assert_array_equal(read_chunk(file, 2, 3), values)
     for place in range(len(whole)):
         damaged = bytearray(whole)

@@ -4,7 +4,9 @@ from scipy.spatial import procrustes
 from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_limits
 
-from ijepa.projections import align, project_pca, project_tsne
+from ijepa import projections
+from ijepa.errors import UserError
+from ijepa.projections import align, map_key, project_pca, project_tsne, project_tsne_cached
 
 
 def embeddings(n: int = 24, d: int = 6, seed: int = 0) -> np.ndarray:
@@ -116,3 +118,54 @@ def test_tsne_takes_one_dimensional_and_doubled_embeddings():
     assert np.isfinite(project_tsne(embeddings(12, 2), seed=0).coordinates).all()
     doubled = np.repeat(embeddings(6), 3, axis=0)
     assert np.isfinite(project_tsne(doubled, seed=0).coordinates).all()
+
+
+def never(*_):
+    raise AssertionError("a kept map was made again")
+
+
+@pytest.mark.parametrize("X", [embeddings(30), embeddings(2), embeddings(1)])
+def test_a_kept_map_is_the_same_bit_for_bit_and_is_not_made_again(tmp_path, monkeypatch, X):
+    made = project_tsne_cached(X, 3, tmp_path)
+    monkeypatch.setattr(projections, "project_tsne", never)
+    kept = project_tsne_cached(X, 3, tmp_path)
+    np.testing.assert_array_equal(kept.coordinates, project_tsne(X, 3).coordinates)
+    assert kept.coordinates.dtype == np.float64
+    np.testing.assert_equal(
+        (kept.kl_divergence, kept.kept_neighbors, kept.perplexity),
+        (made.kl_divergence, made.kept_neighbors, made.perplexity),
+    )
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-8], lambda data: data[:-1] + b"!"])
+def test_a_damaged_map_is_made_again(tmp_path, damage):
+    X = embeddings(12)
+    expected = project_tsne_cached(X, 0, tmp_path)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    assert file.read_bytes() != whole
+    found = project_tsne_cached(X, 0, tmp_path)
+    np.testing.assert_array_equal(found.coordinates, expected.coordinates)
+    assert file.read_bytes() == whole
+
+
+def test_the_name_of_a_kept_map_changes_with_all_that_decides_it(monkeypatch):
+    X = embeddings(12)
+    moved = X.copy()
+    moved[-1, -1] = np.nextafter(moved[-1, -1], np.float32(9))
+    names = {map_key(*what) for what in ((X, 0), (X, 1), (moved, 0), (X.reshape(6, 12), 0))}
+    for setting in ("TSNE_WIDTH", "PERPLEXITY"):
+        with monkeypatch.context() as patch:
+            patch.setattr(projections, setting, 20)
+            names.add(map_key(X, 0))
+    monkeypatch.setattr(projections, "version", lambda _: "0")
+    names.add(map_key(X, 0))
+    assert len(names) == 7
+
+
+def test_a_folder_of_maps_that_cannot_be_written_is_a_user_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError):
+        project_tsne_cached(embeddings(3), 0, tmp_path / "file")
+    assert np.isfinite(project_tsne_cached(embeddings(3), 0, None).coordinates).all()
