@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
-from sklearn.manifold import TSNE
-from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 
 from ijepa.files import read_sealed, write_sealed
@@ -81,6 +79,8 @@ def project_tsne(X: Float[np.ndarray, "n d"], seed: int) -> TsneProjection:
 
     The same seed gives the same map, whatever the number of cores.
     """
+    from sklearn.manifold import TSNE
+
     unit = X.astype(np.float64) / np.linalg.norm(X.astype(np.float64), axis=1, keepdims=True)
     pca = project_pca(unit, k=max(2, min(TSNE_WIDTH, *X.shape)))
     spread = np.ptp(pca.scores, axis=0).max()
@@ -127,6 +127,8 @@ def map_key(X: Float[np.ndarray, "n d"], seed: int) -> str:
 
 def kept_neighbors(original: Float[np.ndarray, "n d"], plane: Float[np.ndarray, "n 2"]) -> float:
     """Share of the 10 nearest neighbors in ``original`` that are so in ``plane`` as well."""
+    from sklearn.neighbors import NearestNeighbors
+
     k = min(10, len(plane) - 1)
     if k == 0:
         return float("nan")
