@@ -99,6 +99,8 @@ def extract(
                 continue
             store_rows(stored, rows.start, values)
             bar.update(len(rows))
+        if missing:
+            encoder.load()
         began = time.perf_counter()
         for rows, values in embed_chunks(encoder, split, missing, batch_size):
             seconds += time.perf_counter() - began

@@ -10,6 +10,8 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,13 @@ from torch import Tensor, nn
 from ijepa import hub, huggingface
 from ijepa.checkpoint import load_checkpoint
 from ijepa.errors import UserError
-from ijepa.files import sha256
+from ijepa.files import read_sealed, sha256, write_sealed
 from ijepa.model import VisionTransformer, ViTConfig
 
 Images = Sequence[Tensor]
 """uint8 tensors of shape (3, height, width); sizes may differ."""
+FACTS_BYTES = 4096
+"""Of a file of facts, filled up with spaces."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class FrozenEncoder:
         autocast: Whether matrix products alone run in `dtype`, the rest in float32.
         dtype: Number format of the matrix products.
         description: What defines the embeddings, for provenance; plain data.
+        load: Brings the network into memory, where that waits until it is needed.
     """
 
     name: str
@@ -50,6 +55,7 @@ class FrozenEncoder:
     dtype: torch.dtype
     autocast: bool
     description: dict[str, Any]
+    load: Callable[[], object] = lambda: None
 
     def embed(self, images: Images) -> Float[Tensor, "b d"]:
         """One float32 embedding per image, on the CPU.
@@ -220,41 +226,88 @@ def pixel_encoder() -> FrozenEncoder:
 
 
 def load_huggingface_encoder(
-    source: str, device: torch.device, dtype: torch.dtype, offline: bool
+    source: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    offline: bool,
+    facts_folder: Path | None = None,
 ) -> FrozenEncoder:
     """An I-JEPA from the Hugging Face hub or a directory, with its own image processor.
 
     Weights are read straight into `dtype`; no code of the repository is run.
+
+    Args:
+        source: Hub id or directory.
+        device: Where the network shall live.
+        dtype: Number format of the weights.
+        offline: Whether to ask the hub's cache alone.
+        facts_folder: Keeps what there is to tell of models that were loaded before. Of those every
+            file is still checked, but the network is not loaded before it is needed.
 
     Raises:
         UserError: If it cannot be found, downloaded or read, or is no I-JEPA.
     """
     folder, revision = hub.resolve_model(source, offline)
     settings = huggingface.check_model_files(folder, source)
-    problem = f"out of memory on {device} while loading {source!r}"
-    # The order matters: running out of memory must not be taken for a damaged file.
-    with huggingface.loading_errors(source), memory_errors(problem, hint="try --device cpu"):
-        processor, model = huggingface.read_model(folder, settings, dtype)
-        model = model.to(device)
+    digest = None if revision else huggingface.hash_model(folder)
+
+    @cache
+    def load() -> tuple[Any, Any]:
+        problem = f"out of memory on {device} while loading {source!r}"
+        # The order matters: running out of memory must not be taken for a damaged file.
+        with huggingface.loading_errors(source), memory_errors(problem, hint="try --device cpu"):
+            processor, model = huggingface.read_model(folder, settings, dtype)
+            return processor, model.to(device)
+
+    def describe() -> dict[str, Any]:
+        processor, model = load()
+        return {
+            "embed_dim": model.config.hidden_size,
+            "parameters": count_parameters(model),
+            "input_size": model.config.image_size,
+            **huggingface.describe_processor(processor),
+        }
+
+    number_format = str(dtype).removeprefix("torch.")
+    identity = [revision or digest, number_format, version("transformers")]
+    facts = kept_facts(facts_folder, identity, describe)
     return FrozenEncoder(
         "hf",
-        lambda images: huggingface.preprocess(processor, images),
-        lambda pixels: model(pixel_values=pixels).last_hidden_state,
-        model.config.hidden_size,
+        lambda images: huggingface.preprocess(load()[0], images),
+        lambda pixels: load()[1](pixel_values=pixels).last_hidden_state,
+        facts.pop("embed_dim"),
         device,
         dtype,
         autocast=False,
         description={
             "source": source,
             "revision": revision,
-            "sha256": None if revision else huggingface.hash_model(folder),
-            "parameters": count_parameters(model),
-            "input_size": model.config.image_size,
-            **huggingface.describe_processor(processor),
+            "sha256": digest,
+            **facts,
             "pooling": "mean over patch tokens",
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": number_format,
         },
+        load=load,
     )
+
+
+def kept_facts(
+    folder: Path | None, identity: Sequence[Any], find: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Plain data on the model of this identity, which is found out once and kept in the folder.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
+    if folder is None:
+        return find()
+    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    content = read_sealed(folder / f"{name}.facts", FACTS_BYTES)
+    if content is not None:
+        return json.loads(content)
+    facts = find()
+    write_sealed(folder / f"{name}.facts", json.dumps(facts).encode().ljust(FACTS_BYTES))
+    return facts
 
 
 def count_parameters(network: nn.Module) -> int:

@@ -97,7 +97,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="of the sample, the maps and the intervals (default: %(default)s)",
     )
     add(
-        "--no-cache", action="store_true", help="neither read nor keep finished embeddings and maps"
+        "--no-cache", action="store_true", help="neither read nor keep what an earlier run has finished"
     )
     args = parser.parse_args(arguments)
     words = sys.argv[1:] if arguments is None else arguments
@@ -182,7 +182,7 @@ def load_images(args: argparse.Namespace) -> Any:
     return sample
 
 
-def load_encoders(args: argparse.Namespace, device: Any) -> list[Any]:
+def load_encoders(args: argparse.Namespace, device: Any, cache: Path | None) -> list[Any]:
     """The local encoder, the other one if asked for, the two references, and other seeds."""
     from ijepa import encoders
     from ijepa.checkpoint import load_checkpoint
@@ -198,7 +198,10 @@ def load_encoders(args: argparse.Namespace, device: Any) -> list[Any]:
     normalization = (checkpoint.mean, checkpoint.std)
     loaded = [local]
     if args.hf_model != "none":
-        loaded.append(encoders.load_huggingface_encoder(args.hf_model, device, dtype, args.offline))
+        facts = cache and cache / "models"
+        loaded.append(
+            encoders.load_huggingface_encoder(args.hf_model, device, dtype, args.offline, facts)
+        )
     random = encoders.random_encoder(checkpoint.config, normalization, args.seed, device, dtype)
     seeds = [replace(other, name=f"local_{row}") for row, other in enumerate(others, start=2)]
     return [*loaded, encoders.pixel_encoder(), random, *seeds]
@@ -371,7 +374,7 @@ def compare_run(args: argparse.Namespace) -> None:
     with watch.stage("load_images"), first_process_first():
         split = load_images(args)
     with watch.stage("load_models"), first_process_first():
-        loaded = load_encoders(args, device)
+        loaded = load_encoders(args, device, cache)
     with watch.stage("extract"):
         split_hash = fingerprint(split)
         results = extract_all(args, loaded, split, split_hash, cache)

@@ -129,7 +129,8 @@ def test_metrics_json_follows_the_schema(finished):
 def test_a_second_run_reads_the_cache_and_gives_the_same_numbers(
     models, finished, capsys, monkeypatch
 ):
-    monkeypatch.setattr("ijepa.projections.project_tsne", None)  # never called
+    for never_called in ("ijepa.projections.project_tsne", "ijepa.huggingface.read_model"):
+        monkeypatch.setattr(never_called, None)
     first = json.loads((finished / "metrics.json").read_text())
     pictures = {path.name: path.read_bytes() for path in finished.glob("*.png")}
     assert run(models, finished) == 0

@@ -207,6 +207,28 @@ def test_a_cache_hit_equals_the_miss_bit_for_bit_and_computes_nothing(tmp_path):
     assert hit.images_per_second is None
 
 
+def test_a_network_is_loaded_only_for_missing_images_and_not_in_the_time_of_extraction(
+    tmp_path, monkeypatch
+):
+    clock = [0.0]
+    monkeypatch.setattr(embeddings.time, "perf_counter", lambda: clock[0])
+
+    def pass_time(seconds):
+        clock[0] += seconds
+
+    def network(pixels):
+        pass_time(1)
+        return ENCODER.network(pixels)
+
+    fields = {**vars(ENCODER), "network": network, "load": lambda: pass_time(1000)}
+    slow = FrozenEncoder(**fields)
+    found = extract(slow, make_split(), CHUNK, tmp_path, Bar())
+    assert found.images_per_second == 7  # 21 images in three batches
+    assert clock == [1003]
+    assert extract(slow, make_split(), CHUNK, tmp_path, Bar()).from_cache
+    assert clock == [1003]
+
+
 @pytest.mark.parametrize("finished", [0, 8, 16])
 def test_an_interrupted_extraction_goes_on_from_its_last_finished_chunk(tmp_path, finished):
     broken, asked = counted(fail_after=finished + 4)

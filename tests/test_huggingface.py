@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, IJepaConfig, IJepaModel
 
+from ijepa import huggingface
 from ijepa.checkpoint import load_checkpoint, save_checkpoint
 from ijepa.encoders import load_huggingface_encoder, load_local_encoder, resize_and_normalize
 from ijepa.errors import UserError
@@ -227,7 +228,7 @@ def test_embeddings_depend_on_no_other_image_and_move_with_their_rows(folder, dt
 
 def test_weights_are_held_in_the_number_format_asked_for(folder):
     encoder = load(folder, torch.bfloat16)
-    model = encoder.network.__closure__[0].cell_contents
+    _, model = encoder.load()
     assert {value.dtype for value in model.state_dict().values()} == {torch.bfloat16}
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -594,3 +595,60 @@ def test_the_sums_of_an_export_are_those_of_sha256sum(exported):
         digest, name = line.split("  ")
         content = (exported / "target" / name).read_bytes()
         assert digest == hashlib.sha256(content).hexdigest()
+
+
+def load_keeping_facts(folder, kept, dtype=torch.float32):
+    return load_huggingface_encoder(str(folder), CPU, dtype, offline=True, facts_folder=kept)
+
+
+def test_a_model_that_was_told_of_before_is_loaded_when_it_is_needed(folder, tmp_path, monkeypatch):
+    reads, read_model = [], huggingface.read_model
+    monkeypatch.setattr(
+        huggingface, "read_model", lambda *args: reads.append(args) or read_model(*args)
+    )
+    first = load_keeping_facts(folder, tmp_path / "kept")
+    assert len(reads) == 1
+    second = load_keeping_facts(folder, tmp_path / "kept")
+    assert (second.description, second.embed_dim, second.key) == (
+        first.description,
+        first.embed_dim,
+        first.key,
+    )
+    assert list(second.description) == list(first.description)
+    assert len(reads) == 1
+    torch.testing.assert_close(second.embed(MIXED), first.embed(MIXED), atol=0, rtol=0)
+    assert len(reads) == 2
+
+
+def test_facts_are_those_of_the_same_files_number_format_and_library(folder, tmp_path, monkeypatch):
+    kept = tmp_path / "kept"
+    load_keeping_facts(folder, kept)
+    load_keeping_facts(folder, kept, torch.bfloat16)
+    assert len(list(kept.iterdir())) == 2
+    change_json(folder / "preprocessor_config.json", image_mean=[0.3, 0.2, 0.1])
+    assert load_keeping_facts(folder, kept).description["mean"] == [0.3, 0.2, 0.1]
+    monkeypatch.setattr("ijepa.encoders.version", lambda _: "0")
+    load_keeping_facts(folder, kept)
+    assert len(list(kept.iterdir())) == 4
+
+
+def test_damaged_facts_are_found_out_again(folder, tmp_path):
+    expected = load_keeping_facts(folder, tmp_path / "kept").description
+    (file,) = (tmp_path / "kept").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b"24", b"25"))
+    assert file.read_bytes() != whole
+    assert load_keeping_facts(folder, tmp_path / "kept").description == expected
+    assert file.read_bytes() == whole
+
+
+def test_a_model_that_is_damaged_after_it_was_told_of_is_refused_before_its_first_image(
+    exported, tmp_path
+):
+    folder = shutil.copytree(exported / "context", tmp_path / "hf")
+    load_keeping_facts(folder, tmp_path / "kept")
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="does not have its sum"):
+        load_keeping_facts(folder, tmp_path / "kept")
