@@ -5,7 +5,8 @@
 Half of the damages are one flipped bit anywhere in the file, half a cut at any length. A damage is
 `noticed` if the reader refuses the file, `harmless` if all that is read is as before (padding, and
 what the zip format says twice), and lost otherwise. At the end ten whole runs over damaged caches
-must print one line each and give the numbers of the first. Exit code 1 if anything is lost.
+must print a line for each damaged chunk and give numbers and maps of the first. Exit code 1 if
+anything is lost.
 """
 
 import argparse
@@ -28,9 +29,9 @@ from victims import COMPARE, print_table, run, tiny_models
 
 from ijepa import embeddings
 from ijepa.checkpoint import load_checkpoint, read_torch_file
-from ijepa.encoders import load_huggingface_encoder
+from ijepa.encoders import FACTS_BYTES, load_huggingface_encoder
 from ijepa.errors import UserError
-from ijepa.files import sha256
+from ijepa.files import read_sealed, sha256
 
 BAD_NPZ = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 BAD_NPZ += (tokenize.TokenError,)
@@ -56,6 +57,24 @@ def read_chunk(path: Path) -> bytes:
     if values is None:
         raise Noticed
     return values.tobytes()
+
+
+def read_map(path: Path) -> bytes:
+    """A kept map of 64 images."""
+    return read_kept(path, 8 * (2 * 64 + 3))
+
+
+def read_facts(path: Path) -> bytes:
+    """What is kept of a model."""
+    return read_kept(path, FACTS_BYTES)
+
+
+def read_kept(path: Path, num_bytes: int) -> bytes:
+    """The content of a file of the cache."""
+    content = read_sealed(path, num_bytes)
+    if content is None:
+        raise Noticed
+    return content
 
 
 def read_checkpoint(path: Path) -> Any:
@@ -119,7 +138,10 @@ def try_file(path: Path, read: Callable[[Path], Any], times: int, rng: random.Ra
 def numbers(output: Path) -> Any:
     """What must not change."""
     content = json.loads((output / "metrics.json").read_text())
-    return content["summary"], content["metrics"], content["comparison"], content["references"]
+    parts = [content[name] for name in ("summary", "metrics", "comparison", "references", "models")]
+    for model in parts[-1].values():
+        del model["images_per_second"], model["from_cache"]
+    return parts, (output / "per_image.csv").read_text()
 
 
 def main() -> int:
@@ -138,9 +160,14 @@ def main() -> int:
     assert first.code == 0, first.text
     state = scratch / "state.pt"
     torch.save({"a": torch.randn(4000), "b": torch.randn(30, 30)}, state)
-    chunk = next((output / ".cache").glob("local-*/*.chunk"))
+    kept = output / ".cache"
+    chunk, one_map, facts = (
+        next(kept.glob(name)) for name in ("local-*/*.chunk", "maps/*.map", "models/*.facts")
+    )
     kinds = [
         ("cached chunk", chunk, read_chunk),
+        ("kept map", one_map, read_map),
+        ("kept facts of a model", facts, read_facts),
         ("checkpoint", tiny, read_checkpoint),
         ("state of a training", state, read_state),
         *((f"exported {file.name}", file, read_directory) for file in sorted(hf.glob("[cmp]*.*"))),
@@ -152,13 +179,14 @@ def main() -> int:
         seen = try_file(path, read, args.times, rng)
         rows.append((name, args.times, seen["noticed"], seen["harmless"], seen["lost"]))
     expected, seen = numbers(output), Counter()
-    chunks = sorted((output / ".cache").rglob("*.chunk"))
+    cached = sorted(path for path in kept.rglob("*") if path.is_file())
     for number in range(10):
-        path = rng.choice(chunks)
+        path = rng.choice(cached)
         path.write_bytes(damage(path.read_bytes(), rng, number))
         again = run(COMPARE, flags, scratch / "log")
         told = again.text.count("were damaged and computed anew")
-        good = again.code == 0 and told == 1 and numbers(output) == expected
+        told_of = path.suffix == ".chunk"
+        good = again.code == 0 and told == told_of and numbers(output) == expected
         seen["noticed" if good else "lost"] += 1
     rows.append(("whole runs over a damaged cache", 10, seen["noticed"], 0, seen["lost"]))
     lost = sum(row[4] for row in rows[1:])

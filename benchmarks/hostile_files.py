@@ -459,18 +459,18 @@ def output_folders(tiny: Path) -> Iterator[Case]:
             output = folder / "output"
             first = run(COMPARE, [*common(tiny), "--output-dir", output], folder / "log")
             assert first.code == 0, first.text
-            for chunk in (output / ".cache").rglob("*.chunk"):
-                chunk.write_bytes(content)
+            for file in (output / ".cache").rglob("*.*"):
+                file.write_bytes(content)
             return []
 
         return make
 
-    yield "cached chunks that are a zip bomb", cached(zlib.compress(bytes(10**8)))
+    yield "cached files that are a zip bomb", cached(zlib.compress(bytes(10**8)))
     yield (
-        "cached chunks that are a pickle",
+        "cached files that are a pickle",
         lambda folder: cached(pickle.dumps(Trap(folder)))(folder),
     )
-    yield "cached chunks of zeros", cached(bytes(32 + 64 * 16 * 4))
+    yield "cached files of zeros", cached(bytes(32 + 64 * 16 * 4))
     yield "files of the report that are links elsewhere", links_elsewhere
 
 

@@ -97,7 +97,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="of the sample, the maps and the intervals (default: %(default)s)",
     )
     add(
-        "--no-cache", action="store_true", help="neither read nor keep what an earlier run has finished"
+        "--no-cache",
+        action="store_true",
+        help="neither read nor keep what an earlier run has finished",
     )
     args = parser.parse_args(arguments)
     words = sys.argv[1:] if arguments is None else arguments
