@@ -35,7 +35,7 @@ from victims import COMPARE, TRAIN, print_table, run, start, tiny_models
 
 from ijepa import embeddings
 from ijepa.checkpoint import read_torch_file
-from ijepa.files import LOCK
+from ijepa.files import LOCK, SEAL_BYTES, read_sealed
 
 CHUNK = 8
 IMAGES = 64
@@ -246,9 +246,8 @@ class Comparison(Campaign):
             json.loads(content)
         elif path.suffix == ".html":
             assert content.rstrip().endswith(b"</html>")
-        elif path.suffix == ".chunk":
-            width = (len(content) - 32) // (4 * CHUNK)
-            assert embeddings.read_chunk(path, CHUNK, width) is not None
+        elif ".cache" in path.parts:
+            assert read_sealed(path, len(content) - SEAL_BYTES) is not None
         else:
             assert content.endswith(b"\n"), "its last line is cut"
 
