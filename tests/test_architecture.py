@@ -27,6 +27,7 @@ ORDER = [
     "metrics",
     "agreement",
     "uncertainty",
+    "projections",
     "plots",
     "checkpoint",
     "runs",
@@ -53,15 +54,15 @@ BORDERS = {
     "matplotlib": {"plots", "report"},
     "PIL": {"data", "explorer", "huggingface"},
     "safetensors": {"huggingface"},
-    "sklearn": {"data", "plots"},
+    "sklearn": {"data", "projections"},
     "torchvision": {"data", "encoders"},
     "transformers": {"huggingface"},
     "tqdm": set(),
 }
 # Tensors end where embeddings begin: what comes after knows arrays alone.
 ARRAYS_ALONE = {
-    *("metrics", "agreement", "uncertainty", "plots", "comparison", "narrative", "markdown"),
-    *("markup", "charts", "class_charts", "figures", "explorer", "page"),
+    *("metrics", "agreement", "uncertainty", "projections", "plots", "comparison"),
+    *("narrative", "markdown", "markup", "charts", "class_charts", "figures", "explorer", "page"),
 }
 
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
