@@ -271,11 +271,12 @@ def load_huggingface_encoder(
     number_format = str(dtype).removeprefix("torch.")
     identity = [revision or digest, number_format, version("transformers")]
     facts = kept_facts(facts_folder, identity, describe)
+    embed_dim = facts.pop("embed_dim")
     return FrozenEncoder(
         "hf",
         lambda images: huggingface.preprocess(load()[0], images),
         lambda pixels: load()[1](pixel_values=pixels).last_hidden_state,
-        facts.pop("embed_dim"),
+        embed_dim,
         device,
         dtype,
         autocast=False,
