@@ -244,10 +244,11 @@ def load_split(dataset: str, data_dir: Path, split: str, offline: bool) -> Split
 def balanced_rows(
     labels: Int[np.ndarray, " n"], num_classes: int, max_samples: int, seed: int
 ) -> Int[np.ndarray, " m"]:
-    """At most `max_samples` positions in order, as many of each class as possible, by `seed`.
+    """At most `max_samples` positions in ascending order, as many of each class as possible.
 
-    Classes get equal shares; where a class has fewer images the others fill up, and a remainder
-    goes to classes drawn by the seed.
+    Classes get equal shares. Where a class has fewer images the others fill up, and a remainder
+    goes to classes drawn by the seed. Samples of the same seed are nested: a smaller one is part of
+    every larger one.
     """
     if max_samples >= len(labels):
         return np.arange(len(labels))
@@ -262,10 +263,7 @@ def balanced_rows(
             take[open_classes[:left]] += 1
         else:
             take[open_classes] = np.minimum(take[open_classes] + share, counts[open_classes])
-    rows = [
-        rng.choice(np.flatnonzero(labels == c), size=take[c], replace=False)
-        for c in range(len(counts))
-    ]
+    rows = [rng.permutation(np.flatnonzero(labels == c))[: take[c]] for c in range(len(counts))]
     return np.sort(np.concatenate(rows))
 
 

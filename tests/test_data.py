@@ -15,6 +15,7 @@ from torchvision.datasets import CIFAR10
 from ijepa.data import (
     FolderImages,
     Split,
+    balanced_rows,
     balanced_sample,
     fingerprint,
     load_split,
@@ -487,3 +488,14 @@ def test_a_fingerprint_depends_on_pixels_alone_not_on_where_they_lie(make_image_
         pixels = np.asarray(Image.open(path)).transpose(2, 0, 1)
         expected.update(np.array(pixels.shape, "<i8").tobytes() + pixels.tobytes())
     assert fingerprint(renamed) == expected.hexdigest()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_a_smaller_sample_is_part_of_every_larger_one(seed):
+    labels = np.random.default_rng(seed).choice(5, 300, p=[0.5, 0.2, 0.2, 0.07, 0.03])
+    smaller = set()
+    for size in range(1, 301):
+        rows = balanced_rows(labels, 5, size, seed)
+        assert len(rows) == size
+        assert smaller <= set(rows.tolist())
+        smaller = set(rows.tolist())
