@@ -22,7 +22,7 @@ COLUMNS = (
 LARGEST_LOG, LARGEST_VALUE = 2**24, 1e9
 FACTS = (
     *("epochs", "seconds", "dataset", "num_images", "device", "dtype", "processes", "torch"),
-    *("git_commit", "command"),
+    *("git_commit", "command", "recipe"),
 )
 """What a checkpoint keeps of the runs before its own."""
 HINT = "give the folder that a run of scripts/train_ijepa.py ended in"
@@ -114,7 +114,7 @@ def read_log(path: Path) -> Rows:
 
 def read_row(row: dict[str, str]) -> dict[str, int | float]:
     """The numbers of one epoch."""
-    values = {name: float(value) for name, value in row.items()}
+    values = {name: float(value) for name, value in row.items() if value != ""}
     if not all(abs(value) <= LARGEST_VALUE for value in values.values()):  # NaN is not, either
         raise ValueError(f"it has values beyond {LARGEST_VALUE:g}")
     return {**values, "epoch": int(row["epoch"])}

@@ -50,13 +50,14 @@ COLLAPSED_SHARE = 0.05
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one run; the defaults are the recipe of the shipped checkpoint.
+    """Settings of one run; the defaults are the recipe `matched`. See `RECIPES`.
 
-    That one saw two views, not three, in its last 20 epochs. Nothing but `epochs` knows how long a
-    run is until its last `decay_share`, so that a run can be made longer or shorter before that.
+    Nothing but `epochs` knows how long a run is until its last `decay_share`, so that a run can be
+    made longer or shorter before that.
 
     Raises:
-        ValueError: If there are not two views, so that there would be nothing to match.
+        ValueError: If a number is out of range, a matching term has nothing to match, or a further
+            view serves no term.
     """
 
     epochs: int = 300
@@ -80,7 +81,7 @@ class TrainConfig:
     grey_share: float = 0.2
     """Share of the views without colour."""
     num_views: int = 3
-    """Crops of each image in an update, at least 2."""
+    """Crops of each image in an update; 1 without the matching term."""
     matching_weight: float = 1.0
     temperature: float = 0.1
     """Of the matching loss before the decay: low, as telling near images apart teaches most."""
@@ -93,8 +94,52 @@ class TrainConfig:
     mask: MaskConfig = field(default_factory=MaskConfig)
 
     def __post_init__(self) -> None:
-        if self.num_views < 2:
-            raise ValueError(f"num_views must be at least 2, got {self.num_views}")
+        positive = ("epochs", "batch_size", "lr", "clip_norm", "temperature", "last_temperature")
+        for name in (*positive, "num_views"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("matching_weight", "spread_weight", "weight_decay", "warmup_epochs"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.matching_weight and self.num_views < 2:
+            raise ValueError(f"matching needs num_views of at least 2, got {self.num_views}")
+        if not self.matching_weight and self.num_views > 1:
+            raise ValueError(f"without matching num_views must be 1, got {self.num_views}")
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The terms of the loss that are computed, in words."""
+        terms = ["I-JEPA prediction"]
+        if self.matching_weight:
+            terms.append("view matching (InfoNCE)")
+        if self.spread_weight:
+            terms.append("variance/covariance")
+        return tuple(terms)
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "matched": {},
+    "paper": {
+        "batch_size": 64,
+        "lr": 2e-3,
+        "warmup_epochs": 1.0,
+        "num_views": 1,
+        "matching_weight": 0.0,
+        "spread_weight": 0.0,
+        "mask": MaskConfig(num_targets=4),
+    },
+}
+"""What each recipe changes of the defaults. `paper` is the loss of I-JEPA and nothing else."""
+
+
+def recipe_config(recipe: str, **settings: Any) -> TrainConfig:
+    """The settings of a recipe, except for those given; None takes the recipe's own.
+
+    Raises:
+        ValueError: As `TrainConfig`.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    return TrainConfig(**{**RECIPES[recipe], **given})
 
 
 @dataclass
@@ -317,7 +362,7 @@ def draw_views(
     masks = sample_masks(config.mask, grid_size, len(images), seed, device)
     shape = (len(images), config.num_views - 1, grid_size**2)
     scores = torch.rand(shape, generator=generator, device=device)
-    whole = step >= decay_start(config, steps_per_epoch)
+    whole = config.num_views > 1 and step >= decay_start(config, steps_per_epoch)
     further = scores.topk(grid_size**2 if whole else config.mask.context_patches).indices
     return Views(pixels, masks.context, further, masks.targets)
 
@@ -364,6 +409,8 @@ def compute_losses(
     mean_target = gather_rows(tokens.mean(dim=1))
     means = torch.cat([first.float().mean(dim=1)[:, None], further.float().mean(dim=2)], dim=1)
     means = gather_rows(means).transpose(0, 1)  # (V, B, D)
+    if len(means) == 1:  # nothing to match
+        return Losses(prediction, torch.zeros_like(prediction), spread_loss(means[0]))
     queries, keys = (
         torch.stack(side) for side in zip(*permutations(means.unbind(), 2), strict=True)
     )
@@ -409,11 +456,12 @@ def update(state: TrainState, config: TrainConfig, *tensors: Shaped[Tensor, "...
     losses = compute_losses(state, Views(*views), temperature)
     state.muon.zero_grad()
     state.adamw.zero_grad()
-    (
-        losses.prediction
-        + config.matching_weight * losses.matching
-        + config.spread_weight * losses.spread
-    ).backward()
+    total = losses.prediction
+    if config.matching_weight:
+        total = total + config.matching_weight * losses.matching
+    if config.spread_weight:
+        total = total + config.spread_weight * losses.spread
+    total.backward()
     parameters = [*state.context_encoder.parameters(), *state.predictor.parameters()]
     sum_gradients(parameters)
     torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)

@@ -35,14 +35,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=positive, default=300, help="passes over the images, earlier ones too")
     add("--dataset", default="cifar10", help="cifar10, or a folder with one sub-folder per class")
     add("--data-dir", type=Path, default=Path("data"), help="where CIFAR-10 is or will be put")
-    add("--batch-size", type=positive, default=256, help="images per update")
-    add("--lr", type=float, default=4e-3, help="peak learning rate")
     add(
-        "--num-views",
-        type=positive,
-        default=3,
-        help="crops of each image in an update, at least 2: the fewer, the faster",
+        "--recipe",
+        choices=["matched", "paper"],
+        default="matched",
+        help="paper: the loss of I-JEPA alone; matched: with two more terms on the mean token",
     )
+    # The recipe decides where these are not given.
+    by_recipe = {"default": argparse.SUPPRESS}
+    add("--batch-size", type=positive, help="images per update (256; paper 64)", **by_recipe)
+    add("--lr", type=float, help="peak learning rate (4e-3; paper 2e-3)", **by_recipe)
+    add("--num-views", type=positive, help="crops of an image (3; paper 1)", **by_recipe)
     add("--embed-dim", type=int, default=192, help="encoder width, a multiple of 64")
     add("--depth", type=int, default=6, help="encoder blocks")
     add("--patch-size", type=int, default=4, help="side of a patch in pixels")
@@ -81,7 +84,7 @@ def positive(text: str) -> int:
     return value
 
 
-def load_images(args: argparse.Namespace) -> tuple[Any, Any]:
+def load_images(args: argparse.Namespace, batch_size: int) -> tuple[Any, Any]:
     """Training and held-out splits; images of a folder are resized to 32 x 32 once."""
     import numpy as np
     import torch
@@ -93,9 +96,9 @@ def load_images(args: argparse.Namespace) -> tuple[Any, Any]:
     split = load_split(args.dataset, args.data_dir, "train", offline=False)
     held_out = balanced_sample(split, min(HELD_OUT, len(split) // 10), seed=0)
     rest = split.take(np.setdiff1d(np.arange(len(split)), held_out.indices))
-    if len(rest) < args.batch_size or len(held_out) < 10:
+    if len(rest) < batch_size or len(held_out) < 10:
         raise UserError(
-            f"{len(split)} images are too few for batches of {args.batch_size}",
+            f"{len(split)} images are too few for batches of {batch_size}",
             hint="give more images or a smaller --batch-size",
         )
 
@@ -109,6 +112,15 @@ def load_images(args: argparse.Namespace) -> tuple[Any, Any]:
     return (pixels(rest), pixels(held_out)), held_out.labels
 
 
+def identify_images(dataset: str, images: Any, held_out: Any) -> dict[str, Any]:
+    """What makes these images the images of a run: their number and a hash of their pixels."""
+    import hashlib
+
+    digest = hashlib.sha256(images.numpy().tobytes())
+    digest.update(held_out.numpy().tobytes())
+    return {"dataset": dataset, "num_images": len(images), "sha256": digest.hexdigest()}
+
+
 def build_config(args: argparse.Namespace) -> Any:
     """The settings of the run from the flags."""
     import torch
@@ -116,7 +128,7 @@ def build_config(args: argparse.Namespace) -> Any:
     from ijepa.errors import UserError
     from ijepa.masking import sample_masks
     from ijepa.model import ViTConfig
-    from ijepa.training import TrainConfig
+    from ijepa.training import recipe_config
 
     try:
         vit = ViTConfig(
@@ -125,19 +137,13 @@ def build_config(args: argparse.Namespace) -> Any:
             depth=args.depth,
             num_heads=max(args.embed_dim // 64, 1),
         )
-        config = TrainConfig(
-            epochs=args.epochs,
-            batch_size=args.batch_size,
-            lr=args.lr,
-            num_views=args.num_views,
-            seed=args.seed,
-            vit=vit,
-        )
+        given = {name: getattr(args, name, None) for name in ("batch_size", "lr", "num_views")}
+        config = recipe_config(args.recipe, epochs=args.epochs, seed=args.seed, vit=vit, **given)
         # Large patches make a grid without room for the blocks: say so before loading images.
         sample_masks(config.mask, vit.grid_size, 1, config.seed, torch.device("cpu"))
     except ValueError as error:
         raise UserError(
-            str(error), hint="change --embed-dim, --depth, --patch-size or --num-views"
+            str(error), hint="change --recipe, --num-views, --lr, --embed-dim or --patch-size"
         ) from error
     return config
 
@@ -145,7 +151,9 @@ def build_config(args: argparse.Namespace) -> Any:
 class Run:
     """The folder of one run: resumable state, log, and the checkpoint that others load."""
 
-    def __init__(self, args: argparse.Namespace, config: Any, writes: bool) -> None:
+    def __init__(
+        self, args: argparse.Namespace, config: Any, images: dict[str, Any], writes: bool
+    ) -> None:
         from dataclasses import asdict
 
         self.folder = folder = args.output_dir
@@ -155,7 +163,11 @@ class Run:
         self.state = folder / "state.pt"
         self.previous = folder / "state_previous.pt"
         self.config = config
-        self.settings = asdict(config) | {"init_from": args.init_from and str(args.init_from)}
+        self.images = images
+        self.settings = asdict(config) | {
+            "recipe": args.recipe,
+            "init_from": args.init_from and str(args.init_from),
+        }
         self.rows: list[dict[str, float]] = []
         self.earlier_runs: list[dict[str, Any]] = []
         self.seconds = 0.0  # of whole epochs
@@ -233,6 +245,7 @@ class Run:
                     hint="check --output-dir, or leave out --resume to begin a run there",
                 )
             return False
+        self.check_images(saved["images"])
         self.check_settings(saved["settings"], saved["state"]["step"], num_images)
         state.load_state_dict(saved["state"])
         self.rows, self.seconds = saved["rows"], saved["seconds"]
@@ -241,6 +254,21 @@ class Run:
         self.epoch_seconds = saved.get("epoch_seconds", 0.0)
         self.say(f"resuming {self.folder} after {state.step} updates")
         return True
+
+    def check_images(self, saved: dict[str, Any]) -> None:
+        """Raise UserError unless these are the images that the run began with."""
+        from ijepa.errors import UserError
+
+        if saved["sha256"] == self.images["sha256"]:
+            return
+        before, now = (
+            f"{one['num_images']} images of {one['dataset']} (sha256 {one['sha256'][:12]})"
+            for one in (saved, self.images)
+        )
+        raise UserError(
+            f"the run in {self.folder} is trained on {before}, not on {now}",
+            hint="give the same --dataset and --data-dir to resume it, or another --output-dir",
+        )
 
     def check_settings(self, saved: dict[str, Any], step: int, num_images: int) -> None:
         """Raise UserError unless going on makes the run that these settings make from the start."""
@@ -281,6 +309,7 @@ class Run:
         content = {
             "state": state.state_dict(),
             "settings": self.settings,
+            "images": self.images,
             "rows": self.rows,
             "seconds": self.seconds,
             "epoch_seconds": self.epoch_seconds,
@@ -301,6 +330,9 @@ class Run:
             "planned_epochs": self.config.epochs,
             "seconds": self.seconds,
             "settings": self.settings,
+            "recipe": self.settings["recipe"],
+            "terms": list(self.config.terms),
+            "images": self.images,
             "earlier_runs": self.earlier_runs,
             **provenance,
         }
@@ -324,7 +356,8 @@ class Run:
             if self.writes:
                 self.publish(state, provenance)
             self.save(state)
-        self.say(" ".join(f"{key}={value:.6g}" for key, value in row.items()))
+        measured = {key: value for key, value in row.items() if value is not None}
+        self.say(" ".join(f"{key}={value:.6g}" for key, value in measured.items()))
         if warning := collapse_warning(self.rows[-1], self.config):
             self.say(f"warning: {warning}")
 
@@ -354,9 +387,9 @@ class Run:
         export_huggingface(checkpoint, self.folder / "hf")
 
 
-def round_digits(value: float) -> float:
-    """Six significant digits; a count stays one."""
-    return value if isinstance(value, int) else float(f"{value:.6g}")
+def round_digits(value: float | None) -> float | None:
+    """Six significant digits; a count stays one, and what was not measured stays None."""
+    return value if value is None or isinstance(value, int) else float(f"{value:.6g}")
 
 
 def describe(args: argparse.Namespace, device: str, dtype: Any, num_images: int) -> dict[str, Any]:
@@ -376,12 +409,12 @@ def describe(args: argparse.Namespace, device: str, dtype: Any, num_images: int)
     }
 
 
-def log_row(log: Any, losses: tuple[float, float], seconds: float) -> dict[str, float]:
+def log_row(config: Any, log: Any, losses: tuple[float, float], seconds: float) -> dict[str, Any]:
     """What the log says of an epoch, before the evaluation is added."""
     return {
         "epoch": log.epoch,
         "loss": losses[0],
-        "matching_loss": losses[1],
+        "matching_loss": losses[1] if config.matching_weight else None,
         "lr": log.lr,
         "momentum": log.momentum,
         "weight_decay": log.weight_decay,
@@ -404,14 +437,14 @@ def progress_bar(run: Run, step: int, num_images: int) -> Any:
     )
 
 
-def check_batch(args: argparse.Namespace) -> None:
+def check_batch(batch_size: int) -> None:
     """Raise UserError unless the processes can share a batch evenly."""
     from ijepa.errors import UserError
     from ijepa.parallel import num_processes
 
-    if args.batch_size % num_processes():
+    if batch_size % num_processes():
         raise UserError(
-            f"a batch of {args.batch_size} cannot be shared by {num_processes()} processes",
+            f"a batch of {batch_size} cannot be shared by {num_processes()} processes",
             hint="give a --batch-size that is a multiple of their number",
         )
 
@@ -425,13 +458,14 @@ def train_run(args: argparse.Namespace) -> int:
 
     device = choose_device(args.device)
     device = join_processes(device, "nccl" if device.type == "cuda" else "gloo")
-    check_batch(args)
     dtype = choose_dtype(args.dtype, device)
     config = build_config(args)
-    (images, held_out), labels = load_images(args)
+    check_batch(config.batch_size)
+    (images, held_out), labels = load_images(args, config.batch_size)
+    identity = identify_images(args.dataset, images, held_out)
     images = images.to(device)
     state = init_state(config, device, dtype)
-    run = Run(args, config, writes=process_rank() == 0)
+    run = Run(args, config, identity, writes=process_rank() == 0)
     if not run.resume(state, len(images), args.resume) and args.init_from:
         run.begin(state, len(images))
     provenance = describe(args, device.type, state.dtype, len(images))
@@ -464,7 +498,7 @@ def train_and_save(
             bar.update(config.batch_size)
             if log.end_of_epoch:
                 losses = mean_losses(state, config, len(images))
-                row = log_row(log, losses, time.monotonic() - began)
+                row = log_row(config, log, losses, time.monotonic() - began)
                 row |= evaluate(state.target_encoder, *held_out, state.dtype)
                 run.end_epoch(row, state, provenance)
                 bar.set_description(f"epoch {log.epoch}/{config.epochs} loss {losses[0]:.4f}")

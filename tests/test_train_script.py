@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 from ijepa.checkpoint import load_checkpoint, read_torch_file
 from ijepa.data import load_split
@@ -142,7 +143,7 @@ def test_both_encoders_of_the_checkpoint_embed_images(finished):
 
 def test_held_out_images_play_no_part_in_training(flags):
     args = script.parse_arguments(flags)
-    (images, held_out), labels = script.load_images(args)
+    (images, held_out), labels = script.load_images(args, 36)
     assert images.shape == (108, 3, 32, 32)
     assert held_out.shape == (12, 3, 32, 32)
     assert np.bincount(labels).tolist() == [6, 6]
@@ -153,7 +154,7 @@ def test_held_out_images_play_no_part_in_training(flags):
 
 def test_images_of_a_tensor_data_set_are_taken_as_they_are(tmp_path):
     args = script.parse_arguments(["--dataset", "digits", "--data-dir", str(tmp_path)])
-    (images, held_out), labels = script.load_images(args)
+    (images, held_out), labels = script.load_images(args, 36)
     assert (len(images), len(held_out)) == (1797 - 179, 179)
     split = load_split("digits", tmp_path, "train", offline=True)
     known = {image.numpy().tobytes() for image in split.images}
@@ -184,6 +185,18 @@ def test_a_run_with_other_settings_is_not_touched(finished, flags, capsys, chang
     assert lines[0] == f"error: the run in {finished} has other settings: {named}"
     assert lines[1].startswith("hint: ")
     assert len(lines) == 2
+    assert contents(finished) == before
+
+
+def test_a_run_goes_on_with_its_own_images_only(finished, flags, make_image_folder, capsys):
+    before = contents(finished)
+    other = make_image_folder({"cat": 60, "dog": 60})
+    Image.new("RGB", (9, 9)).save(other / "cat" / "000.png")
+    arguments = [*flags, "--epochs", "3", "--dataset", str(other), "--output-dir", str(finished)]
+    assert script.main(arguments) == 1
+    problem = capsys.readouterr().err.splitlines()[0]
+    assert "108 images of" in problem
+    assert str(other) in problem
     assert contents(finished) == before
 
 
@@ -443,6 +456,7 @@ def test_runs_before_are_a_list_of_plain_facts(finished):
     first = {"epochs": 2, "command": "a", "seconds": deep, "secret": 1}
     runs = earlier_runs({**training, "earlier_runs": [first, "nothing"]})
     assert runs[0] == {"epochs": 2, "command": "a"}
+    assert runs[1]["recipe"] == "matched"
     assert (len(runs), runs[1]["epochs"]) == (2, EPOCHS)
     assert "settings" not in runs[1]
     assert earlier_runs({"epochs": 1, "earlier_runs": 7}) == [{"epochs": 1}]
@@ -625,7 +639,7 @@ def test_a_batch_that_processes_cannot_share_is_told(tmp_path, flags):
     [
         (["--patch-size", "8"], "leaves fewer than 20 context patches"),
         (["--patch-size", "5"], "patch_size 5 does not divide image_size 32"),
-        (["--num-views", "1"], "num_views must be at least 2, got 1"),
+        (["--num-views", "1"], "matching needs num_views of at least 2, got 1"),
         (["--embed-dim", "18"], "embed_dim must be a multiple of 4"),
         (["--batch-size", "109"], "120 images are too few for batches of 109"),
         (["--dataset", "nothing"], "unknown data set 'nothing'"),

@@ -11,6 +11,7 @@ from ijepa import training
 from ijepa.masking import MaskConfig
 from ijepa.model import PredictorConfig
 from ijepa.training import (
+    RECIPES,
     TrainConfig,
     check_finite,
     collapse_warning,
@@ -27,6 +28,7 @@ from ijepa.training import (
     matching_loss,
     matching_temperature,
     mean_losses,
+    recipe_config,
     spread_loss,
     start_from,
     train,
@@ -443,6 +445,7 @@ def test_one_batch_is_learned_by_heart(config, images):
         batch_size=4,
         lr=5e-3,
         weight_decay=0.0,
+        num_views=1,
         matching_weight=0.0,
         spread_weight=0.0,
         predictor=PredictorConfig(embed_dim=16, depth=1, num_heads=2),
@@ -450,6 +453,67 @@ def test_one_batch_is_learned_by_heart(config, images):
     state = init_state(config, CPU, FLOAT)
     losses = [mean_losses(state, config, 4)[0] for _ in train(state, config, images[:4])]
     assert np.mean(losses[-10:]) < losses[0] / 2
+
+
+def test_the_paper_recipe_is_the_prediction_loss_of_one_view(images):
+    config = recipe_config("paper", batch_size=4)
+    assert config.terms == ("I-JEPA prediction",)
+    assert config.mask.num_targets == 4
+    state = init_state(config, CPU, FLOAT)
+    views = draw_views(config, images[:4], 0, 2)
+    assert views.pixels.shape == (4, 1, 3, 32, 32)
+    losses = compute_losses(state, views, 0.1)
+    with torch.no_grad():
+        targets = state.target_encoder(views.pixels[:, 0])
+        context = state.context_encoder(views.pixels[:, 0], views.context)
+        predicted = state.predictor(context, views.context, views.target_blocks)
+    expected = []
+    for tokens, blocks, guesses in zip(targets, views.target_blocks, predicted, strict=True):
+        normed = (tokens - tokens.mean(1, keepdim=True)) / tokens.std(1, correction=0, keepdim=True)
+        expected += [
+            torch.nn.functional.smooth_l1_loss(guess, normed[block])
+            for block, guess in zip(blocks, guesses, strict=True)
+        ]
+    assert losses.prediction.item() == pytest.approx(np.mean(expected), rel=1e-4)
+    # The predictor gets a gradient, and nothing but the prediction feeds the encoder's.
+    train_step(state, config, images[:4], 2)
+    gradient = state.context_encoder.patch_embed.proj.weight.grad.clone()
+    other = init_state(config, CPU, FLOAT)
+    compute_losses(other, views, 0.1).prediction.backward()
+    torch.nn.utils.clip_grad_norm_(
+        [*other.context_encoder.parameters(), *other.predictor.parameters()], config.clip_norm
+    )
+    torch.testing.assert_close(gradient, other.context_encoder.patch_embed.proj.weight.grad)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_both_recipes_stop_and_go_on_bit_for_bit(recipe, tiny_vit, images):
+    config = recipe_config(recipe, epochs=2, batch_size=5, vit=tiny_vit)
+    whole, part, resumed = (init_state(config, CPU, FLOAT) for _ in range(3))
+    list(train(whole, config, images))
+    for log in train(part, config, images):
+        if log.step == 3:
+            break
+    resumed.load_state_dict(through_a_file(part.state_dict()))
+    list(train(resumed, config, images))
+    assert_equal_bit_for_bit(whole.state_dict(), resumed.state_dict())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_views": 1},
+        {"matching_weight": 0.0},
+        {"lr": -1.0},
+        {"lr": math.nan},
+        {"batch_size": 0},
+        {"spread_weight": -0.1},
+        {"temperature": 0.0},
+    ],
+)
+def test_meaningless_settings_are_refused(settings):
+    with pytest.raises(ValueError, match=r"num_views|must be"):
+        TrainConfig(**settings)
 
 
 def test_a_run_is_a_loop_of_updates_over_shuffled_batches(config, images):
