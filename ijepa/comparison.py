@@ -60,6 +60,8 @@ PROBE = 2048
 """Images whose pairs tell the time of all: a tile of similarities, four of distances."""
 GPU_PROBE = 2**14
 """The same on a GPU: its tiles are larger, and fewer images would tell its pauses alone."""
+MODEL_NAMES = {"local": "Local model", "hf": "HF model"}
+"""What the models are called where no other name is given."""
 HEADLINES = ("variance_10pc", "variance_50pc", "silhouette", "precision_at_5")
 """The rows of the table, after the embedding dimension."""
 
@@ -78,6 +80,16 @@ class Analysis:
     def embeddings(self) -> Float[np.ndarray, "n d"]:
         """The embeddings themselves."""
         return self.lists.embeddings
+
+    @property
+    def neighbors(self) -> Int[np.ndarray, "n m"]:
+        """Nearest neighbors of each image, best first."""
+        return self.lists.neighbors
+
+    @property
+    def similarities(self) -> Float[np.ndarray, "n m"]:
+        """Cosine similarities of the nearest neighbors."""
+        return self.lists.similarities
 
     def precisions(self, k: int) -> Float[np.ndarray, " n"]:
         """Precision@k of each image; NaN where there are fewer than k other images."""
@@ -227,6 +239,8 @@ class Comparison:
     """All numbers of a run. Keys of the mappings are `local` and, if it was given, `hf`."""
 
     analyses: dict[str, Analysis]
+    names: dict[str, str]
+    """Short name of each model, for tables and sentences."""
     metrics: dict[str, dict[str, Estimate]]
     """By model, then metric; `se` and `ci95` are NaN where there is no interval."""
     references: dict[str, dict[str, float]]
@@ -248,13 +262,14 @@ class Comparison:
     seed: int
 
 
-def compare(
+def compare(  # noqa: PLR0913
     embeddings: Mapping[str, Float[np.ndarray, "n _"]],
     references: Mapping[str, Float[np.ndarray, "n _"]],
     labels: Int[np.ndarray, " n"],
     seed: int,
     other_seeds: Sequence[Float[np.ndarray, "n _"]] = (),
     device: str = "cpu",
+    names: Mapping[str, str] | None = None,
 ) -> Comparison:
     """Measure one model or two, and the references, on the same images.
 
@@ -265,6 +280,7 @@ def compare(
         seed: Of the halves and of the permutation tests.
         other_seeds: Embeddings by other trainings of the local model.
         device: Where all pairs of images are looked at, as in `ijepa.metrics`.
+        names: Short names of the models.
 
     Raises:
         ValueError: If the numbers of rows differ.
@@ -286,6 +302,7 @@ def compare(
     pair = paired_deviations(analyses, by_class, parts) if paired else {}
     return Comparison(
         analyses=analyses,
+        names={name: (names or MODEL_NAMES)[name] for name in analyses},
         metrics={
             name: {
                 metric: with_interval(value, deviating[name].get(metric))

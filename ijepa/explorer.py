@@ -2,8 +2,7 @@
 
 import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from PIL import Image
 from ijepa.comparison import MUTUAL_K, Analysis, Comparison
 from ijepa.data import Split
 from ijepa.plots import MODEL_NAMES, class_styles, similarity_digits
-from ijepa.projections import PcaProjection, TsneProjection, align
+from ijepa.projections import Maps, TsneProjection, align
 
 GRID = 10_000
 """Steps of a coordinate on the maps: finer than a pixel on any screen."""
@@ -24,21 +23,6 @@ COLUMNS = 64
 QUALITY = 90
 
 
-@dataclass(frozen=True)
-class Maps:
-    """The projections to show.
-
-    Args:
-        rows: The images on the maps; the page holds pictures of these alone.
-        tsne: By model, of `rows`.
-        pca: By model, of all images.
-    """
-
-    rows: Int[np.ndarray, " m"]
-    tsne: Mapping[str, TsneProjection]
-    pca: Mapping[str, PcaProjection]
-
-
 def explorable(comparison: Comparison, maps: Maps, split: Split) -> dict[str, Any]:
     """What the scripts need to know of each image on the maps.
 
@@ -46,7 +30,7 @@ def explorable(comparison: Comparison, maps: Maps, split: Split) -> dict[str, An
     images that lie on no map and have no picture.
     """
     rows, analyses = maps.rows, comparison.analyses
-    listed = {name: a.lists.neighbors[rows, :5] for name, a in analyses.items()}
+    listed = {name: a.neighbors[rows, :5] for name, a in analyses.items()}
     beyond = np.setdiff1d(np.concatenate([found.ravel() for found in listed.values()]), rows)
     order = np.concatenate([rows, beyond])
     position = np.zeros(len(split), dtype=np.int64)
@@ -57,7 +41,7 @@ def explorable(comparison: Comparison, maps: Maps, split: Split) -> dict[str, An
     for name, analysis in analyses.items():
         tsne, pca = maps.tsne[name], maps.pca[name]
         shares = [*pca.variance_shares[:2], 0.0]
-        similarities = analysis.lists.similarities[rows, :5]
+        similarities = analysis.similarities[rows, :5]
         digits = similarity_digits(similarities)
         models.append(
             {

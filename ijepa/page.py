@@ -20,10 +20,11 @@ from ijepa.charts import retrieval_strip
 from ijepa.class_charts import hatching
 from ijepa.comparison import Comparison
 from ijepa.data import Split
-from ijepa.explorer import Maps, data_uri, explorable, sprite_sheet
+from ijepa.explorer import data_uri, explorable, sprite_sheet
 from ijepa.figures import figures
 from ijepa.markup import Markup, breakable, element, join, table
 from ijepa.plots import MODEL_NAMES
+from ijepa.projections import Maps
 
 SCRIPTS = ("state.js", "map.js", "neighbours.js", "page.js")
 """In the order in which they run."""

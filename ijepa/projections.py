@@ -5,12 +5,13 @@ Dimension key: n images, d width of an embedding.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from threadpoolctl import threadpool_limits
 
 from ijepa.files import read_sealed, write_sealed
@@ -51,6 +52,21 @@ class TsneProjection:
     kl_divergence: float
     kept_neighbors: float
     perplexity: float
+
+
+@dataclass(frozen=True)
+class Maps:
+    """The projections to show.
+
+    Args:
+        rows: The images on the maps; the page holds pictures of these alone.
+        tsne: By model, of `rows`.
+        pca: By model, of all images.
+    """
+
+    rows: Int[np.ndarray, " m"]
+    tsne: Mapping[str, TsneProjection]
+    pca: Mapping[str, PcaProjection]
 
 
 def project_pca(X: Float[np.ndarray, "n d"], k: int) -> PcaProjection:

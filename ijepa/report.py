@@ -22,12 +22,11 @@ from threadpoolctl import threadpool_limits
 from ijepa import plots
 from ijepa.comparison import Comparison, neighbor_confusion
 from ijepa.data import Split, balanced_rows, shrink
-from ijepa.explorer import Maps
 from ijepa.files import sha256, write_atomically, write_text
 from ijepa.markdown import markdown
 from ijepa.narrative import summary
 from ijepa.page import page
-from ijepa.projections import TsneProjection, project_pca, project_tsne_cached
+from ijepa.projections import Maps, TsneProjection, project_pca, project_tsne_cached
 
 SCHEMA_VERSION = 1
 MAX_POINTS = 5000
@@ -145,7 +144,7 @@ def draw_neighbors(
 ) -> Figure:
     """The five nearest images of each query in each model."""
     found = {
-        name: plots.Neighbors(a.lists.neighbors[queries, :5], a.lists.similarities[queries, :5])
+        name: plots.Neighbors(a.neighbors[queries, :5], a.similarities[queries, :5])
         for name, a in comparison.analyses.items()
     }
     return plots.plot_neighbors(
@@ -187,8 +186,7 @@ def per_image_csv(comparison: Comparison, maps: Maps, split: Split) -> Iterator[
             columns[f"silhouette_{name}"] = blank_nan(analysis.silhouettes["euclidean"][rows])
             columns[f"silhouette_cosine_{name}"] = blank_nan(analysis.silhouettes["cosine"][rows])
             columns[f"neighbors_{name}"] = [
-                " ".join(map(str, split.indices[found]))
-                for found in analysis.lists.neighbors[rows, :5]
+                " ".join(map(str, split.indices[found])) for found in analysis.neighbors[rows, :5]
             ]
             columns[f"tsne_x_{name}"] = blank_nan(places[name][rows, 0])
             columns[f"tsne_y_{name}"] = blank_nan(places[name][rows, 1])

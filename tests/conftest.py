@@ -14,10 +14,9 @@ from PIL import Image
 
 from ijepa.comparison import Comparison, compare
 from ijepa.data import Split
-from ijepa.explorer import Maps
 from ijepa.model import ViTConfig
 from ijepa.page import page
-from ijepa.projections import TsneProjection, project_pca
+from ijepa.projections import Maps, TsneProjection, project_pca
 from ijepa.report import metrics_json
 
 # Networks this small lose more time in handing work to threads than they gain.

@@ -13,8 +13,7 @@ from ijepa import report
 from ijepa.comparison import compare
 from ijepa.data import Split
 from ijepa.errors import UserError
-from ijepa.explorer import Maps
-from ijepa.projections import project_tsne
+from ijepa.projections import Maps, project_tsne
 from ijepa.report import (
     disagreements,
     draw_queries,
@@ -134,7 +133,7 @@ def test_per_image_rows_read_back_as_the_numbers(run, monkeypatch):
             expected = comparison.metrics[name][metric].value
             assert np.mean(shown) == pytest.approx(expected, abs=1e-6)
         neighbors = [list(map(int, row[f"neighbors_{name}"].split())) for row in rows]
-        expected = comparison.analyses[name].lists.neighbors[:, :5] + 100
+        expected = comparison.analyses[name].neighbors[:, :5] + 100
         np.testing.assert_array_equal(neighbors, expected)
     shown = [float(row["mutual_knn"]) for row in rows]
     assert np.mean(shown) == pytest.approx(comparison.agreement["mutual_knn"].value)
