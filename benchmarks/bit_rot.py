@@ -29,7 +29,7 @@ from victims import COMPARE, print_table, run, tiny_models
 
 from ijepa import embeddings
 from ijepa.checkpoint import load_checkpoint, read_torch_file
-from ijepa.encoders import FACTS_BYTES, load_huggingface_encoder
+from ijepa.encoders import load_encoder
 from ijepa.errors import UserError
 from ijepa.files import read_sealed, sha256
 
@@ -64,11 +64,6 @@ def read_map(path: Path) -> bytes:
     return read_kept(path, 8 * (2 * 64 + 3))
 
 
-def read_facts(path: Path) -> bytes:
-    """What is kept of a model."""
-    return read_kept(path, FACTS_BYTES)
-
-
 def read_kept(path: Path, num_bytes: int) -> bytes:
     """The content of a file of the cache."""
     content = read_sealed(path, num_bytes)
@@ -98,7 +93,7 @@ def read_state(path: Path) -> Any:
 def read_directory(path: Path) -> Any:
     """An exported directory as the comparison reads it; `path` is one of its files."""
     try:
-        encoder = load_huggingface_encoder(str(path.parent), CPU, torch.float32, offline=True)
+        encoder = load_encoder(path.parent, "hf", device=CPU, dtype="float32")
     except UserError as error:
         raise Noticed from error
     image = torch.arange(3 * 32 * 32, dtype=torch.int64).remainder(251).to(torch.uint8)
@@ -161,13 +156,10 @@ def main() -> int:
     state = scratch / "state.pt"
     torch.save({"a": torch.randn(4000), "b": torch.randn(30, 30)}, state)
     kept = output / ".cache"
-    chunk, one_map, facts = (
-        next(kept.glob(name)) for name in ("local-*/*.chunk", "maps/*.map", "models/*.facts")
-    )
+    chunk, one_map = (next(kept.glob(name)) for name in ("local-*/*.chunk", "maps/*.map"))
     kinds = [
         ("cached chunk", chunk, read_chunk),
         ("kept map", one_map, read_map),
-        ("kept facts of a model", facts, read_facts),
         ("checkpoint", tiny, read_checkpoint),
         ("state of a training", state, read_state),
         *((f"exported {file.name}", file, read_directory) for file in sorted(hf.glob("[cmp]*.*"))),

@@ -36,13 +36,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ijepa import embeddings
 from ijepa.data import balanced_sample, load_split
 from ijepa.devices import choose_dtype
-from ijepa.encoders import load_huggingface_encoder, load_local_encoder
+from ijepa.encoders import load_encoder
 from ijepa.metrics import nearest_neighbors, precision_at_k, silhouette_samples
 
 CHECKPOINT = Path(__file__).resolve().parents[1] / "checkpoints_300ep" / "checkpoint_latest.pt"
 CPU = torch.device("cpu")
-DTYPE = choose_dtype("auto", CPU)
-OURS = f"ours, {str(DTYPE).removeprefix('torch.')}"
+DTYPE = str(choose_dtype("auto", CPU)).removeprefix("torch.")
+OURS = f"ours, {DTYPE}"
 TOKENS, WIDTH, HIDDEN, PATCH = 256, 1280, 5120, 14
 
 
@@ -83,8 +83,8 @@ def batches(images, size):
 
 def ceiling(rows):
     """Operations per CPU second of a product of the network's largest shape in our dtype."""
-    left = torch.randn(rows, WIDTH, dtype=DTYPE)
-    right = torch.randn(HIDDEN, WIDTH, dtype=DTYPE)
+    left = torch.randn(rows, WIDTH, dtype=getattr(torch, DTYPE))
+    right = torch.randn(HIDDEN, WIDTH, dtype=getattr(torch, DTYPE))
     torch.nn.functional.linear(left, right)
     began = time.process_time()
     for _ in range(3):
@@ -122,7 +122,7 @@ def vit_huge(args):
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     with tempfile.TemporaryDirectory() as folder:
         write_vit_huge(folder, args.depth)
-        encoder = load_huggingface_encoder(folder, CPU, DTYPE, offline=True)
+        encoder = load_encoder(folder, "hf", device=CPU, dtype=DTYPE)
         processor, model = (
             kind.from_pretrained(folder) for kind in (AutoImageProcessor, AutoModel)
         )
@@ -158,8 +158,8 @@ def vit_huge(args):
 def local(args):
     """The bundled checkpoint against a float32 loop over the same batches."""
     images = some_images(args.images)
-    fast = load_local_encoder(CHECKPOINT, "target", CPU, DTYPE)
-    plain = load_local_encoder(CHECKPOINT, "target", CPU, torch.float32)
+    fast = load_encoder(CHECKPOINT, "local", device=CPU, dtype=DTYPE)
+    plain = load_encoder(CHECKPOINT, "local", device=CPU, dtype="float32")
 
     def ours():
         for batch in batches(images, args.batch_size):
@@ -188,7 +188,7 @@ def write_photographs(folder, count):
 
 def photographs(args):
     """Files through the bundled checkpoint, decoded beside the network or before it."""
-    encoder = load_local_encoder(CHECKPOINT, "target", CPU, DTYPE)
+    encoder = load_encoder(CHECKPOINT, "local", device=CPU, dtype=DTYPE)
     with tempfile.TemporaryDirectory() as folder:
         write_photographs(folder, args.images)
         split = load_split(folder, Path(), "test", offline=True)
@@ -217,7 +217,7 @@ def photographs(args):
 def embeddings_in_both(load, images, size):
     """Float32 and bfloat16 embeddings of the same images."""
     both = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in ("float32", "bfloat16"):
         encoder = load(dtype)
         both.append(torch.cat([encoder.embed(batch) for batch in batches(images, size)]).numpy())
     return both
@@ -229,7 +229,7 @@ def fidelity(args):
         with tempfile.TemporaryDirectory() as folder:
             write_vit_huge(folder, args.depth)
             exact, fast = embeddings_in_both(
-                lambda dtype: load_huggingface_encoder(folder, CPU, dtype, offline=True),
+                lambda dtype: load_encoder(folder, "hf", device=CPU, dtype=dtype),
                 some_images(args.huge_images),
                 args.batch_size,
             )
@@ -241,7 +241,7 @@ def fidelity(args):
         return
     split = balanced_sample(load_split("cifar10", args.data_dir, "test", True), args.images, 0)
     exact, fast = embeddings_in_both(
-        lambda dtype: load_local_encoder(CHECKPOINT, "target", CPU, dtype),
+        lambda dtype: load_encoder(CHECKPOINT, "local", device=CPU, dtype=dtype),
         list(split.images),
         args.batch_size,
     )

@@ -36,7 +36,7 @@ from victims import COMPARE, print_table, run, tiny_models
 from ijepa.checkpoint import load_checkpoint
 from ijepa.data import Split, balanced_sample, fingerprint, load_split, read_image
 from ijepa.embeddings import extract
-from ijepa.encoders import load_huggingface_encoder, load_local_encoder, pixel_encoder
+from ijepa.encoders import load_encoder, pixel_encoder
 from ijepa.errors import UserError
 
 LIMIT = 30
@@ -185,7 +185,7 @@ def read_checkpoint(path: Path, folder: Path, name: str) -> None:
     """Load, build and use an encoder."""
     with reading(folder, name):
         load_checkpoint(path, "context")
-        encoder = load_local_encoder(path, "target", CPU, torch.float32)
+        encoder = load_encoder(path, "local", device=CPU, dtype="float32")
         assert encoder.embed(IMAGES).shape == (1, encoder.embed_dim)
 
 
@@ -237,7 +237,7 @@ def read_directory(folder: Path, name: str, changes: dict[str, bytes]) -> None:
     for file, content in {**FILES, **changes}.items():
         (model / file).write_bytes(content)
     with reading(folder, name):
-        encoder = load_huggingface_encoder(str(model), CPU, torch.float32, offline=True)
+        encoder = load_encoder(model, "hf", device=CPU, dtype="float32")
         assert encoder.embed(IMAGES).shape == (1, encoder.embed_dim)
 
 

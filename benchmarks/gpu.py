@@ -35,7 +35,7 @@ from extraction import WIDTH, batches, some_images, vit_huge_flops, write_vit_hu
 from ijepa.data import Split
 from ijepa.devices import choose_device
 from ijepa.embeddings import extract
-from ijepa.encoders import load_huggingface_encoder
+from ijepa.encoders import load_encoder
 from ijepa.metrics import mean_silhouettes, nearest_neighbors, silhouette_samples
 from ijepa.training import TrainConfig, decay_start, init_state, train_step
 from ijepa.uncertainty import LIST_LENGTH, NUM_HALVES
@@ -76,7 +76,7 @@ def vit_huge(args):
     with tempfile.TemporaryDirectory() as folder:
         with GPU:
             write_vit_huge(folder, DEPTH)
-        encoder = load_huggingface_encoder(folder, GPU, torch.bfloat16, offline=True)
+        encoder = load_encoder(folder, "hf", device=GPU, dtype="bfloat16")
         processor = AutoImageProcessor.from_pretrained(folder)
         models = [
             IJepaModel.from_pretrained(folder, dtype=dtype).to(GPU).eval()

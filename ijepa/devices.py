@@ -3,6 +3,8 @@
 import os
 import shutil
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import torch
 
 from ijepa.errors import UserError
 
+SMALL = 100_000_000
+"""Parameters from which on a network is worth rounding to bfloat16."""
 GPU_PAIRS_FROM = 20_000
 """Images whose pairs take a processor half a minute or more."""
 FULL_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
@@ -60,10 +64,15 @@ def choose_pairs_device(device: torch.device, num_images: int, width: int) -> st
     return str(device) if 4 * num_images * width + TILES < free else "cpu"
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Resolve `auto` to bfloat16 where the hardware multiplies it, else float32."""
+def choose_dtype(name: str, device: torch.device, num_parameters: int | None = None) -> torch.dtype:
+    """Resolve `auto` to bfloat16 where the hardware multiplies it, else float32.
+
+    A small network, of fewer than 100 million parameters, is computed in float32: it is fast all
+    the same, and rounding must not look like a difference between models.
+    """
     if name == "auto":
-        return torch.bfloat16 if has_bfloat16(device) else torch.float32
+        small = num_parameters is not None and num_parameters < SMALL
+        return torch.bfloat16 if has_bfloat16(device) and not small else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
@@ -75,6 +84,19 @@ def has_bfloat16(device: torch.device) -> bool:
         able = torch.cpu.get_capabilities()
         return any(bool(able.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
+
+
+@contextmanager
+def memory_errors(problem: str, hint: str) -> Iterator[None]:
+    """Turn the ways in which torch runs out of memory into an error for the user."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+        exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not exhausted and not any(word in str(error) for word in words):
+            raise
+        raise UserError(problem, hint=hint) from error
 
 
 def can_compile(device: torch.device) -> bool:

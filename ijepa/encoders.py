@@ -1,34 +1,43 @@
-"""Frozen encoders: from uint8 images to one vector per image, with all that this takes inside.
+"""Frozen encoders: from uint8 images to one vector per image, with everything this takes inside.
 
-Resize, normalisation, network, pooling and number format belong together: a caller cannot pair the
-wrong ones, and `description` records them. I-JEPA has no class token; an image's embedding is the
-mean over its patch tokens (Assran et al. 2023, appendix A.1, on evaluation).
+Resize, normalization, network, pooling and number format belong together: a caller cannot combine
+the wrong ones, and `description` records them. `load_encoder` takes any source on either side.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from functools import cache
+import os
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from functools import cache as once
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ijepa import hub, huggingface
+from ijepa import huggingface
 from ijepa.checkpoint import load_checkpoint
+from ijepa.devices import choose_dtype, memory_errors
 from ijepa.errors import UserError
-from ijepa.files import read_sealed, sha256, write_sealed
+from ijepa.files import sha256, write_text
 from ijepa.model import VisionTransformer, ViTConfig
 
 Images = Sequence[Tensor]
 """uint8 tensors of shape (3, height, width); sizes may differ."""
-FACTS_BYTES = 4096
-"""Of a file of facts, filled up with spaces."""
+DECODER_VERSION = 1
+"""To be raised when decoded pixels change: cached embeddings of other versions are not read."""
+WEIGHT_SUFFIXES = (".pt", ".pth", ".tar", ".ckpt", ".bin", ".safetensors")
+PACKAGES = ("torch", "torchvision", "transformers", "pillow")
+"""Whose versions may change embeddings."""
+IDENTITY = ("sha256", "revision", "weights", "num_heads", "preprocessing", "pooling", "dtype")
+"""The entries of a description that decide the embeddings; all others follow from these."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +46,14 @@ class FrozenEncoder:
 
     Args:
         name: What it is called in results: `local`, `hf`, `pixels` or `random_weights`.
-        preprocess: From images to normalised pixels (b, 3, size, size).
-        network: From those to patch tokens (b, N, d).
+        preprocess: From images to normalized pixels (b, 3, height, width).
+        network: From those to tokens (b, N, d), whose mean is the embedding.
         embed_dim: d.
-        device: Where the network lives.
-        autocast: Whether matrix products alone run in `dtype`, the rest in float32.
+        device: Where the network is.
+        autocast: Whether only matrix products run in `dtype`, the rest in float32.
         dtype: Number format of the matrix products.
         description: What defines the embeddings, for provenance; plain data.
-        load: Brings the network into memory, where that waits until it is needed.
+        load: Brings the network into memory, if it is not there yet.
     """
 
     name: str
@@ -67,9 +76,7 @@ class FrozenEncoder:
 
     @torch.inference_mode()
     def prepare(self, images: Images) -> Float[Tensor, "b 3 H W"]:
-        """What the network takes of these images, on the CPU; the next batch's may be made beside.
-
-        For a GPU it lies in pinned memory, from which it is copied while the processor goes on.
+        """Pixels for the network, on the CPU; in pinned memory if the network is on a GPU.
 
         Raises:
             UserError: If memory runs out.
@@ -101,28 +108,50 @@ class FrozenEncoder:
 
     @property
     def key(self) -> str:
-        """A hash of everything that decides the embeddings, device kind included."""
-        facts = {**self.description, "device": self.device.type, "torch": torch.__version__}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        """A hash of everything that decides the embeddings; neither paths nor names enter it."""
+        facts = {name: self.description.get(name) for name in IDENTITY}
+        versions = {"decoder": DECODER_VERSION, **{name: version(name) for name in PACKAGES}}
+        return json_hash([facts, self.device.type, versions])
 
 
-@contextmanager
-def memory_errors(problem: str, hint: str) -> Iterator[None]:
-    """Turn the ways in which torch runs out of memory into an error for the user."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-        exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not exhausted and not any(word in str(error) for word in words):
-            raise
-        raise UserError(problem, hint=hint) from error
+@dataclass(frozen=True)
+class PrecomputedEmbeddings:
+    """Embeddings of an earlier run, or of any other program, in place of an encoder."""
+
+    name: str
+    embed_dim: int
+    description: dict[str, Any]
+    values: Float[np.ndarray, "n d"]
+    rows: dict[bytes, int] | dict[int, int]
+    """Row of each image by its key (16 bytes, see `Split.image_keys`), or by its index."""
+
+    def look_up(
+        self, keys: Sequence[bytes], indices: Int[np.ndarray, " m"]
+    ) -> Float[np.ndarray, "m d"]:
+        """The float32 embeddings of the images with these keys and positions in the data set.
+
+        Raises:
+            UserError: If images are missing; counts them.
+        """
+        names: Sequence[Any] = keys if self.description["matched_by"] == "key" else indices.tolist()
+        found = [self.rows.get(name) for name in names]
+        if missing := found.count(None):
+            raise UserError(
+                f"{missing} of {len(found)} images are not in {self.description['source']}",
+                hint="compare the images, --max-samples and --seed that it was made with",
+            )
+        return self.values[cast(list[int], found)].astype(np.float32)
+
+
+def json_hash(content: Any) -> str:
+    """SHA-256 of plain data."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def resize_and_normalize(
     images: Images, size: int, mean: Sequence[float], std: Sequence[float]
 ) -> Float[Tensor, "b 3 size size"]:
-    """Resize bilinearly with antialiasing to size x size, scale to [0, 1], standardise."""
+    """Resize bilinearly with antialiasing to size x size, scale to [0, 1], standardize."""
     from torchvision.transforms.v2 import functional as transforms
 
     resized = [
@@ -135,29 +164,119 @@ def resize_and_normalize(
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-def load_local_encoder(
-    path: Path, weights: str, device: torch.device, dtype: torch.dtype
-) -> FrozenEncoder:
-    """An encoder from a checkpoint file; see `checkpoint.load_checkpoint` for the formats.
+def load_encoder(  # noqa: PLR0913  one argument per flag
+    source: str | Path,
+    role: str,
+    *,
+    weights: str = "target",
+    num_heads: int | None = None,
+    revision: str | None = None,
+    pooling: str = "mean",
+    device: torch.device,
+    dtype: str = "auto",
+    offline: bool = False,
+    cache: Path | None = None,
+) -> FrozenEncoder | PrecomputedEmbeddings:
+    """An encoder from whatever the source is: a file, a Hugging Face directory or a hub id.
+
+    Args:
+        source: An `.npz` with embeddings, any other file with weights, a directory, or a hub id
+            such as `facebook/ijepa_vith14_1k` or `facebook/ijepa_vith14_1k@main`.
+        role: `local` or `hf`, its name in results.
+        weights: For files: `target` or `context`.
+        num_heads: For files that do not record their attention heads.
+        revision: For hub ids: a branch, tag or commit.
+        pooling: For Hugging Face models: `mean` over patch tokens, or `cls` for the class token.
+        device: Where the network will be.
+        dtype: `auto`, `float32` or `bfloat16`, see `choose_dtype`.
+        offline: Whether to look only into the hub's local cache.
+        cache: Folder for facts about Hugging Face models; with them, a run whose embeddings are all
+            cached does not load the network.
 
     Raises:
-        UserError: If the file cannot be read or does not fit.
+        UserError: If the source cannot be found, downloaded, read or used.
     """
-    checkpoint = load_checkpoint(path, weights)
-    return vit_encoder(
-        "local",
-        checkpoint.build(),
-        (checkpoint.mean, checkpoint.std),
-        device,
-        dtype,
-        {
-            "source": str(path),
-            "sha256": sha256(path),
-            "weights": weights,
-            "epochs": checkpoint.epochs,
-            "planned_epochs": checkpoint.training.get("planned_epochs"),
-        },
-    )
+    text = str(source)
+    path = Path(os.path.expanduser(text))  # noqa: PTH111  which keeps ~nobody as it is
+    # A hub id has at most one slash and no file's ending.
+    is_path = path.exists() or text.count("/") > 1 or text.startswith((".", "/", "~"))
+    if path.suffix == ".npz":
+        return load_embeddings(path, role)
+    if not path.is_dir() and (is_path or path.suffix in WEIGHT_SUFFIXES):
+        return load_file_encoder(path, role, weights, num_heads, device, dtype)
+    name, _, own = (str(path), "", "") if path.is_dir() else text.partition("@")
+    if revision and (path.is_dir() or own not in ("", revision)):
+        other = f"revision {own!r}" if own else "a directory, which has no revisions"
+        raise UserError(
+            f"revision {revision!r} was asked for, but {text!r} is {other}",
+            hint="omit --hf-revision",
+        )
+    folder, commit = huggingface.find_model(name, own or revision, offline)
+    description = {
+        "source": name,
+        "short_name": short_name(path if path.is_dir() else Path(name)),
+        "revision": commit,
+        "sha256": None if commit else huggingface.hash_model(folder),
+        "pooling": "class token" if pooling == "cls" else "mean over patch tokens",
+    }
+    return huggingface_encoder(folder, role, description, device, dtype, cache)
+
+
+def short_name(path: Path) -> str:
+    """The last part of a path or hub id; for a folder called `hf` with that of its parent."""
+    parts = path.absolute().parts
+    return "/".join(parts[-2:]) if parts[-1] == "hf" else parts[-1]
+
+
+def load_embeddings(path: Path, role: str) -> PrecomputedEmbeddings:
+    """Read an `.npz` with `embeddings` and, for their images, `keys` or `indices`."""
+    try:
+        with path.open("rb") as stream:
+            file = np.load(stream, allow_pickle=False)
+            values, by_key = file["embeddings"], "keys" in file
+            names = file["keys" if by_key else "indices"]
+        if values.ndim != 2 or values.dtype.kind != "f" or len(names) != len(values):
+            raise ValueError(f"{len(names)} names for {values.dtype} values {values.shape}")
+    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"cannot read embeddings from {path}: {error}",
+            hint="it needs embeddings (n x d floating-point numbers) and keys (n x 16 uint8) or "
+            "indices (n), as in the embeddings_*.npz of an earlier run",
+        ) from error
+    rows = {row.tobytes() if by_key else int(row): number for number, row in enumerate(names)}
+    description = {
+        "source": str(path),
+        "short_name": path.stem,
+        "family": "precomputed",
+        "sha256": sha256(path),
+        "dtype": str(values.dtype),
+        "matched_by": "key" if by_key else "index",
+        "notes": []
+        if by_key
+        else [f"{path.name} has no image keys: images were matched by their index"],
+    }
+    return PrecomputedEmbeddings(role, values.shape[1], description, values, rows)
+
+
+def load_file_encoder(
+    path: Path, role: str, weights: str, num_heads: int | None, device: torch.device, dtype: str
+) -> FrozenEncoder:
+    """An encoder from a checkpoint file; see `checkpoint.load_checkpoint` for the formats."""
+    checkpoint = load_checkpoint(path, weights, num_heads)
+    encoder, name = checkpoint.build(), path.name.split(".")[0]
+    facts = {
+        "source": str(path),
+        "short_name": f"{name} ({checkpoint.weights})" if checkpoint.weights else name,
+        "sha256": sha256(path),
+        "weights": checkpoint.weights,
+        "epochs": checkpoint.epochs,
+        "planned_epochs": checkpoint.training.get("planned_epochs"),
+        "losses": checkpoint.losses,
+        "notes": list(checkpoint.notes),
+    }
+    number_format = choose_dtype(dtype, device, count_parameters(encoder))
+    normalization = (checkpoint.mean, checkpoint.std)
+    return vit_encoder(role, encoder, normalization, device, number_format, facts)
 
 
 def random_encoder(
@@ -171,7 +290,12 @@ def random_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = VisionTransformer(config).eval().requires_grad_(False)
-    facts = {"source": f"random weights, seed {seed}", "weights": "random", "epochs": 0}
+    facts = {
+        "source": f"random weights, seed {seed}",
+        "weights": "random",
+        "preprocessing": json_hash([asdict(config), normalization, seed]),
+        "epochs": 0,
+    }
     return vit_encoder("random_weights", encoder, normalization, device, dtype, facts)
 
 
@@ -196,6 +320,8 @@ def vit_encoder(
         autocast=True,
         description={
             **facts,
+            "family": "ijepa",
+            "num_heads": encoder.config.num_heads,
             "parameters": count_parameters(encoder),
             "input_size": size,
             "resize": "bilinear, antialiased",
@@ -211,7 +337,7 @@ def pixel_encoder() -> FrozenEncoder:
     """Raw pixels as embeddings, at 32 x 32: what no learning at all gives."""
     return FrozenEncoder(
         "pixels",
-        # A black image has no direction; half a grey level on all pixels gives it one.
+        # A black image has no direction; half a gray level on all pixels gives it one.
         lambda images: resize_and_normalize(images, 32, (-0.5 / 255,) * 3, (1.0,) * 3),
         lambda pixels: pixels.flatten(1)[:, None],
         3 * 32 * 32,
@@ -219,95 +345,72 @@ def pixel_encoder() -> FrozenEncoder:
         torch.float32,
         autocast=False,
         description={
-            "source": "pixels at 32 x 32 in [0, 1], plus half a grey level",
+            "source": "pixels at 32 x 32 in [0, 1], plus half a gray level",
+            "preprocessing": "bilinear to 32 x 32, antialiased",
             "dtype": "float32",
         },
     )
 
 
-def load_huggingface_encoder(
-    source: str,
+def huggingface_encoder(
+    folder: Path,
+    role: str,
+    description: dict[str, Any],
     device: torch.device,
-    dtype: torch.dtype,
-    offline: bool,
-    facts_folder: Path | None = None,
+    dtype: str,
+    cache: Path | None,
 ) -> FrozenEncoder:
-    """An I-JEPA from the Hugging Face hub or a directory, with its own image processor.
+    """A model of a known family with its own image processor; weights are read into `dtype`."""
+    source, use_class_token = description["source"], description["pooling"] == "class token"
+    kind, family = huggingface.family_of(folder, source)
+    if use_class_token and family.class_token is None:
+        raise UserError(f"{kind} models have no class token", hint="use --hf-pooling mean")
+    number_format = choose_dtype(dtype, device, huggingface.stored_parameters(folder, source))
 
-    Weights are read straight into `dtype`; no code of the repository is run.
-
-    Args:
-        source: Hub id or directory.
-        device: Where the network shall live.
-        dtype: Number format of the weights.
-        offline: Whether to ask the hub's cache alone.
-        facts_folder: Keeps what there is to tell of models that were loaded before. Of those every
-            file is still checked, but the network is not loaded before it is needed.
-
-    Raises:
-        UserError: If it cannot be found, downloaded or read, or is no I-JEPA.
-    """
-    folder, revision = hub.resolve_model(source, offline)
-    settings = huggingface.check_model_files(folder, source)
-    digest = None if revision else huggingface.hash_model(folder)
-
-    @cache
-    def load() -> tuple[Any, Any]:
-        problem = f"out of memory on {device} while loading {source!r}"
-        # The order matters: running out of memory must not be taken for a damaged file.
-        with huggingface.loading_errors(source), memory_errors(problem, hint="try --device cpu"):
-            processor, model = huggingface.read_model(folder, settings, dtype)
-            return processor, model.to(device)
+    load = once(lambda: huggingface.read_model(folder, source, family, device, number_format))
 
     def describe() -> dict[str, Any]:
-        processor, model = load()
-        return {
-            "embed_dim": model.config.hidden_size,
-            "parameters": count_parameters(model),
-            "input_size": model.config.image_size,
-            **huggingface.describe_processor(processor),
-        }
+        processor, model, notes = load()
+        facts = huggingface.describe_processor(processor)
+        width = cast(Any, model).config.hidden_size
+        return {**facts, "embed_dim": width, "parameters": count_parameters(model), "notes": notes}
 
-    number_format = str(dtype).removeprefix("torch.")
-    identity = [revision or digest, number_format, version("transformers")]
-    facts = kept_facts(facts_folder, identity, describe)
-    embed_dim = facts.pop("embed_dim")
-    return FrozenEncoder(
-        "hf",
+    encoder = FrozenEncoder(
+        role,
         lambda images: huggingface.preprocess(load()[0], images),
-        lambda pixels: load()[1](pixel_values=pixels).last_hidden_state,
-        embed_dim,
+        lambda pixels: huggingface.tokens(load()[1], family, use_class_token, pixels),
+        0,
         device,
-        dtype,
+        number_format,
         autocast=False,
         description={
-            "source": source,
-            "revision": revision,
-            "sha256": digest,
-            **facts,
-            "pooling": "mean over patch tokens",
-            "dtype": number_format,
+            **description,
+            "family": kind,
+            "preprocessing": f"its own image processor, {huggingface.BACKEND} backend",
+            "dtype": str(number_format).removeprefix("torch."),
         },
         load=load,
     )
+    facts = kept_facts(cache and cache / f"{role}-{encoder.key[:16]}" / "facts.json", describe)
+    embed_dim = facts.pop("embed_dim")
+    return replace(encoder, embed_dim=embed_dim, description={**encoder.description, **facts})
 
 
-def kept_facts(
-    folder: Path | None, identity: Sequence[Any], find: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """Plain data on the model of this identity, which is found out once and kept in the folder.
+def kept_facts(path: Path | None, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The JSON object kept in a file; where there is none, or it is damaged, it is found again.
 
     Raises:
         UserError: If the folder cannot be written.
     """
-    if folder is None:
-        return find()
-    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    content = read_sealed(folder / f"{name}.facts", FACTS_BYTES)
-    if content is not None:
-        return json.loads(content)
+    try:
+        kept = json.loads(path.read_text("utf-8")) if path else {}
+        if kept["sha256"] == json_hash(kept["facts"]):
+            return kept["facts"]
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
     facts = find()
-    write_sealed(folder / f"{name}.facts", json.dumps(facts).encode().ljust(FACTS_BYTES))
+    if path:
+        write_text(path, json.dumps({"facts": facts, "sha256": json_hash(facts)}))
     return facts
 
 

@@ -1,38 +1,38 @@
-"""I-JEPA models of Hugging Face: check and read a directory, export one of ours.
+"""Frozen encoders of Hugging Face: find and read a model of a known family, export one of ours.
 
-Configuration, processor and weights may come from a stranger: no code of a repository is run, only
-the settings named here are read, and what does not fit together is refused before the first image.
+Only classes that are part of transformers are used, no code of a repository is run, and tensors
+that a file lacks, which transformers would fill with random numbers, are an error.
 """
 
 import hashlib
 import json
 import re
-import reprlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from ijepa.checkpoint import Checkpoint, StateDict, check_size
+from ijepa.checkpoint import Checkpoint, StateDict
+from ijepa.devices import memory_errors
 from ijepa.errors import UserError
 from ijepa.files import sha256, write_atomically, write_text
-from ijepa.hub import BAD_FILES, BAD_MODELS, check_blob, first_line
 from ijepa.model import LAYER_NORM_EPS
 
-ANOTHER = "give an I-JEPA such as facebook/ijepa_vith14_1k, or a directory exported from one"
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+BACKEND = "torchvision"
+"""Of image processors; transformers' default depends on what is installed."""
+# What transformers was seen to raise on damaged and foreign configurations and processors.
+UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
+UNREADABLE += (ImportError,)
 DAMAGED = "the files may be damaged or incomplete: download or export them again"
-SUMS = "SHA256SUMS"
-"""File of an export with the SHA-256 of the others, as `sha256sum` writes and checks it."""
-LARGEST_JSON = 2**24
-DIMENSIONS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-SIDES = {"image_size": 224, "patch_size": 16}
-"""Sides and what transformers takes for them by default."""
-# All that is taken from a config.json; transformers would follow many more, such as the names of
-# code, kernels, quantisers and other files.
-SETTINGS = (*DIMENSIONS, *SIDES, "num_channels", "qkv_bias", "hidden_act", "layer_norm_eps")
+
 # The names that released files have; transformers of every version reads these.
 HUGGINGFACE_NAMES = (
     (r"^patch_embed\.proj", "embeddings.patch_embeddings.projection"),
@@ -47,119 +47,181 @@ HUGGINGFACE_NAMES = (
 )
 
 
-def check_model_files(folder: Path, source: str) -> dict[str, Any]:
-    """Refuse what is no I-JEPA before anything large is read or built; returns its settings."""
-    weights, texts = find_files(folder, source)
-    config = read_json(folder / "config.json", source)
-    if (kind := config.get("model_type")) != "ijepa":
-        raise UserError(
-            f"{source!r} is a {reprlib.repr(kind or 'nameless')} model, not an I-JEPA", hint=ANOTHER
-        )
-    names = [file.name for file in weights]
-    for index in folder.glob("*.safetensors.index.json"):
-        parts = read_json(index, source).get("weight_map")
-        if not isinstance(parts, dict) or not all(part in names for part in parts.values()):
-            raise UserError(f"{index} names weights that are not in {source!r}", hint=DAMAGED)
-    try:
-        check_sizes(config, sum(file.stat().st_size for file in weights))
-    except ValueError as error:
-        raise UserError(f"in config.json of {source!r} {error}", hint=DAMAGED) from error
-    for file in (*weights, *texts):
-        check_blob(file)
-    check_sums(folder)
-    return {name: config[name] for name in SETTINGS if name in config}
+@dataclass(frozen=True)
+class Family:
+    """How to get features from one kind of model.
+
+    Tokens come in the order class token, register tokens (`num_register_tokens` of the
+    configuration), patch tokens.
+    """
+
+    model: str
+    """Class of transformers, without any head."""
+    class_token: str | None = None
+    """Output that starts with the class token, or is it; None if the family has none."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """For `from_pretrained`."""
+    any_size: bool = False
+    """Whether position codes adapt to the pixels that the processor makes."""
+    inputs: Callable[[Any, Tensor], dict[str, Tensor]] = lambda *_: {}
+    """Further inputs, from configuration and pixels."""
 
 
-def find_files(folder: Path, source: str) -> tuple[list[Path], list[Path]]:
-    """The weights and the JSON files of a directory, all of them ordinary files."""
-    for name in ("config.json", "preprocessor_config.json"):
-        if not (folder / name).is_file():
-            raise UserError(f"{source!r} has no {name}", hint=ANOTHER)
-    weights, texts = list(folder.glob("*.safetensors")), list(folder.glob("*.json"))
-    if not weights:
-        raise UserError(
-            f"{source!r} has no *.safetensors file", hint="pickled weights are not loaded"
-        )
-    # A pipe or a device would never end.
-    for file in (*weights, *texts):
-        if not file.is_file() or (file in texts and file.stat().st_size > LARGEST_JSON):
-            raise UserError(f"{file} is no ordinary file of a model", hint=DAMAGED)
-    return weights, texts
+def keep_order(config: Any, pixels: Tensor) -> dict[str, Tensor]:
+    """Noise by which ViT-MAE sorts the patches: those it has, in their order."""
+    num_patches = prod(side // config.patch_size for side in pixels.shape[2:])
+    noise = torch.arange(num_patches, device=pixels.device, dtype=torch.float32)
+    return {"noise": noise.expand(len(pixels), -1)}
 
 
-def read_json(path: Path, source: str) -> dict[str, Any]:
-    """The object in a JSON file of a model."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path.name} of {source!r}: {error}", hint=DAMAGED) from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path.name} of {source!r} holds no settings", hint=DAMAGED)
-    return content
+NO_POOLER = {"add_pooling_layer": False}
+HIDDEN = "last_hidden_state"
+# In the comments: what the family's paper or documentation takes as features for probing.
+FAMILIES = {
+    # Mean over patches (Assran et al. 2023, appendix A.1); there is no class token.
+    "ijepa": Family("IJepaModel", None, NO_POOLER),
+    # Class token; the mean over patches works as well (Dosovitskiy et al. 2021, appendix D.3).
+    "vit": Family("ViTModel", HIDDEN, NO_POOLER),
+    # Class token; the mean over patches works as well (He et al. 2022, appendix A.1).
+    "vit_mae": Family("ViTMAEModel", HIDDEN, {"mask_ratio": 0.0}, inputs=keep_order),
+    # Class token (Assran et al. 2022, section 5).
+    "vit_msn": Family("ViTMSNModel", HIDDEN),
+    # Class token, for linear probes also with the mean over patches (Oquab et al. 2024).
+    "dinov2": Family("Dinov2Model", HIDDEN, any_size=True),
+    # As DINOv2; register tokens are discarded (Darcet et al. 2024).
+    "dinov2_with_registers": Family("Dinov2WithRegistersModel", HIDDEN, any_size=True),
+    # Class token; patches follow class and register tokens (documentation of transformers).
+    "dinov3_vit": Family("DINOv3ViTModel", HIDDEN, any_size=True),
+    # Mean over patches (Bao et al. 2022); the norm after it belongs to the classifier.
+    "beit": Family("BeitModel", HIDDEN, NO_POOLER),
+    # Mean over patches, as BEiT (Baevski et al. 2022).
+    "data2vec-vision": Family("Data2VecVisionModel", HIDDEN, NO_POOLER),
+    # Class token after the last norm and before the projection (Radford et al. 2021, 3.2).
+    "clip": Family("CLIPVisionModel", "pooler_output"),
+    # Attention pooling, which is left out; there is no class token (Zhai et al. 2023).
+    "siglip": Family("SiglipVisionModel", None, {"vision_use_head": False}),
+    # Mean over the positions of the last stage (Liu et al. 2021). For ConvNeXt this is not enough:
+    # a norm follows it.
+    "swin": Family("SwinModel", None, NO_POOLER),
+}
+FAMILIES |= {f"{name}_vision_model": FAMILIES[name] for name in ("clip", "siglip")}
+NAFLEX = "siglip2"
+"""Takes images of any size cut into patches; fixed-size SigLIP 2 models are of kind `siglip`."""
 
 
-def check_sizes(config: dict[str, Any], num_bytes: int) -> None:
-    """Raise ValueError for sizes that no Vision Transformer has or these weights cannot fill."""
-    (height, width), (patch_height, patch_width) = (
-        check_sides(name, config.get(name, default)) for name, default in SIDES.items()
-    )
-    if config.get("quantization_config") is not None:
-        raise ValueError("quantization_config is set: only weights as they were trained are read")
-    if config.get("num_channels", 3) != 3:
-        raise ValueError(f"num_channels must be 3, got {reprlib.repr(config['num_channels'])}")
-    # Absent ones have defaults.
-    dim, depth, _, hidden = (check_size(name, config.get(name, 1)) for name in DIMENSIONS)
-    # Less than the blocks and the position code have: transformers would make what is missing out
-    # of random numbers.
-    tokens = (height // patch_height) * (width // patch_width)
-    if dim * max(depth * (dim + hidden), tokens) > num_bytes:
-        raise ValueError(
-            f"hidden_size {dim}, num_hidden_layers {depth} and {tokens} patches need more than the "
-            f"{num_bytes} bytes of weights there are"
-        )
-
-
-def check_sides(name: str, value: Any) -> tuple[int, int]:
-    """Height and width of an image or a patch, given as a pair or as one number."""
-    pair = value if isinstance(value, list) else [value, value]
-    if len(pair) != 2:
-        raise ValueError(f"{name} must be one or two whole numbers, got {reprlib.repr(value)}")
-    return check_size(name, pair[0]), check_size(name, pair[1])
-
-
-def check_sums(folder: Path) -> None:
-    """Compare the files of an export with its SHA256SUMS; other directories have no sums.
+def find_model(source: str, revision: str | None, offline: bool) -> tuple[Path, str | None]:
+    """A directory as it is; else the files in the hub's local cache and their commit.
 
     Raises:
-        UserError: If a file differs or is missing.
+        UserError: If the hub id cannot be found, reached or downloaded.
     """
-    path = folder / SUMS
-    if not path.is_file():
-        return
-    for line in path.read_text("utf-8", errors="replace").splitlines():
-        expected, _, name = line.partition("  ")
-        file = folder / Path(name).name
-        if not file.is_file() or sha256(file) != expected:
-            raise UserError(
-                f"{file} does not have its sum in {SUMS}",
-                hint=f"copy the directory again, or delete {path} if you changed it yourself",
-            )
+    from huggingface_hub import errors, snapshot_download
 
-
-@contextmanager
-def loading_errors(source: str) -> Iterator[None]:
-    """Turn what transformers raises on damaged or foreign files into errors for the user."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
+    if Path(source).is_dir():
+        return Path(source), None
     try:
-        yield
-    except (*BAD_FILES, *BAD_MODELS, SafetensorError, StrictDataclassError) as error:
-        raise UserError(f"cannot load {source!r}: {first_line(error)}", hint=DAMAGED) from error
+        folder = snapshot_download(
+            source,
+            revision=revision,
+            allow_patterns=[
+                "config.json",
+                *PROCESSORS,
+                "*.safetensors",
+                "*.safetensors.index.json",
+            ],
+            ignore_patterns=["*/*"],
+            local_files_only=offline,
+        )
+    # HTTPError is the base class of what the hub's client raises, lost connections included.
+    except (errors.HTTPError, OSError, ValueError) as error:
+        cause = error.__cause__ or error
+        if isinstance(error, errors.HFValidationError):
+            problem = "is not a file, a directory or a hub id"
+            hint = "check the path; a hub id looks like facebook/ijepa_vith14_1k"
+        elif isinstance(error, errors.GatedRepoError):
+            problem, hint = "is gated", "ask for access on its page and set HF_TOKEN"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            problem = "is not on the hub"
+            hint = "check the spelling; if it is private set HF_TOKEN"
+        elif isinstance(error, errors.RevisionNotFoundError):
+            problem = f"has no revision {revision!r}"
+            hint = "give a branch, a tag or a commit that its page lists"
+        elif offline or isinstance(cause, errors.OfflineModeIsEnabled):
+            problem = "is not complete in the hub's local cache"
+            hint = "run once with network access, without --offline and HF_HUB_OFFLINE"
+        else:
+            problem = f"could not be downloaded: {first_line(cause)}"
+            hint = "check network, disk and HF_TOKEN and run again (finished files are kept)"
+        raise UserError(f"{source!r} {problem}", hint=f"{hint}, or give a directory") from error
+    return Path(folder), Path(folder).name
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def family_of(folder: Path, source: str) -> tuple[str, Family]:
+    """The kind of model in a directory, and how to read it; checks that its files are there.
+
+    Raises:
+        UserError: If files are missing or the kind is unknown.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{source!r} has no config.json", hint="give the directory of a model")
+    if not list(folder.glob("*.safetensors")):
+        hint = "pickled weights are not loaded: save them with save_pretrained"
+        raise UserError(f"{source!r} has no *.safetensors file", hint=hint)
+    if not any((folder / name).is_file() for name in PROCESSORS):
+        raise UserError(
+            f"{source!r} has no {PROCESSORS[0]}, which says how to resize and normalize images",
+            hint=f"copy {PROCESSORS[0]} from the original model into the directory",
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        kind = str(config.get("model_type"))
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        problem = f"cannot read config.json of {source!r}: {first_line(error)}"
+        raise UserError(problem, hint=DAMAGED) from error
+    if kind == NAFLEX:
+        raise UserError(
+            f"{source!r} is a NaFlex model, whose images have no fixed size",
+            hint="give a fixed-size one such as google/siglip2-base-patch16-224",
+        )
+    if kind not in FAMILIES:
+        raise UserError(
+            f"{source!r} is a {kind!r} model, which is not supported",
+            hint=f"supported are {', '.join(FAMILIES)}; another one is one line in FAMILIES of "
+            "ijepa/huggingface.py (README, Extending)",
+        )
+    return kind, FAMILIES[kind]
+
+
+def hash_model(folder: Path) -> str:
+    """One SHA-256 over the weight files and the configurations of a directory."""
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")])
+    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+
+
+def stored_parameters(folder: Path, source: str) -> int:
+    """Numbers in the weight files, without text towers, decoders and heads; reads only headers."""
+    from safetensors import SafetensorError, safe_open
+
+    total = 0
+    try:
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  not a dictionary
+                    if not re.search(r"\b(text_\w+|visual_projection|decoder|classifier)\b", name):
+                        total += prod(file.get_slice(name).get_shape())
+    except (SafetensorError, OSError) as error:
+        problem = f"cannot read the weights of {source!r}: {first_line(error)}"
+        raise UserError(problem, hint=DAMAGED) from error
+    return total
 
 
 @contextmanager
-def silent_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers from writing reports and progress bars to the terminal."""
     from transformers.utils import logging
 
@@ -174,83 +236,119 @@ def silent_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def read_model(folder: Path, settings: dict[str, Any], dtype: torch.dtype) -> tuple[Any, Any]:
-    """Processor and network of a checked directory; the weights are read straight into `dtype`.
-
-    Args:
-        folder: The directory.
-        settings: What `check_model_files` took from its configuration.
-        dtype: Number format of the weights.
+def read_model(
+    folder: Path, source: str, family: Family, device: torch.device, dtype: torch.dtype
+) -> tuple[Any, nn.Module, list[str]]:
+    """Image processor and network of a directory, and notes on what was left out.
 
     Raises:
-        ValueError: If tensors are missing or misshapen, which transformers would fill with random
-            numbers, or not finite, or the processor does not fit. `loading_errors` deals with all
-            else.
+        UserError: If they cannot be read, tensors are missing, misshapen or not finite, or the
+            processor does not fit the network.
     """
-    from transformers import AutoImageProcessor, IJepaConfig, IJepaModel
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
 
-    with silent_transformers():
-        # Without this refusal transformers asks on the terminal whether to run foreign code.
-        processor = AutoImageProcessor.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-        loaded: Any = IJepaModel.from_pretrained(
-            folder,
-            config=IJepaConfig(**settings),
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            add_pooling_layer=False,
-            attn_implementation="sdpa",
-            ignore_mismatched_sizes=True,  # they are named below, not ignored
-            output_loading_info=True,
-        )
-    model, report = loaded
+    try:
+        memory = f"out of memory on {device} while loading {source!r}"
+        with quiet_transformers(), memory_errors(memory, hint="try --device cpu"):
+            processor = transformers.AutoImageProcessor.from_pretrained(
+                folder, backend=BACKEND, local_files_only=True, trust_remote_code=False
+            )
+            model, report = getattr(transformers, family.model).from_pretrained(
+                folder,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                attn_implementation="sdpa",
+                ignore_mismatched_sizes=True,  # they are named below, not ignored
+                output_loading_info=True,
+                **family.options,
+            )
+            model = model.to(device)
+    except (*UNREADABLE, SafetensorError, StrictDataclassError) as error:
+        raise UserError(f"cannot load {source!r}: {first_line(error)}", hint=DAMAGED) from error
+    check_tensors(source, model, report)
+    check_processor(source, processor, model.config, family)
+    notes = []
+    if extra := Counter(name.split(".")[0] for name in report["unexpected_keys"]):
+        parts = ", ".join(f"{part} ({count})" for part, count in sorted(extra.items()))
+        notes.append(f"{source}: tensors that {family.model} does not use: {parts}")
+    return processor, model.eval().requires_grad_(False), notes
+
+
+def check_tensors(source: str, model: nn.Module, report: dict[str, Any]) -> None:
+    """Raise UserError for tensors that would be random numbers, or that are not finite."""
+    problem = None
     for name, found, expected in sorted(report["mismatched_keys"]):
-        raise ValueError(f"tensor {name!r} has shape {tuple(found)}, expected {tuple(expected)}")
+        problem = f"tensor {name!r} has shape {tuple(found)}, expected {tuple(expected)}"
     if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"it lacks the tensor {missing[0]!r} ({len(missing)} missing)")
+        problem = f"it lacks the tensor {missing[0]!r} ({len(missing)} missing)"
     for name, value in model.state_dict().items():
         if not value.isfinite().all():
-            raise ValueError(f"tensor {name!r} has NaN or infinite values")
-    check_processor(processor, model.config.image_size)
-    return processor, model.eval().requires_grad_(False)
+            problem = f"tensor {name!r} has NaN or infinite values"
+    if problem:
+        raise UserError(f"cannot use {source!r}: {problem}", hint=DAMAGED)
 
 
-def preprocess(processor: Any, images: Any) -> Tensor:
-    """Normalised pixels (b, 3, height, width) as the model's own processor makes them."""
+def check_processor(source: str, processor: Any, config: Any, family: Family) -> None:
+    """Try the processor on a tall and a wide image.
+
+    Raises:
+        UserError: If its output does not fit the network or is not finite.
+    """
+    try:
+        tall, wide = (
+            preprocess(processor, [torch.zeros(3, *size, dtype=torch.uint8)])
+            for size in ((48, 40), (40, 48))
+        )
+    except UNREADABLE as error:
+        problem = f"the image processor of {source!r} does not work: {first_line(error)}"
+        raise UserError(problem, hint=DAMAGED) from error
+    made, side = tuple(tall.shape[2:]), config.image_size
+    needed = tuple(side) if isinstance(side, list | tuple) else (side, side)
+    if tall.shape != wide.shape:
+        problem = f"makes images of {made} and of {tuple(wide.shape[2:])} pixels"
+    elif made != needed and not family.any_size:
+        problem = f"makes images of {made} pixels, its network takes {needed}"
+    elif not tall.isfinite().all():
+        problem = "makes pixels that are not finite"
+    else:
+        return
+    raise UserError(
+        f"the image processor of {source!r} {problem}",
+        hint="processor and network must match: take both from the same model, or correct size, "
+        f"crop_size, image_mean or image_std in {PROCESSORS[0]}",
+    )
+
+
+def preprocess(processor: Any, images: Iterable[Tensor]) -> Float[Tensor, "b 3 H W"]:
+    """Normalized pixels as the model's own processor makes them."""
     # The layout is stated because a 3 pixel wide image would be taken for one with channels last.
     return processor(images=list(images), return_tensors="pt", input_data_format="channels_first")[
         "pixel_values"
     ]
 
 
-def check_processor(processor: Any, side: Any) -> None:
-    """Try the processor on one image.
-
-    Raises:
-        ValueError: If its output does not fit the network or is not finite.
-    """
-    height, width = side if isinstance(side, list | tuple) else (side, side)
-    for name in ("size", "crop_size", "pad_size"):
-        for value in dict(getattr(processor, name, None) or {}).values():
-            if value is not None and not 1 <= value <= 16 * max(height, width):
-                raise ValueError(f"{name} {value!r} of its processor does not fit {side} pixels")
-    pixels = preprocess(processor, [torch.zeros(3, 48, 40, dtype=torch.uint8)])
-    if pixels.shape != (1, 3, height, width):
-        raise ValueError(
-            f"its processor makes images of {tuple(pixels.shape[2:])} pixels, "
-            f"its network needs {(height, width)}"
-        )
-    if not pixels.isfinite().all():
-        raise ValueError("its processor makes pixels that are not finite: check mean and std")
+def tokens(
+    model: Any, family: Family, use_class_token: bool, pixels: Float[Tensor, "b 3 H W"]
+) -> Float[Tensor, "b N d"]:
+    """The tokens whose mean is the embedding: those of the patches, or only the class token."""
+    outputs = model(pixel_values=pixels, **family.inputs(model.config, pixels))
+    if use_class_token:
+        found = outputs[family.class_token]
+        return found[:, :1] if found.ndim == 3 else found[:, None]
+    leading = (family.class_token is not None) + getattr(model.config, "num_register_tokens", 0)
+    return outputs.last_hidden_state[:, leading:]
 
 
 def describe_processor(processor: Any) -> dict[str, Any]:
-    """Resize and normalisation in words and numbers."""
+    """Input size (one number, or height and width), resize and normalization."""
     from PIL import Image
 
-    facts: dict[str, Any] = {"resize": "none", "mean": None, "std": None}
+    height, width = preprocess(processor, [torch.zeros(3, 8, 8, dtype=torch.uint8)]).shape[2:]
+    side = height if height == width else [height, width]
+    facts: dict[str, Any] = {"input_size": side, "resize": "none", "mean": None, "std": None}
     if processor.do_resize:
         name = Image.Resampling(processor.resample).name.lower()
         smooth = name in ("bilinear", "bicubic", "lanczos")
@@ -259,12 +357,6 @@ def describe_processor(processor: Any) -> dict[str, Any]:
         for key, value in (("mean", processor.image_mean), ("std", processor.image_std)):
             facts[key] = [value] * 3 if isinstance(value, int | float) else list(value)
     return facts
-
-
-def hash_model(folder: Path) -> str:
-    """One SHA-256 over the weight files and the configurations of a directory."""
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")])
-    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
 
 
 def export_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
@@ -309,8 +401,6 @@ def export_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
     write_atomically(folder / "model.safetensors", lambda file: file.write(weights))
     write_text(folder / "config.json", json.dumps(described, indent=2) + "\n")
     write_text(folder / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
-    names = ("config.json", "model.safetensors", "preprocessor_config.json")
-    write_text(folder / SUMS, "".join(f"{sha256(folder / name)}  {name}\n" for name in names))
 
 
 def to_huggingface(state_dict: StateDict) -> StateDict:

@@ -31,9 +31,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--local-checkpoint",
-        type=Path,
         action="append",
-        help="file of scripts/train_ijepa.py, or a .pth.tar of the I-JEPA authors; given again, "
+        help="file of scripts/train_ijepa.py or of the I-JEPA authors, directory, hub id, or .npz "
+        "of embeddings; given again, "
         f"other seeds of the same training (default: {BUNDLED.name}/checkpoint_latest.pt)",
     )
     add(
@@ -46,6 +46,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--hf-model",
         help="hub id or directory; none reports the local model alone (default: "
         f"{HUB_MODEL}; with --offline the bundled context encoder)",
+    )
+    add("--local-num-heads", type=positive, help="attention heads, where the file has no record")
+    add("--hf-revision", help="branch, tag or commit of --hf-model (default: the newest)")
+    add(
+        "--hf-pooling",
+        choices=["mean", "cls"],
+        default="mean",
+        help="mean over patch tokens, or the class token (default: %(default)s)",
     )
     add(
         "--output-dir",
@@ -82,7 +90,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dtype",
         choices=["auto", "bfloat16", "float32"],
         default="auto",
-        help="of matrix products; auto is bfloat16 where the hardware has it (default: auto)",
+        help="of matrix products; auto is float32 below 100 million parameters, else bfloat16 "
+        "where the hardware has it (default: auto)",
     )
     add(
         "--batch-size",
@@ -109,7 +118,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(str(error))
     if args.hf_model is None:
         args.hf_model = bundled("hf") if args.offline else HUB_MODEL
-    args.local_checkpoint = args.local_checkpoint or [Path(bundled("checkpoint_latest.pt"))]
+    args.local_checkpoint = args.local_checkpoint or [bundled("checkpoint_latest.pt")]
     return args
 
 
@@ -185,28 +194,27 @@ def load_images(args: argparse.Namespace) -> Any:
 
 
 def load_encoders(args: argparse.Namespace, device: Any, cache: Path | None) -> list[Any]:
-    """The local encoder, the other one if asked for, the two references, and other seeds."""
-    from ijepa import encoders
-    from ijepa.checkpoint import load_checkpoint
-    from ijepa.devices import choose_dtype
+    """The local encoder, the other one if asked for, the references, and other seeds."""
+    from ijepa.encoders import load_encoder, pixel_encoder, random_encoder
+    from ijepa.model import VisionTransformer
 
-    dtype = choose_dtype(args.dtype, device)
+    shared = {"device": device, "dtype": args.dtype, "offline": args.offline, "cache": cache}
+    own = {"weights": args.local_weights, "num_heads": args.local_num_heads}
     local, *others = (
-        encoders.load_local_encoder(path, args.local_weights, device, dtype)
-        for path in args.local_checkpoint
+        load_encoder(source, "local", **own, **shared) for source in args.local_checkpoint
     )
     check_seeds(local, others)
-    checkpoint = load_checkpoint(args.local_checkpoint[0], args.local_weights)
-    normalization = (checkpoint.mean, checkpoint.std)
     loaded = [local]
     if args.hf_model != "none":
-        facts = cache and cache / "models"
-        loaded.append(
-            encoders.load_huggingface_encoder(args.hf_model, device, dtype, args.offline, facts)
-        )
-    random = encoders.random_encoder(checkpoint.config, normalization, args.seed, device, dtype)
+        chosen = {"revision": args.hf_revision, "pooling": args.hf_pooling}
+        loaded.append(load_encoder(args.hf_model, "hf", **chosen, **shared))
+    loaded.append(pixel_encoder())
+    if isinstance(getattr(local, "network", None), VisionTransformer):
+        facts, config = local.description, local.network.config
+        normalization = (facts["mean"], facts["std"])
+        loaded.append(random_encoder(config, normalization, args.seed, device, local.dtype))
     seeds = [replace(other, name=f"local_{row}") for row, other in enumerate(others, start=2)]
-    return [*loaded, encoders.pixel_encoder(), random, *seeds]
+    return [*loaded, *seeds]
 
 
 def check_seeds(local: Any, others: list[Any]) -> None:
@@ -223,7 +231,7 @@ def check_seeds(local: Any, others: list[Any]) -> None:
             )
         seen.add(other.description["sha256"])
         for key in ("parameters", "input_size", "epochs"):
-            if other.description[key] != local.description[key]:
+            if other.description.get(key) != local.description.get(key):
                 raise UserError(
                     f"checkpoint {source} has {key} {other.description[key]}, the first has "
                     f"{local.description[key]}",
@@ -284,6 +292,7 @@ def caveats(comparison: Any, loaded: list[Any], maps: Any) -> list[str]:
     if len(widths) == 2:
         notes.append("the embedding dimensions differ: 10 PCs are another share of each")
     notes = training_caveats(loaded[0].description) + notes
+    notes += [note for encoder in loaded for note in encoder.description.get("notes", [])]
     if len(comparison.analyses) == 2:
         other = Path(loaded[1].description["source"])
         if other.resolve() == (BUNDLED / "hf").resolve():
@@ -323,9 +332,9 @@ def map_caveats(maps: Any, n: int) -> list[str]:
 
 def training_caveats(facts: dict[str, Any]) -> list[str]:
     """What to know of a local checkpoint that had fewer epochs than it was meant to have."""
-    epochs, planned = facts["epochs"], facts["planned_epochs"]
+    epochs, planned = facts.get("epochs"), facts.get("planned_epochs")
     shipped = (BUNDLED / "checkpoint_latest.pt").resolve()
-    if Path(facts["source"]).resolve() == shipped and epochs < FULL_EPOCHS:
+    if Path(facts["source"]).resolve() == shipped and (epochs or 0) < FULL_EPOCHS:
         return [
             f"the bundled checkpoint had {epochs} epochs of training, not {FULL_EPOCHS}: "
             "expect more of a finished one"
@@ -415,7 +424,7 @@ def compare_all(
 
     values = {name: result.values for name, result in results.items()}
     models = {name: values[name] for name in ("local", "hf") if name in values}
-    references = {name: values[name] for name in ("pixels", "random_weights")}
+    references = {name: values[name] for name in ("pixels", "random_weights") if name in values}
     seeds = [values[name] for name in values if name not in {*models, *references}]
     widest = max(X.shape[1] for X in values.values())
     chosen = choose_pairs_device(device, len(split), widest)

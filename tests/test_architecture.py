@@ -32,7 +32,6 @@ ORDER = [
     "checkpoint",
     "runs",
     "training",
-    "hub",
     "huggingface",
     "encoders",
     "embeddings",
@@ -50,10 +49,10 @@ ORDER = [
 
 # Where a third-party package may be imported; one that is not listed may be used anywhere.
 BORDERS = {
-    "huggingface_hub": {"hub", "huggingface"},
+    "huggingface_hub": {"huggingface"},
     "matplotlib": {"plots", "report"},
     "PIL": {"data", "explorer", "huggingface"},
-    "safetensors": {"huggingface"},
+    "safetensors": {"checkpoint", "huggingface"},
     "sklearn": {"data", "projections"},
     "torchvision": {"data", "encoders"},
     "transformers": {"huggingface"},

@@ -227,7 +227,7 @@ def test_tiny_samples_give_numbers_with_caveats(models, tmp_path, samples):
     [
         (["--local-checkpoint", "absent.pt"], "no checkpoint at absent.pt"),
         (["--hf-model", "nobody/nothing"], "nobody/nothing"),
-        (["--hf-model", "a b c"], "neither a directory nor a hub id"),
+        (["--hf-model", "a b c"], "not a file, a directory or a hub id"),
         (["--dataset", "cifar10", "--data-dir", "absent"], "CIFAR-10 is not in absent"),
         (["--dataset", "absent"], "unknown data set 'absent'"),
         (["--max-samples", "3"], "too few"),

@@ -58,6 +58,9 @@ def test_number_formats_follow_their_names_and_auto_the_hardware():
     assert choose_dtype("bfloat16", cpu) == torch.bfloat16
     automatic = torch.bfloat16 if has_bfloat16(cpu) else torch.float32
     assert choose_dtype("auto", cpu) == automatic
+    assert choose_dtype("auto", cpu, 100_000_000) == automatic
+    assert choose_dtype("auto", cpu, 99_999_999) == torch.float32
+    assert choose_dtype("bfloat16", cpu, 10) == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,6 @@
+import shutil
+from importlib.metadata import version
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +8,8 @@ import torch
 from ijepa.checkpoint import load_checkpoint, save_checkpoint
 from ijepa.encoders import (
     FrozenEncoder,
-    load_local_encoder,
+    PrecomputedEmbeddings,
+    load_encoder,
     pixel_encoder,
     random_encoder,
     resize_and_normalize,
@@ -34,6 +38,10 @@ def checkpoint(tmp_path):
     return path
 
 
+def load(path, weights="target", dtype="float32", **options):
+    return load_encoder(path, "local", weights=weights, device=CPU, dtype=dtype, **options)
+
+
 def frozen(network, **changes):
     fields = {
         "name": "local",
@@ -51,7 +59,7 @@ def frozen(network, **changes):
 def test_the_local_encoder_equals_a_plain_loop_over_images(checkpoint):
     images = make_images(*[(16, 16)] * 5)
     network = load_checkpoint(checkpoint, "context").build()
-    found = load_local_encoder(checkpoint, "context", CPU, torch.float32).embed(images)
+    found = load(checkpoint, "context").embed(images)
     for row, image in zip(found, images, strict=True):
         pixels = (image.double().numpy() / 255 - 0.4) / 0.25
         tokens = network(torch.from_numpy(pixels).float()[None])[0].detach().numpy()
@@ -62,20 +70,22 @@ def test_the_local_encoder_equals_a_plain_loop_over_images(checkpoint):
 
 def test_target_and_context_are_different_encoders(checkpoint):
     images = make_images((16, 16))
-    found = [
-        load_local_encoder(checkpoint, weights, CPU, torch.float32).embed(images)
-        for weights in ("target", "context")
-    ]
+    found = [load(checkpoint, weights).embed(images) for weights in ("target", "context")]
     assert (found[0] - found[1]).abs().max() > 0.1
 
 
 def test_the_local_description_says_what_defines_the_embeddings(checkpoint):
     import hashlib
 
-    description = load_local_encoder(checkpoint, "target", CPU, torch.bfloat16).description
+    description = load(checkpoint, dtype="bfloat16").description
     numbers = sum(value.numel() for value in VisionTransformer(TINY).state_dict().values())
     assert description == {
         "source": str(checkpoint),
+        "short_name": "checkpoint (target)",
+        "family": "ijepa",
+        "num_heads": 2,
+        "losses": None,
+        "notes": [],
         "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
         "weights": "target",
         "epochs": 3,
@@ -90,22 +100,22 @@ def test_the_local_description_says_what_defines_the_embeddings(checkpoint):
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_embeddings_are_float32_without_gradient_and_depend_on_no_other_image(checkpoint, dtype):
     images = make_images((16, 16), (9, 30), (40, 40), (16, 16), (1, 1))
-    encoder = load_local_encoder(checkpoint, "target", CPU, dtype)
+    encoder = load(checkpoint, dtype=dtype)
     together = encoder.embed(images)
     assert together.dtype == torch.float32
     assert not together.requires_grad
     alone = torch.cat([encoder.embed([image]) for image in images])
     # In bfloat16 a matrix product may take another order of additions at another size.
-    atol = 1e-5 if dtype == torch.float32 else 0.03
+    atol = 1e-5 if dtype == "float32" else 0.03
     torch.testing.assert_close(together, alone, atol=atol, rtol=0)
 
 
 def test_embeddings_move_with_their_rows(checkpoint):
     images = make_images(*[(16, 16)] * 7, (20, 12))
-    encoder = load_local_encoder(checkpoint, "target", CPU, torch.float32)
+    encoder = load(checkpoint)
     order = torch.tensor([3, 7, 0, 6, 1, 5, 2, 4])
     found = encoder.embed([images[row] for row in order])
     torch.testing.assert_close(found, encoder.embed(images)[order], atol=1e-6, rtol=0)
@@ -114,8 +124,7 @@ def test_embeddings_move_with_their_rows(checkpoint):
 def test_bfloat16_is_near_float32(checkpoint):
     images = make_images(*[(16, 16)] * 4)
     exact, rounded = (
-        load_local_encoder(checkpoint, "target", CPU, dtype).embed(images)
-        for dtype in (torch.float32, torch.bfloat16)
+        load(checkpoint, dtype=dtype).embed(images) for dtype in ("float32", "bfloat16")
     )
     assert (exact - rounded).norm() / exact.norm() < 0.02
     assert not torch.equal(exact, rounded)
@@ -130,7 +139,7 @@ def test_pixels_of_the_right_size_are_only_scaled():
 
 
 @pytest.mark.parametrize("size", [(8, 8), (64, 64), (31, 50), (1, 7)])
-def test_resizing_is_pillows_bilinear_to_one_grey_level(size):
+def test_resizing_is_pillows_bilinear_to_one_gray_level(size):
     from PIL import Image
 
     (image,) = make_images(size)
@@ -203,13 +212,115 @@ def test_an_error_of_the_program_is_not_hidden():
         frozen(network).embed(make_images((4, 4)))
 
 
-def test_the_key_is_the_same_for_the_same_file_and_differs_for_other_weights(checkpoint):
-    first, again = (load_local_encoder(checkpoint, "target", CPU, torch.float32) for _ in "ab")
-    assert first.key == again.key
-    keys = {first.key, load_local_encoder(checkpoint, "context", CPU, torch.float32).key}
-    keys.add(load_local_encoder(checkpoint, "target", CPU, torch.bfloat16).key)
+def test_the_key_follows_what_decides_the_embeddings_and_no_path_or_name(checkpoint, monkeypatch):
+    first, copied = load(checkpoint), shutil.copy(checkpoint, checkpoint.with_name("other.pt"))
+    assert first.key == load(copied).key == load_encoder(copied, "hf", device=CPU).key
+    keys = {first.key, load(checkpoint, "context").key, load(checkpoint, dtype="bfloat16").key}
+    half = ((0.5,) * 3, (0.5,) * 3)
+    keys |= {random_encoder(TINY, half, seed, CPU, torch.float32).key for seed in (0, 1)}
+    keys.add(random_encoder(TINY, (half[0], (0.4,) * 3), 0, CPU, torch.float32).key)
+    keys.add(pixel_encoder().key)
     torch.manual_seed(9)
     networks = {"target": VisionTransformer(TINY)}
     save_checkpoint(checkpoint, TINY, networks, (0.4, 0.25), {"epochs": 3, "planned_epochs": 9})
-    keys.add(load_local_encoder(checkpoint, "target", CPU, torch.float32).key)
-    assert len(keys) == 4
+    keys.add(load(checkpoint).key)
+    assert len(keys) == 8
+    raw = checkpoint.with_name("raw.pth")
+    torch.save(VisionTransformer(TINY).state_dict(), raw)
+    assert load(raw, num_heads=2).key != load(raw, num_heads=3).key
+    for package in ("torch", "torchvision", "transformers", "pillow"):
+        monkeypatch.setattr(
+            "ijepa.encoders.version",
+            lambda name, new=package: "0" if name == new else version(name),
+        )
+        keys.add(load(copied).key)
+    assert len(keys) == 12
+
+
+def test_what_is_assumed_of_a_file_ends_up_in_the_notes(tmp_path):
+    path = tmp_path / "raw.pth"
+    torch.save(VisionTransformer(ViTConfig(32, 8, 64, 1, 1)).state_dict(), path)
+    description = load(path).description
+    assert description["short_name"] == "raw"
+    assert any("assumed 1 (64 channels" in note for note in description["notes"])
+    assert any("ImageNet" in note for note in description["notes"])
+    assert load(path, num_heads=4).description["num_heads"] == 4
+
+
+def test_a_source_that_is_not_there_is_a_user_error_that_names_it(tmp_path):
+    for source in (tmp_path / "none.pt", "none.pt", "./none", "a/b/c", "~none/x"):
+        with pytest.raises(UserError, match="no checkpoint at"):
+            load_encoder(source, "local", device=CPU, offline=True)
+    with pytest.raises(UserError, match=r"cannot read .*none\.npz"):
+        load_encoder(tmp_path / "none.npz", "local", device=CPU)
+    with pytest.raises(UserError, match="is a directory, which has no"):
+        load_encoder(tmp_path, "hf", device=CPU, revision="x")
+    with pytest.raises(UserError, match="is revision 'main'"):
+        load_encoder("a/b@main", "hf", device=CPU, revision="x")
+
+
+def test_a_tilde_is_the_home_folder(checkpoint, monkeypatch):
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    assert load("~/checkpoint.pt").key == load(checkpoint).key
+
+
+def npz(tmp_path, **arrays):
+    path = tmp_path / "embeddings_hf.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def test_embeddings_of_an_earlier_run_are_found_by_image_key(tmp_path):
+    rng = np.random.default_rng(0)
+    values, keys = rng.normal(size=(9, 5)), rng.integers(0, 256, (9, 16), dtype=np.uint8)
+    path = npz(tmp_path, embeddings=values, keys=keys, indices=np.arange(9))
+    found = load_encoder(path, "hf", device=CPU)
+    assert isinstance(found, PrecomputedEmbeddings)
+    assert (found.name, found.embed_dim) == ("hf", 5)
+    order = [4, 4, 0, 8]
+    wanted = [keys[row].tobytes() for row in order]
+    result = found.look_up(wanted, np.array([100, 101, 102, 103]))
+    assert result.dtype == np.float32
+    np.testing.assert_array_equal(result, values[order].astype(np.float32))
+    assert found.description["short_name"] == "embeddings_hf"
+    assert found.description["notes"] == []
+    with pytest.raises(UserError, match=r"2 of 6 images are not in .*embeddings_hf\.npz"):
+        found.look_up([*wanted, bytes(16), bytes(16)], np.arange(6))
+
+
+def test_embeddings_without_keys_are_found_by_index_and_a_note_says_so(tmp_path):
+    values = np.arange(12, dtype=np.float32).reshape(4, 3)
+    path = npz(tmp_path, embeddings=values, indices=np.array([7, 3, 5, 1]))
+    found = load_encoder(path, "local", device=CPU)
+    np.testing.assert_array_equal(found.look_up([b""] * 2, np.array([5, 7])), values[[2, 0]])
+    assert "index" in found.description["notes"][0]
+    with pytest.raises(UserError, match="1 of 2 images"):
+        found.look_up([b""] * 2, np.array([5, 6]))
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"embeddings": np.zeros((3, 2))},
+        {"indices": np.arange(3)},
+        {"embeddings": np.zeros(3), "indices": np.arange(3)},
+        {"embeddings": np.zeros((3, 2)), "indices": np.arange(4)},
+        {"embeddings": np.array([["a"], ["b"]]), "indices": np.arange(2)},
+        {"embeddings": np.array([{}, {}], dtype=object), "indices": np.arange(2)},
+    ],
+)
+def test_an_npz_without_embeddings_of_images_is_a_user_error(tmp_path, arrays):
+    with pytest.raises(UserError, match="cannot read embeddings from") as caught:
+        load_encoder(npz(tmp_path, **arrays), "hf", device=CPU)
+    assert "keys" in caught.value.hint
+
+
+def test_a_damaged_npz_is_a_user_error(tmp_path):
+    path = npz(
+        tmp_path, embeddings=np.random.default_rng(0).normal(size=(50, 4)), indices=np.arange(50)
+    )
+    whole = path.read_bytes()
+    for length in range(0, len(whole), 97):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="cannot read embeddings"):
+            load_encoder(path, "hf", device=CPU)

@@ -10,7 +10,7 @@ import torch
 from ijepa import training
 from ijepa.checkpoint import read_torch_file, save_checkpoint
 from ijepa.devices import choose_device
-from ijepa.encoders import load_local_encoder
+from ijepa.encoders import load_encoder
 from ijepa.graphs import Graphs
 from ijepa.metrics import mean_silhouettes, nearest_neighbors, silhouette_samples
 from ijepa.model import VisionTransformer
@@ -111,18 +111,18 @@ def test_a_loaded_state_is_not_changed_by_old_recordings(config, images):
         )
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05)])
 def test_embeddings_are_those_of_the_cpu(tmp_path, tiny_vit, images, dtype, tolerance):
     path = tmp_path / "checkpoint.pt"
     networks = {"target": VisionTransformer(tiny_vit), "context": VisionTransformer(tiny_vit)}
     save_checkpoint(path, tiny_vit, networks, NORMALIZATION, {"epochs": 0})
 
     def embeddings(device, dtype):
-        encoder = load_local_encoder(path, "target", choose_device(device), dtype)
+        encoder = load_encoder(path, "local", device=choose_device(device), dtype=dtype)
         assert encoder.prepare(list(images)).is_pinned() is (device == "cuda")
         return encoder.embed(list(images))
 
-    ours, expected = embeddings("cuda", dtype), embeddings("cpu", torch.float32)
+    ours, expected = embeddings("cuda", dtype), embeddings("cpu", "float32")
     assert (ours - expected).abs().max() < tolerance * expected.abs().max()
 
 
