@@ -50,6 +50,8 @@ class Split:
     images: Sequence[Tensor] | Tensor
     labels: Int[np.ndarray, " n"]
     indices: Int[np.ndarray, " n"]
+    paths: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -235,10 +237,23 @@ def load_split(dataset: str, data_dir: Path, split: str, offline: bool) -> Split
     if not folder.is_dir():
         names = ", ".join(DATASETS)
         raise UserError(
-            f"unknown data set {dataset!r}",
+            f"no such folder: {dataset!r}",
             hint=f"choose from {names}, or give a folder with one sub-folder per class",
         )
     return partial(load_folder, folder)(data_dir, split, offline)
+
+
+def load_unlabeled(folder: Path) -> Split:
+    """All images at any depth below a folder, without classes: every label is 0."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    labels = np.zeros(len(files), dtype=np.int64)
+    images = FolderImages(tuple(files))
+    return Split(str(folder), "all", (), images, labels, np.arange(len(labels)))
+
+
+def find_unreadable(split: Split) -> list[tuple[int, str]]:  # noqa: ARG001
+    """Rows of files without a valid header, with the reasons."""
+    return []
 
 
 def balanced_rows(

@@ -20,9 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ijepa.data import Split
+from ijepa.distributed import gather_objects, num_processes, process_rank
 from ijepa.encoders import FrozenEncoder
 from ijepa.files import cannot_write, read_sealed, write_atomically, write_sealed
-from ijepa.parallel import gather_objects, num_processes, process_rank
 
 CHUNK = 128
 """Images per cache file: so many are lost with an interruption at most, on a GPU a batch more."""

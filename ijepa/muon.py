@@ -1,8 +1,9 @@
-"""Muon, an optimizer for matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
+"""Muon, an optimizer for matrices, and AdamW for all other parameters.
 
-It is `torch.optim.Muon` but for a rounding and for the dtype of its matrix products, which there is
-always bfloat16: emulated, that makes a whole update of the shipped recipe take 1.6 times as long as
-in float32 (benchmarks/training.py).
+Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/. This is `torch.optim.Muon` except
+for one rounding and for the dtype of the matrix products, which is always bfloat16 there. Where a
+CPU emulates bfloat16, that makes a whole update take 1.6 times as long as in float32
+(benchmarks/training.py).
 """
 
 import math
@@ -15,20 +16,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the polynomial that takes singular values from (0, 1] towards 1; from the post."""
+"""Of the polynomial that moves singular values from (0, 1] toward 1; from the post."""
 STEPS = 5
 
 
 class Muon(torch.optim.Optimizer):
     """Step along the orthogonal matrix nearest to the averaged gradient (Nesterov's average).
 
-    Steps are scaled to be as large as those of AdamW with the same learning rate, and the weight
-    decay is decoupled (Liu et al. 2025, section 2.2, https://arxiv.org/abs/2502.16982).
+    Steps are as large as those of AdamW with the same learning rate, and the weight decay is
+    decoupled (Liu et al. 2025, section 2.2, https://arxiv.org/abs/2502.16982).
 
     Args:
         parameters: Matrices.
         lr: Learning rate.
-        weight_decay: Share of the weights, times `lr`, that a step takes away.
+        weight_decay: A step multiplies the weights by 1 - lr * weight_decay.
         dtype: Of the matrix products.
         momentum: Share of the average that a step keeps.
     """
@@ -56,7 +57,7 @@ class Muon(torch.optim.Optimizer):
                 self.update(weights, group)
 
     def update(self, weights: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
-        """Update matrices of one shape, whose products are taken in one call."""
+        """Update matrices of one shape in one call."""
         lr, momentum = group["lr"], group["momentum"]
         for weight in weights:
             if not self.state[weight]:
@@ -72,16 +73,28 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Float[Tensor, "b m n"]) -> Float[Tensor, "b m n"]:
-    """Move all singular values near to 1 by Newton-Schulz iterations, in the matrices' own dtype.
+    """Move all singular values close to 1 by Newton-Schulz iterations, in the dtype of the input.
 
-    They end between 0.68 and 1.21; those under a 300th of the Frobenius norm stay lower.
+    They end between 0.68 and 1.21; those under 1/300 of the Frobenius norm end lower.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
-    wide = matrices.mT if tall else matrices  # the smaller Gram matrix of the two
+    wide = matrices.mT if tall else matrices  # for the smaller Gram matrix
     wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values <= 1
     for _ in range(STEPS):
         gram = wide @ wide.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         wide = torch.baddbmm(wide, polynomial, wide, beta=a)
     return wide.mT if tall else wide
+
+
+def make_optimizers(
+    parameters: Sequence[nn.Parameter], lr: float, weight_decay: float, dtype: torch.dtype
+) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon for matrices; AdamW for patch projection, mask token and vectors, which do not decay."""
+    muon = Muon([p for p in parameters if p.ndim == 2], lr, weight_decay, dtype)
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return muon, torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)

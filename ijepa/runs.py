@@ -1,120 +1,174 @@
-"""What a training run leaves in its folder for others, and how another run begins there."""
+"""The folder of a training run: its resumable state, its log, and the checkpoint for others."""
 
 import csv
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ijepa.checkpoint import WEIGHTS, StateDict, load_checkpoint, load_predictor
+import torch
+
+from ijepa.checkpoint import load_checkpoint, load_predictor, read_torch_file, save_checkpoint
 from ijepa.errors import UserError
-from ijepa.files import write_text
-from ijepa.model import ViTConfig
+from ijepa.files import write_atomically, write_text
+from ijepa.training import TrainConfig, TrainState, check_finite, decay_start
 
 CHECKPOINT, LOG = "checkpoint_latest.pt", "training_log.csv"
+STATE, PREVIOUS = "state.pt", "state_previous.pt"
 NORMALIZATION = (0.5, 0.5)
-"""Mean and deviation of every channel that `ijepa.augmentation.standardize` takes."""
-COLUMNS = (
-    *("epoch", "loss", "matching_loss", "lr", "momentum", "weight_decay", "seconds"),
-    *("heldout_precision_at_5", "effective_rank", "target_variance"),
-)
-# Above these a log is none of ours.
-LARGEST_LOG, LARGEST_VALUE = 2**24, 1e9
-FACTS = (
-    *("epochs", "seconds", "dataset", "num_images", "device", "dtype", "processes", "torch"),
-    *("git_commit", "command", "recipe"),
-)
-"""What a checkpoint keeps of the runs before its own."""
-HINT = "give the folder that a run of scripts/train_ijepa.py ended in"
-
-Rows = list[dict[str, int | float]]
+"""Mean and deviation of every channel in `ijepa.augmentation.standardize`."""
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins that goes on from another."""
+@dataclass
+class Run:
+    """One run: what it trains on, with which settings, and what it has logged so far."""
 
-    config: ViTConfig
-    weights: dict[str, StateDict]
-    """`context`, `target` and, where the checkpoint has it, `predictor`."""
-    rows: Rows
-    """The log so far, one row per epoch."""
-    earlier_runs: list[dict[str, Any]]
-    """`FACTS` of the runs that made the weights, oldest first."""
+    folder: Path
+    config: TrainConfig
+    settings: dict[str, Any]
+    """`config` as plain data, `recipe` and `init_from`."""
+    images: dict[str, Any]
+    """`dataset`, `num_images` and `sha256` of the pixels."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0  # of whole epochs
+    epoch_seconds: float = 0.0  # of the epoch that a signal cut off
+    earlier_runs: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What the user should know about how it was begun or resumed."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates in one epoch."""
+        return self.images["num_images"] // self.config.batch_size
+
+    def resume(self, state: TrainState) -> bool:
+        """Continue what is in the folder; False if there is nothing.
+
+        Raises:
+            UserError: If it cannot be read or has other settings or images.
+        """
+        paths = [self.folder / name for name in (STATE, PREVIOUS)]
+        if not (paths := [path for path in paths if path.exists()]):
+            return False
+        try:
+            saved = read_torch_file(paths[0])
+        except UserError as error:
+            if len(paths) == 1:
+                raise
+            self.notes.append(f"{error.problem}: going back to {PREVIOUS}")
+            saved = read_torch_file(paths[1])
+        if changed := self.differences(saved):
+            raise UserError(
+                f"the run in {self.folder} has other settings: {'; '.join(changed)}",
+                hint="repeat the command that began it, or give another --output-dir",
+            )
+        state.load_state_dict(saved["state"])
+        for name in ("rows", "seconds", "epoch_seconds", "earlier_runs"):
+            setattr(self, name, saved[name])
+        return True
+
+    def differences(self, saved: dict[str, Any]) -> list[str]:
+        """Why a saved state is not one of the run that these settings make from scratch."""
+        old, step = saved["settings"], saved["state"]["step"]
+        found = [
+            f"{name} {old.get(name)}, not {value}"
+            for name, value in self.settings.items()
+            if name != "epochs" and old.get(name) != value
+        ]
+        if saved["images"]["sha256"] != self.images["sha256"]:
+            before, now = (
+                f"{one['num_images']} images of {one['dataset']} (sha256 {one['sha256'][:12]})"
+                for one in (saved["images"], self.images)
+            )
+            found.append(f"{before}, not {now}")
+        # Until the earlier of the two decays begins, runs of both lengths are the same.
+        lengths = (self.config, replace(self.config, epochs=old["epochs"]))
+        limit = min(decay_start(one, self.steps_per_epoch) for one in lengths)
+        if old["epochs"] != self.config.epochs and step > limit:
+            found.append(
+                f"{old['epochs']} epochs, not {self.config.epochs}, which must not change after "
+                f"update {limit}; it has had {step}"
+            )
+        return found
+
+    def begin_from(self, folder: Path, state: TrainState) -> None:
+        """Take over networks, log and provenance of the run that ended in another folder.
+
+        Raises:
+            UserError: If a file is missing or damaged, or another architecture or length is asked
+                for.
+        """
+        path = folder / CHECKPOINT
+        target, context = (load_checkpoint(path, which) for which in ("target", "context"))
+        if target.config != self.config.vit:
+            raise UserError(
+                f"the encoder in {folder} is {target.config}, not {self.config.vit}",
+                hint="give its --embed-dim, --depth and --patch-size",
+            )
+        rows = read_log(folder / LOG)
+        if len(rows) != target.epochs:
+            raise UserError(
+                f"{folder / LOG} has {len(rows)} epochs, {CHECKPOINT} {target.epochs}",
+                hint="give the folder of a whole run: both files must be of it",
+            )
+        if self.config.epochs <= len(rows):
+            raise UserError(
+                f"the run in {folder} has had {len(rows)} epochs: nothing is left to do",
+                hint=f"give --epochs {len(rows) + 1} or more, the earlier ones included",
+            )
+        weights = {"target": target.state_dict, "context": context.state_dict}
+        if predictor := load_predictor(path):
+            weights["predictor"] = predictor
+        else:
+            self.notes.append(f"{path} has no predictor: a new one begins")
+        state.start_from(weights, len(rows) * self.steps_per_epoch)
+        facts = {k: v for k, v in target.training.items() if isinstance(v, str | int | float)}
+        self.rows, self.earlier_runs = rows, [*target.training.get("earlier_runs", []), facts]
+
+    def save(self, state: TrainState) -> None:
+        """Write everything that `resume` needs, keeping the state before it."""
+        check_finite(state)
+        names = ("settings", "images", "rows", "seconds", "epoch_seconds", "earlier_runs")
+        content = {name: getattr(self, name) for name in names} | {"state": state.state_dict()}
+        if (self.folder / STATE).exists():
+            (self.folder / STATE).replace(self.folder / PREVIOUS)
+        write_atomically(self.folder / STATE, lambda file: torch.save(content, file))
+
+    def publish(self, state: TrainState, facts: dict[str, Any]) -> None:
+        """Write the log and the checkpoint of the epochs so far, with facts about their origin."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(self.rows[-1]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.folder / LOG, text.getvalue())
+        names = ("seconds", "settings", "images", "earlier_runs")
+        training = {name: getattr(self, name) for name in names} | facts
+        training["epochs"] = self.rows[-1]["epoch"]
+        networks = {
+            "target": state.target_encoder,
+            "context": state.context_encoder,
+            "predictor": state.predictor,
+        }
+        save_checkpoint(
+            self.folder / CHECKPOINT, self.config.vit, networks, NORMALIZATION, training
+        )
 
 
-def load_start(folder: Path) -> Start:
-    """The networks, the log and the provenance of the run that ended in a folder.
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows that `Run.publish` wrote; values that were not measured are None.
 
     Raises:
-        UserError: If checkpoint or log are missing, damaged, of other kinds, or not of one run.
-    """
-    path = folder / CHECKPOINT
-    try:
-        encoders = {which: load_checkpoint(path, which) for which in WEIGHTS}
-        predictor = load_predictor(path)
-    except UserError as error:
-        raise UserError(error.problem, hint=HINT) from error
-    weights = {which: encoder.state_dict for which, encoder in encoders.items()}
-    if predictor is not None:
-        weights["predictor"] = predictor
-    target, rows = encoders["target"], read_log(folder / LOG)
-    if {target.mean, target.std} != {(value,) * 3 for value in NORMALIZATION}:
-        raise UserError(
-            f"the encoder in {folder} takes pixels of mean {target.mean} and deviation "
-            f"{target.std}, not {NORMALIZATION}",
-            hint=HINT,
-        )
-    numbers = [row["epoch"] for row in rows]
-    if len(rows) != (target.epochs or 0) or numbers != list(range(1, len(rows) + 1)):
-        raise UserError(
-            f"{folder / LOG} has not one row for each of the {target.epochs} epochs of {path.name}",
-            hint="give the folder of a whole run: both files have to be of it",
-        )
-    return Start(target.config, weights, rows, earlier_runs(target.training))
-
-
-def earlier_runs(training: dict[str, Any]) -> list[dict[str, Any]]:
-    """Facts of the run of a checkpoint and of those before it."""
-    before = training.get("earlier_runs")
-    runs = [*(before if isinstance(before, list) else []), training]
-    return [
-        {name: run[name] for name in FACTS if isinstance(run.get(name), str | int | float)}
-        for run in runs
-        if isinstance(run, dict)
-    ]
-
-
-def write_log(path: Path, rows: Rows) -> None:
-    """Write one row per epoch as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-
-
-def read_log(path: Path) -> Rows:
-    """The rows that `write_log` wrote.
-
-    Raises:
-        UserError: If they cannot be read, or hold what no run logs.
+        UserError: If the file cannot be read as such.
     """
     try:
-        if not path.is_file() or path.stat().st_size > LARGEST_LOG:
-            raise ValueError("it is no file of at most 16 MiB")
         with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file, strict=True)
-            if tuple(reader.fieldnames or ()) != COLUMNS:
-                raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
-            return [read_row(row) for row in reader]
-    except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise UserError(f"cannot read the log {path} ({error})", hint=HINT) from error
-
-
-def read_row(row: dict[str, str]) -> dict[str, int | float]:
-    """The numbers of one epoch."""
-    values = {name: float(value) for name, value in row.items() if value != ""}
-    if not all(abs(value) <= LARGEST_VALUE for value in values.values()):  # NaN is not, either
-        raise ValueError(f"it has values beyond {LARGEST_VALUE:g}")
-    return {**values, "epoch": int(row["epoch"])}
+            return [
+                {name: float(value) if value else None for name, value in row.items()}
+                | {"epoch": int(row["epoch"])}
+                for row in csv.DictReader(file)
+            ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"cannot read the log {path} ({error})",
+            hint="give the folder that a run of scripts/train_ijepa.py ended in",
+        ) from error

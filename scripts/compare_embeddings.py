@@ -247,8 +247,8 @@ def extract_all(
 
     from tqdm import tqdm
 
+    from ijepa.distributed import process_rank
     from ijepa.embeddings import cache_folder, extract
-    from ijepa.parallel import process_rank
 
     first = process_rank() == 0
     progress = partial(tqdm, unit=" images", delay=2, file=sys.stderr, disable=not first)
@@ -370,14 +370,14 @@ def compare_run(args: argparse.Namespace) -> None:
 
         from ijepa.data import fingerprint
         from ijepa.devices import choose_device
-        from ijepa.embeddings import save_embeddings
-        from ijepa.narrative import console_table, headline_lines, table
-        from ijepa.parallel import (
+        from ijepa.distributed import (
             first_process_first,
             join_processes,
             leave_processes,
             process_rank,
         )
+        from ijepa.embeddings import save_embeddings
+        from ijepa.narrative import console_table, headline_lines, table
         from ijepa.report import project, write_report
 
         # A process whose chunks are all in the cache waits for those that compute theirs.

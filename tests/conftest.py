@@ -4,6 +4,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -36,13 +38,30 @@ def make_image_folder(tmp_path_factory: pytest.TempPathFactory) -> FolderMaker:
         folder = tmp_path_factory.mktemp("images")
         rng = np.random.default_rng(0)
         for row, (name, count) in enumerate(counts.items()):
-            (folder / name).mkdir(parents=True)
+            (folder / name).mkdir(parents=True, exist_ok=True)
             for number in range(count):
                 pixels = rng.integers(0, 256, (12 + row, 14, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / name / f"{number:03d}.png")
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a script in two processes that meet over a socket on loopback."""
+
+    def run(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        return subprocess.run(
+            [*launcher, "--nproc-per-node", "2", str(script), *arguments],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
 
 
 @dataclasses.dataclass(frozen=True)

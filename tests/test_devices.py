@@ -1,10 +1,8 @@
 import pytest
 import torch
 
-from ijepa import parallel
 from ijepa.devices import can_compile, choose_device, choose_dtype, has_bfloat16
 from ijepa.errors import UserError
-from ijepa.parallel import TORCHRUN, gather_rows, join_processes, own_part, sum_gradients
 
 
 def test_auto_takes_an_accelerator_where_there_is_one():
@@ -94,59 +92,3 @@ def test_blocks_are_compiled_where_triton_can_build(monkeypatch, tmp_path, chang
 
 def test_metal_computes_in_float32():
     assert choose_dtype("auto", torch.device("mps")) == torch.float32
-
-
-def test_a_stray_variable_of_torchrun_starts_no_process_group(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    assert join_processes(torch.device("cpu"), "gloo") == torch.device("cpu")
-    assert not torch.distributed.is_initialized()
-
-
-def test_each_process_takes_its_own_gpu_or_is_refused(monkeypatch):
-    joined = []
-    for name in TORCHRUN:
-        monkeypatch.setenv(name, "1")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", joined.append)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **_: joined.append(*a))
-    assert join_processes(torch.device("cuda"), "nccl") == torch.device("cuda", 1)
-    assert joined == [torch.device("cuda", 1), "nccl"]
-    assert join_processes(torch.device("cpu"), "gloo") == torch.device("cpu")
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match="process 2 has no GPU of its own, there are 2"):
-        join_processes(torch.device("cuda"), "nccl")
-
-
-def test_the_sum_over_processes_is_the_gradient_of_one(monkeypatch):
-    everything, weights = torch.randn(4, 3, dtype=torch.float64), torch.randn(3, 2).double()
-
-    def gradient(rows):
-        parameter = torch.nn.Parameter(weights.clone())
-        # A covariance: no process could compute it from its own rows.
-        gathered = gather_rows(rows @ parameter)
-        torch.cov(gathered.T).square().sum().backward()
-        return parameter
-
-    alone = gradient(everything).grad
-    parts = []
-    for rank in range(2):
-        monkeypatch.setattr(parallel, "num_processes", lambda: 2)
-        monkeypatch.setattr(parallel, "process_rank", lambda rank=rank: rank)
-
-        def all_gather(found, _):
-            for part, rows in zip(found, everything.chunk(2), strict=True):
-                part.copy_(rows @ weights)
-
-        monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
-        parts.append(gradient(own_part(everything)))
-    for mine, other in (parts, parts[::-1]):
-        added = other.grad.flatten().clone()
-        monkeypatch.setattr(
-            torch.distributed, "all_reduce", lambda flat, added=added: flat.add_(added)
-        )
-        result = torch.nn.Parameter(weights.clone())
-        result.grad = mine.grad.clone()
-        sum_gradients([result])
-        torch.testing.assert_close(result.grad, alone)
-    assert not torch.allclose(parts[0].grad, alone)

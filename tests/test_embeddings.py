@@ -444,7 +444,7 @@ import numpy as np
 from torch import distributed
 sys.path[:0] = [{root!r}, {tests!r}]
 from ijepa.errors import UserError
-from ijepa.parallel import leave_processes
+from ijepa.distributed import leave_processes
 from test_embeddings import CHUNK, Bar, counted, embeddings, extract, make_split
 cache, failing = Path(sys.argv[1]), sys.argv[2]
 embeddings.CHUNK = CHUNK

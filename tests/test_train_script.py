@@ -1,13 +1,11 @@
 import csv
 import importlib.util
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +13,11 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from ijepa.checkpoint import load_checkpoint, read_torch_file
+from ijepa.checkpoint import load_checkpoint
 from ijepa.data import load_split
+from ijepa.errors import UserError
 from ijepa.provenance import git_commit
-from ijepa.runs import earlier_runs
-from ijepa.training import embed
+from ijepa.training import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "train_ijepa.py"
@@ -56,7 +54,7 @@ def flags(folder):
     """Three updates an epoch on 108 images; 12 are held out."""
     return [
         *("--dataset", str(folder), "--epochs", str(EPOCHS), "--batch-size", "36"),
-        *("--embed-dim", "16", "--depth", "1", "--device", "cpu", "--dtype", "float32"),
+        *("--embed-dim", "64", "--depth", "1", "--device", "cpu", "--dtype", "float32"),
     ]
 
 
@@ -69,6 +67,28 @@ def finished(tmp_path_factory, flags):
 
 def contents(output):
     return {path: path.read_bytes() for path in output.rglob("*.*")}
+
+
+def assert_same_run(one, other):
+    """Weights and log of two folders are equal, times apart."""
+    for weights in ("target", "context"):
+        first, second = (
+            load_checkpoint(path / "checkpoint_latest.pt", weights).state_dict
+            for path in (one, other)
+        )
+        assert all(torch.equal(first[name], second[name]) for name in second)
+    for first, second in zip(read_log(one), read_log(other), strict=True):
+        assert {**first, "seconds": ""} == {**second, "seconds": ""}
+
+
+def run_python(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def read_log(output):
@@ -115,7 +135,7 @@ def test_the_log_has_one_row_of_numbers_for_each_epoch(finished):
 def test_the_checkpoint_tells_how_it_was_made(finished, folder):
     checkpoint = load_checkpoint(finished / "checkpoint_latest.pt")
     assert (checkpoint.epochs, checkpoint.weights) == (EPOCHS, "target")
-    assert (checkpoint.config.embed_dim, checkpoint.config.depth) == (16, 1)
+    assert (checkpoint.config.embed_dim, checkpoint.config.depth) == (64, 1)
     assert (checkpoint.mean, checkpoint.std) == ((0.5,) * 3, (0.5,) * 3)
     training = checkpoint.training
     assert (training["dataset"], training["num_images"]) == (str(folder), 108)
@@ -127,39 +147,44 @@ def test_the_checkpoint_tells_how_it_was_made(finished, folder):
     assert training["seconds"] > 0
 
 
-def test_both_encoders_of_the_checkpoint_embed_images(finished):
-    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    embeddings = [
-        embed(
-            load_checkpoint(finished / "checkpoint_latest.pt", weights).build(),
-            images,
-            torch.float32,
-        )
-        for weights in ("target", "context")
-    ]
-    assert embeddings[0].shape == embeddings[1].shape == (4, 16)
-    assert not np.array_equal(*embeddings)
-
-
-def test_held_out_images_play_no_part_in_training(flags):
-    args = script.parse_arguments(flags)
-    (images, held_out), labels = script.load_images(args, 36)
-    assert images.shape == (108, 3, 32, 32)
-    assert held_out.shape == (12, 3, 32, 32)
-    assert np.bincount(labels).tolist() == [6, 6]
-    rows = {image.numpy().tobytes() for image in images}
-    assert not rows & {image.numpy().tobytes() for image in held_out}
+def test_held_out_images_play_no_part_in_training(folder):
+    rest, held_out = script.load_images(str(folder), Path(), 36)
+    assert rest.images.shape == (108, 3, 32, 32)
+    assert held_out.images.shape == (12, 3, 32, 32)
+    assert np.bincount(held_out.labels).tolist() == [6, 6]
+    rows = {image.numpy().tobytes() for image in rest.images}
+    assert not rows & {image.numpy().tobytes() for image in held_out.images}
     assert len(rows) == 108
 
 
 def test_images_of_a_tensor_data_set_are_taken_as_they_are(tmp_path):
-    args = script.parse_arguments(["--dataset", "digits", "--data-dir", str(tmp_path)])
-    (images, held_out), labels = script.load_images(args, 36)
-    assert (len(images), len(held_out)) == (1797 - 179, 179)
+    rest, held_out = script.load_images("digits", tmp_path, 36)
+    assert (len(rest), len(held_out)) == (1797 - 179, 179)
     split = load_split("digits", tmp_path, "train", offline=True)
     known = {image.numpy().tobytes() for image in split.images}
-    assert {image.numpy().tobytes() for image in held_out} <= known
-    assert max(np.bincount(labels)) - min(np.bincount(labels)) <= 1
+    assert {image.numpy().tobytes() for image in held_out.images} <= known
+    assert np.ptp(np.bincount(held_out.labels)) <= 1
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_folder_without_classes_is_trained_on_without_labels(
+    tmp_path, flags, make_image_folder, capsys, nested
+):
+    images = make_image_folder({"2024/may": 30} if nested else {".": 30})
+    changes = ["--dataset", str(images), "--batch-size", "10", "--epochs", "1"]
+    assert script.main([*flags, *changes, "--output-dir", str(tmp_path)]) == 0
+    assert "no P@5" in capsys.readouterr().err
+    (row,) = read_log(tmp_path)
+    assert row["heldout_precision_at_5"] == ""
+    assert float(row["effective_rank"]) > 1
+    assert float(row["target_variance"]) > 0
+    assert (tmp_path / "training_curves.png").exists()
+
+
+def test_few_images_are_enough(tmp_path, flags, make_image_folder):
+    images = make_image_folder({"a": 8, "b": 8, "c": 8})
+    changes = ["--dataset", str(images), "--batch-size", "8", "--epochs", "1"]
+    assert script.main([*flags, *changes, "--output-dir", str(tmp_path)]) == 0
 
 
 # --- resuming
@@ -169,22 +194,28 @@ def test_a_finished_run_is_found_and_left_alone(finished, flags, capsys):
     before = contents(finished)
     assert script.main([*flags, "--output-dir", str(finished)]) == 0
     output = capsys.readouterr()
-    assert output.err == f"resuming {finished} after {3 * EPOCHS} updates\n"
+    assert f"resuming {finished} after {3 * EPOCHS} updates\n" in output.err
+    assert "epoch=" not in output.err
     assert output.out == ""
     assert contents(finished) == before
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [(["--batch-size", "18"], "batch_size"), (["--depth", "2", "--lr", "1e-4"], "lr, vit")],
+    [
+        (["--batch-size", "18"], "batch_size 36, not 18"),
+        (["--recipe", "paper", "--batch-size", "36"], "recipe matched, not paper"),
+        (["--epochs", str(EPOCHS + 2)], "it has had 9"),  # the learning rate has fallen
+        (["--init-from", "elsewhere"], "init_from None, not elsewhere"),
+    ],
 )
 def test_a_run_with_other_settings_is_not_touched(finished, flags, capsys, change, named):
     before = contents(finished)
     assert script.main([*flags, *change, "--output-dir", str(finished)]) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == f"error: the run in {finished} has other settings: {named}"
-    assert lines[1].startswith("hint: ")
-    assert len(lines) == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"error: the run in {finished} has other settings: ")
+    assert named in error
+    assert hint.startswith("hint: ")
     assert contents(finished) == before
 
 
@@ -200,108 +231,62 @@ def test_a_run_goes_on_with_its_own_images_only(finished, flags, make_image_fold
     assert contents(finished) == before
 
 
-STOP_AFTER_EPOCH_2 = """
+STOP_AFTER_AN_EPOCH = """
 import os, runpy, signal, sys
 
 class Watched:
     def write(self, text):
         sys.__stderr__.write(text)
-        if text.startswith("epoch=2 "):
+        if text.startswith("epoch=EPOCH "):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def __getattr__(self, name):
         return getattr(sys.__stderr__, name)
 
 sys.stderr = Watched()
-runpy.run_path(sys.argv[0], run_name="__main__")
+runpy.run_path(SCRIPT, run_name="__main__")
 """
 
 
-def test_a_terminated_run_saves_and_goes_on_to_the_same_weights(tmp_path, finished, flags, capsys):
-    output = tmp_path / "run"
+def stop_after_epoch(number, arguments):
+    code = STOP_AFTER_AN_EPOCH.replace("EPOCH", str(number)).replace("SCRIPT", repr(str(SCRIPT)))
+    return run_python("-c", code, *arguments)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_terminated_run_saves_and_goes_on_to_the_same_weights(
+    tmp_path, finished, flags, capsys, recipe
+):
+    output, whole = tmp_path / "run", finished
+    if recipe != "matched":
+        flags, whole = [*flags, "--recipe", recipe], tmp_path / "whole"
+        assert script.main([*flags, "--output-dir", str(whole)]) == 0
     arguments = [*flags, "--output-dir", str(output)]
-    code = STOP_AFTER_EPOCH_2.replace("sys.argv[0]", repr(str(SCRIPT)))
-    stopped = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    stopped = stop_after_epoch(2, arguments)
     assert stopped.returncode == 130, stopped.stderr
     assert stopped.stderr.splitlines()[-1] == "stopped and saved after 6 updates"
+    assert "press Ctrl-C again" in stopped.stderr
+    assert "%" not in stopped.stderr  # no progress bar where no terminal shows it
     assert load_checkpoint(output / "checkpoint_latest.pt").epochs == 2
+    assert (output / "training_curves.png").exists()
 
+    capsys.readouterr()
     assert script.main(arguments) == 0
-    assert capsys.readouterr().err.startswith(f"resuming {output} after 6 updates\nepoch=3 ")
-    for weights in ("target", "context"):
-        resumed, straight = (
-            load_checkpoint(path / "checkpoint_latest.pt", weights).state_dict
-            for path in (output, finished)
-        )
-        assert all(torch.equal(resumed[name], straight[name]) for name in straight)
-    for one, other in zip(read_log(output), read_log(finished), strict=True):
-        assert {**one, "seconds": ""} == {**other, "seconds": ""}
+    text = capsys.readouterr().err
+    assert f"resuming {output} after 6 updates\nepoch=3 " in text
+    assert_same_run(output, whole)
 
 
-@pytest.mark.parametrize(
-    "stretches",
-    [
-        # (--save-every, updates before the stop, epochs of the checkpoint then)
-        [(2, 4, 0)],
-        [(2, 7, 2)],
-        [(1, 4, 1), (3, 4, 1)],
-        [(3, 7, 0), (1, 1, 0)],
-    ],
-)
-def test_log_curves_and_export_are_of_the_last_checkpoint(
-    tmp_path, finished, flags, monkeypatch, stretches
+def test_a_run_without_a_checkpoint_yet_leaves_that_of_another_run_unchanged(
+    tmp_path, finished, flags
 ):
-    drawn = []
-    monkeypatch.setattr(
-        "ijepa.plots.plot_training_curves", lambda rows, caption: drawn.append((len(rows), caption))
-    )
-    monkeypatch.setattr("ijepa.report.save_figure", lambda *_: None)
-    arguments = [*flags, "--output-dir", str(tmp_path)]
-    for every, updates, epochs in stretches:
-        left = iter(range(updates - 1, -1, -1))
-        drawn.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr("ijepa.parallel.any_process", lambda *_, left=left: not next(left))
-            assert script.main([*arguments, "--save-every", str(every)]) == 130
-        if not epochs:
-            assert {path.name for path in tmp_path.iterdir()} <= {"state.pt", "state_previous.pt"}
-            assert not drawn
-            continue
-        assert load_checkpoint(tmp_path / "checkpoint_latest.pt").epochs == epochs
-        assert len(read_log(tmp_path)) == epochs
-        assert [(rows, caption.title) for rows, caption in drawn] == [
-            (epochs, f"I-JEPA training, {epochs} of 3 epochs")
-        ]
-    assert script.main([*arguments, "--save-every", "3"]) == 0
-    one, other = (
-        load_checkpoint(path / "checkpoint_latest.pt").state_dict for path in (tmp_path, finished)
-    )
-    assert all(torch.equal(one[name], other[name]) for name in other)
-    for mine, whole in zip(read_log(tmp_path), read_log(finished), strict=True):
-        assert {**mine, "seconds": ""} == {**whole, "seconds": ""}
-
-
-@pytest.mark.parametrize("stops", [(), (4,), (2, 3, 5)])
-def test_an_epoch_that_was_stopped_keeps_its_seconds(tmp_path, flags, monkeypatch, stops):
-    clock = [0]
-
-    def tick(*_):  # called after each of the 3 x 3 updates
-        clock[0] += 1
-        return clock[0] in stops
-
-    monkeypatch.setattr("ijepa.parallel.any_process", tick)
-    monkeypatch.setattr(script, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    for code in (*(130 for _ in stops), 0):
-        assert script.main([*flags, "--output-dir", str(tmp_path)]) == code
-    assert [float(row["seconds"]) for row in read_log(tmp_path)] == [2, 3, 3]
-    checkpoint = read_torch_file(tmp_path / "checkpoint_latest.pt")
-    assert checkpoint["training"]["seconds"] == 8
+    shutil.copy(finished / "checkpoint_latest.pt", tmp_path)
+    before = contents(tmp_path)
+    arguments = [*flags, "--seed", "1", "--save-every", "3", "--output-dir", str(tmp_path)]
+    assert stop_after_epoch(1, arguments).returncode == 130
+    after = contents(tmp_path)
+    assert after.pop(tmp_path / "state.pt")
+    assert after == before
 
 
 def test_a_damaged_state_is_a_user_error(tmp_path, flags, capsys):
@@ -316,10 +301,8 @@ def test_a_lost_state_falls_back_to_the_one_before(finished, flags, tmp_path, ca
     folder = shutil.copytree(finished, tmp_path / "run")
     damage(folder / "state.pt")
     assert script.main([*flags, "--output-dir", str(folder)]) == 0
-    assert "resuming" in capsys.readouterr().err
-    again = load_checkpoint(folder / "checkpoint_latest.pt", "target").state_dict
-    before = load_checkpoint(finished / "checkpoint_latest.pt", "target").state_dict
-    assert all(torch.equal(again[name], before[name]) for name in before)
+    assert "after 6 updates" in capsys.readouterr().err
+    assert_same_run(folder, finished)
 
 
 def test_a_run_made_longer_in_time_is_the_long_run(tmp_path, flags, finished):
@@ -329,71 +312,36 @@ def test_a_run_made_longer_in_time_is_the_long_run(tmp_path, flags, finished):
     shutil.copytree(finished, changed)
     (changed / "state_previous.pt").replace(changed / "state.pt")  # 6 of 9 updates, decay after 7
     assert script.main([*longer, "--resume", "--output-dir", str(changed)]) == 0
-    one, other = (
-        load_checkpoint(path / "checkpoint_latest.pt").state_dict for path in (straight, changed)
-    )
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert [{**row, "seconds": ""} for row in read_log(straight)] == [
-        {**row, "seconds": ""} for row in read_log(changed)
-    ]
+    assert_same_run(straight, changed)
 
 
-def test_a_run_whose_learning_rate_fell_keeps_its_length(flags, finished, capsys):
-    before = contents(finished)
-    arguments = [*flags, "--epochs", str(EPOCHS + 2), "--output-dir", str(finished)]
-    assert script.main(arguments) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith(f"error: the run in {finished} is of 3 epochs; after 9 updates")
-    assert contents(finished) == before
+# --- beginning with the weights of a finished run
 
 
-# --- going on from a finished run
-
-
-def test_a_run_goes_on_with_networks_and_log_of_a_finished_one(finished, flags, tmp_path, capsys):
+def test_a_run_goes_on_with_networks_and_log_of_a_finished_one(finished, flags, tmp_path):
     longer = [*flags, "--epochs", str(EPOCHS + 2), "--init-from", str(finished)]
     before = contents(finished)
     assert script.main([*longer, "--output-dir", str(tmp_path)]) == 0
-    assert capsys.readouterr().err.startswith(f"epoch={EPOCHS + 1} ")
     assert contents(finished) == before
-    rows, earlier = read_log(tmp_path), read_log(finished)
-    assert [{**row, "epoch": float(row["epoch"])} for row in rows[:EPOCHS]] == [
-        {**row, "epoch": float(row["epoch"])} for row in earlier
-    ]
+    rows = read_log(tmp_path)
     assert [float(row["epoch"]) for row in rows] == list(range(1, EPOCHS + 3))
-    # The networks are trained ones: from nothing the first epoch has a larger loss.
+    for row, earlier in zip(rows, read_log(finished), strict=False):
+        assert {name: float(value) for name, value in row.items()} == {
+            name: float(value) for name, value in earlier.items()
+        }
+    # The networks are trained ones: from scratch the first epoch has a larger loss.
     assert float(rows[EPOCHS]["loss"]) < float(rows[0]["loss"])
     ended, went_on = (
         load_checkpoint(path / "checkpoint_latest.pt") for path in (finished, tmp_path)
     )
     assert (went_on.epochs, went_on.training["planned_epochs"]) == (EPOCHS + 2, EPOCHS + 2)
     (earlier,) = went_on.training["earlier_runs"]
-    assert earlier["epochs"] == EPOCHS
-    for name in ("command", "seconds", "git_commit", "dtype"):
+    for name in ("epochs", "command", "seconds", "git_commit", "dtype", "recipe"):
         assert earlier[name] == ended.training[name]
     assert ended.training["earlier_runs"] == []
 
 
-def test_a_run_from_a_finished_one_begins_with_its_rounded_weights(finished, flags, tmp_path):
-    """A rate of almost 0 leaves the networks where they began."""
-    arguments = [*flags, "--epochs", str(EPOCHS + 1), "--init-from", str(finished), "--lr", "1e-12"]
-    assert script.main([*arguments, "--output-dir", str(tmp_path)]) == 0
-    for name in ("checkpoint_latest.pt", "hf/model.safetensors"):
-        assert (tmp_path / name).exists()
-    weights = [
-        torch.load(path / "checkpoint_latest.pt", weights_only=True)["weights"]
-        for path in (finished, tmp_path)
-    ]
-    for network in ("context", "predictor"):
-        for name, value in weights[0][network].items():
-            torch.testing.assert_close(weights[1][network][name], value, atol=1e-6, rtol=1e-3)
-    # The average of equal networks moves a little towards the context encoder.
-    moved = [each["target"]["norm.weight"] - each["context"]["norm.weight"] for each in weights]
-    assert moved[1].abs().sum() < moved[0].abs().sum()
-
-
-def test_a_stopped_run_from_a_finished_one_resumes_by_itself(finished, flags, tmp_path, capsys):
-    """The same command goes on, even where the finished run is gone."""
+def test_a_stopped_run_from_a_finished_one_resumes_without_it(finished, flags, tmp_path):
     start = shutil.copytree(finished, tmp_path / "start")
     arguments = [*flags, "--epochs", str(EPOCHS + 2), "--init-from", str(start)]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
@@ -401,234 +349,63 @@ def test_a_stopped_run_from_a_finished_one_resumes_by_itself(finished, flags, tm
     shutil.copytree(straight, stopped)
     (stopped / "state_previous.pt").replace(stopped / "state.pt")
     shutil.rmtree(start)
-    capsys.readouterr()
     assert script.main([*arguments, "--output-dir", str(stopped)]) == 0
-    updates = 3 * (EPOCHS + 1)
-    assert capsys.readouterr().err.startswith(f"resuming {stopped} after {updates} updates\n")
-    one, other = (load_checkpoint(path / "checkpoint_latest.pt") for path in (straight, stopped))
-    assert all(torch.equal(one.state_dict[name], other.state_dict[name]) for name in one.state_dict)
-    assert one.training["earlier_runs"] == other.training["earlier_runs"] != []
-
-
-@pytest.mark.parametrize("other", [[], ["--init-from", "elsewhere"]])
-def test_a_run_does_not_change_where_it_began(finished, flags, tmp_path, capsys, other):
-    output = ["--output-dir", str(tmp_path / "run")]
-    longer = [*flags, "--epochs", str(EPOCHS + 1), *output]
-    assert script.main([*longer, "--init-from", str(finished)]) == 0
-    before = contents(tmp_path / "run")
-    capsys.readouterr()
-    assert script.main([*longer, *other]) == 1
-    assert "has other settings: init_from" in capsys.readouterr().err
-    assert contents(tmp_path / "run") == before
-
-
-def test_a_state_from_before_a_run_could_begin_elsewhere_is_resumed(finished, flags, tmp_path):
-    folder = shutil.copytree(finished, tmp_path / "run")
-    saved = torch.load(folder / "state_previous.pt", weights_only=True)
-    del saved["earlier_runs"], saved["settings"]["init_from"], saved["state"]["start_step"]
-    torch.save(saved, folder / "state.pt")
-    assert script.main([*flags, "--output-dir", str(folder)]) == 0
-    one, other = (
-        load_checkpoint(path / "checkpoint_latest.pt").state_dict for path in (folder, finished)
-    )
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-@pytest.mark.parametrize("begins", ["from nothing", "from a finished run"])
-def test_a_run_stopped_in_its_first_epoch_leaves_a_checkpoint_there_alone(
-    tmp_path, finished, flags, monkeypatch, begins
-):
-    """As in a folder with a shipped checkpoint, which has no state."""
-    monkeypatch.setattr("ijepa.parallel.any_process", lambda *_: True)
-    shutil.copy(finished / "checkpoint_latest.pt", tmp_path)
-    arguments = [*flags, "--epochs", str(EPOCHS + 1), "--output-dir", str(tmp_path)]
-    if begins == "from a finished run":
-        arguments += ["--init-from", str(finished)]
-    assert script.main(arguments) == 130
-    assert {path.name for path in tmp_path.iterdir()} == {"state.pt", "checkpoint_latest.pt"}
-
-
-def test_runs_before_are_a_list_of_plain_facts(finished):
-    training = load_checkpoint(finished / "checkpoint_latest.pt").training
-    deep = []
-    for _ in range(2000):
-        deep = [deep]
-    first = {"epochs": 2, "command": "a", "seconds": deep, "secret": 1}
-    runs = earlier_runs({**training, "earlier_runs": [first, "nothing"]})
-    assert runs[0] == {"epochs": 2, "command": "a"}
-    assert runs[1]["recipe"] == "matched"
-    assert (len(runs), runs[1]["epochs"]) == (2, EPOCHS)
-    assert "settings" not in runs[1]
-    assert earlier_runs({"epochs": 1, "earlier_runs": 7}) == [{"epochs": 1}]
-
-
-def change_weights(change):
-    def spoil(folder):
-        path = folder / "checkpoint_latest.pt"
-        content = torch.load(path, weights_only=True)
-        change(content["weights"])
-        torch.save(content, path)
-
-    return spoil
-
-
-def change_log(change):
-    def spoil(folder):
-        path = folder / "training_log.csv"
-        path.write_text(change(path.read_text()))
-
-    return spoil
-
-
-def change_content(change):
-    def spoil(folder):
-        path = folder / "checkpoint_latest.pt"
-        content = torch.load(path, weights_only=True)
-        torch.save(change(content) or content, path)
-
-    return spoil
-
-
-def as_of_the_authors(content):
-    """Their layout, with a key of ours that means nothing there."""
-    weights = content["weights"]
-    return {"target_encoder": weights["target"], "encoder": weights["context"], "weights": None}
-
-
-def make_pipe(folder):
-    (folder / "training_log.csv").unlink()
-    os.mkfifo(folder / "training_log.csv")
-
-
-def test_a_predictor_begins_anew_where_the_checkpoint_has_none(finished, flags, tmp_path, capsys):
-    folder = shutil.copytree(finished, tmp_path / "without")
-    change_weights(lambda weights: weights.pop("predictor"))(folder)
-    arguments = [*flags, "--epochs", str(EPOCHS + 1), "--lr", "1e-12"]
-    for name, start in (("with", finished), ("anew", folder)):
-        folders = ["--init-from", str(start), "--output-dir", str(tmp_path / name)]
-        assert script.main([*arguments, *folders]) == 0
-    told = f"{folder} holds no predictor: a new one begins"
-    assert capsys.readouterr().err.count(told) == 1
-    losses = [float(read_log(tmp_path / name)[-1]["loss"]) for name in ("with", "anew")]
-    assert losses[0] < losses[1]
-
-
-def refused(flags, folder, output, capsys):
-    """The problem that is told, after a look at what has to come with it."""
-    arguments = [*flags, "--init-from", str(folder), "--output-dir", str(output)]
-    assert script.main(arguments) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("error: ")
-    assert lines[1].startswith("hint: ")
-    assert len(lines) == 2
-    assert not output.exists() or list(output.iterdir()) == []
-    return lines[0]
+    assert_same_run(straight, stopped)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    "case",
     [
-        (shutil.rmtree, "no checkpoint at "),
-        (lambda folder: (folder / "checkpoint_latest.pt").write_text("x"), "not a readable"),
-        (lambda folder: (folder / "training_log.csv").unlink(), "cannot read the log"),
-        (change_log(lambda text: text.replace("epoch,", "step,")), "its columns are not"),
-        (change_log(lambda text: text[:-30]), "cannot read the log"),
-        (change_log(lambda text: text.replace("\n2,", "\nx,")), "cannot read the log"),
-        (change_log(lambda text: text.replace("\n2,", "\ninf,")), "cannot read the log"),
-        (change_log(lambda text: text.replace("\n2,", "\n2.7,")), "cannot read the log"),
-        (change_log(lambda text: re.sub("\n2,[^,]+", "\n2,1e308", text)), "values beyond 1e+09"),
-        (change_log(lambda text: re.sub("\n2,[^,]+", "\n2,nan", text)), "values beyond 1e+09"),
-        (change_log(lambda text: text + "\0" * 2**24), "no file of at most 16 MiB"),
-        (make_pipe, "no file of at most 16 MiB"),
-        (change_log(lambda text: text + "4" + ",0" * 9), "not one row for each of the 3"),
-        (change_log(lambda text: text.replace("\n2,", "\n3,")), "not one row for each of the 3"),
-        (
-            change_content(lambda content: content["training"].update(epochs=10**30)),
-            "not one row for each of the 1000000000000000000000000000000 epochs",
-        ),
-        (
-            change_content(lambda content: content["preprocessing"].update(mean=[0.4] * 3)),
-            "takes pixels of mean (0.4, 0.4, 0.4)",
-        ),
-        (change_content(as_of_the_authors), "does not tell its number of attention heads"),
-        (change_weights(lambda all_: all_.pop("context")), "has no context encoder"),
-        (
-            change_weights(lambda all_: all_["predictor"]["mask_token"].fill_(torch.nan)),
-            "the predictor has NaN",
-        ),
-        (change_weights(lambda all_: all_["predictor"].popitem()), "the predictor does not fit"),
-        (change_weights(lambda all_: all_.update(predictor=[])), "predictor must be a dictionary"),
+        (shutil.rmtree, [], "no checkpoint at "),
+        (lambda folder: (folder / "training_log.csv").unlink(), [], "cannot read the log"),
+        (lambda folder: (folder / "training_log.csv").write_text("epoch\n1\n"), [], "has 1 epochs"),
+        (lambda _: None, ["--epochs", str(EPOCHS)], "has had 3 epochs"),
+        (lambda _: None, ["--depth", "2"], "depth=1"),
     ],
 )
-def test_a_damaged_start_is_told(finished, flags, tmp_path, capsys, spoil, message):
+def test_a_start_that_does_not_fit_is_an_error(finished, flags, tmp_path, capsys, case):
+    spoil, change, message = case
     folder = shutil.copytree(finished, tmp_path / "start")
     spoil(folder)
-    longer = [*flags, "--epochs", str(EPOCHS + 1)]
-    assert message in refused(longer, folder, tmp_path / "run", capsys)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (["--epochs", str(EPOCHS)], "has had 3 epochs: nothing is left to do"),
-        (["--epochs", "9", "--depth", "2"], "is another one: depth 1, not 2"),
-    ],
-)
-def test_a_start_that_does_not_fit_the_run_is_told(
-    finished, flags, tmp_path, capsys, change, message
-):
-    assert message in refused([*flags, *change], finished, tmp_path / "run", capsys)
-
-
-def test_collapsed_embeddings_are_told_in_words(tmp_path, flags, capsys, monkeypatch):
-    monkeypatch.setattr("ijepa.training.EARLY_EPOCHS", 1)
-    monkeypatch.setattr("ijepa.training.COLLAPSED_SHARE", 1.0)
-    assert script.main([*flags, "--output-dir", str(tmp_path)]) == 0
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-    assert len(warnings) == EPOCHS - 1
-    assert warnings[0].startswith("warning: the embeddings are collapsing: effective rank")
+    arguments = [*flags, "--epochs", "9", *change, "--init-from", str(folder)]
+    assert script.main([*arguments, "--output-dir", str(tmp_path / "run")]) == 1
+    error, hint = capsys.readouterr().err.splitlines()
+    assert message in error
+    assert hint.startswith("hint: ")
 
 
 # --- several processes
 
 
-def torchrun(processes, arguments):
-    """Run the script in processes that meet over a socket on loopback."""
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(processes), str(SCRIPT), *arguments),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_two_processes_train_the_model_of_one(tmp_path, flags, finished):
-    result = torchrun(2, [*flags, "--output-dir", str(tmp_path)])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_processes_train_the_model_of_one(tmp_path, flags, finished, torchrun, recipe):
+    single = finished
+    if recipe != "matched":
+        flags, single = [*flags, "--recipe", recipe], tmp_path / "single"
+        assert script.main([*flags, "--output-dir", str(single)]) == 0
+    result = torchrun(SCRIPT, *flags, "--output-dir", str(tmp_path / "both"))
     assert result.returncode == 0, result.stderr
-    rows = list(zip(read_log(tmp_path), read_log(finished), strict=True))
-    assert len(rows) == EPOCHS
-    for one, other in rows:
+    both = tmp_path / "both"
+    for one, other in zip(read_log(both), read_log(single), strict=True):
         for name in ("loss", "matching_loss"):
-            assert float(one[name]) == pytest.approx(float(other[name]), abs=1e-4)
+            assert one[name] == other[name] == "" or float(one[name]) == pytest.approx(
+                float(other[name]), abs=1e-4
+            )
     one, other = (
-        load_checkpoint(path / "checkpoint_latest.pt").state_dict for path in (tmp_path, finished)
+        load_checkpoint(path / "checkpoint_latest.pt").state_dict for path in (both, single)
     )
     for name in one:
         torch.testing.assert_close(one[name], other[name], atol=2e-3, rtol=0)
-    training = load_checkpoint(tmp_path / "checkpoint_latest.pt").training
+    training = load_checkpoint(both / "checkpoint_latest.pt").training
     assert training["processes"] == 2
     assert training["command"].startswith("torchrun --nproc-per-node 2 scripts/train_ijepa.py --")
     assert result.stderr.count("epoch=1 ") == 1
 
 
-def test_a_batch_that_processes_cannot_share_is_told(tmp_path, flags):
-    result = torchrun(2, [*flags, "--batch-size", "35", "--output-dir", str(tmp_path)])
+def test_a_batch_that_processes_cannot_share_is_an_error(tmp_path, flags, torchrun):
+    result = torchrun(SCRIPT, *flags, "--batch-size", "35", "--output-dir", str(tmp_path))
     assert result.returncode != 0
-    assert "error: a batch of 35 cannot be shared by 2 processes" in result.stderr
+    assert "2 processes cannot share a batch of 35" in result.stderr
 
 
 # --- bad input
@@ -637,12 +414,8 @@ def test_a_batch_that_processes_cannot_share_is_told(tmp_path, flags):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--patch-size", "8"], "leaves fewer than 20 context patches"),
-        (["--patch-size", "5"], "patch_size 5 does not divide image_size 32"),
-        (["--num-views", "1"], "matching needs num_views of at least 2, got 1"),
-        (["--embed-dim", "18"], "embed_dim must be a multiple of 4"),
-        (["--batch-size", "109"], "120 images are too few for batches of 109"),
-        (["--dataset", "nothing"], "unknown data set 'nothing'"),
+        (["--batch-size", "109"], "120 images are too few for batches of 109, as 12 are held out"),
+        (["--dataset", "/no/such"], "no such folder"),
         (["--device", "tpu"], "device 'tpu' is not available"),
         (["--lr", "1e9"], "the loss is no longer a number after 3 updates"),
         (["--resume"], "there is no run in"),
@@ -652,12 +425,32 @@ def test_a_mistake_of_the_user_is_two_lines_and_exit_code_1(
     tmp_path, flags, capsys, change, message
 ):
     assert script.main([*flags, *change, "--output-dir", str(tmp_path)]) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("error: ")
-    assert message in lines[0]
-    assert lines[1].startswith("hint: ")
-    assert len(lines) == 2
+    error, hint = capsys.readouterr().err.splitlines()[-2:]
+    assert error.startswith("error: ")
+    assert message in error
+    assert hint.startswith("hint: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_where_an_error_comes_from(tmp_path):
+    with pytest.raises(UserError):
+        script.main(["--debug", "--device", "tpu", "--output-dir", str(tmp_path)])
+
+
+def test_the_home_folder_is_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = script.parse_arguments(["--output-dir=~/a", "--data-dir=~/b", "--init-from=~/c"])
+    assert [args.output_dir, args.data_dir, args.init_from] == [tmp_path / one for one in "abc"]
+    (tmp_path / "few").mkdir()
+    with pytest.raises(UserError, match="images"):
+        script.load_images("~/few", tmp_path, 8)
+
+
+def test_a_display_that_cannot_be_used_does_not_matter(tmp_path, flags):
+    arguments = [*flags, "--epochs", "1", "--output-dir", str(tmp_path)]
+    result = run_python(str(SCRIPT), *arguments, MPLBACKEND="module://no.such_backend")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "training_curves.png").exists()
 
 
 def test_an_output_folder_that_is_a_file_is_told_before_training(tmp_path, flags, capsys):
@@ -675,7 +468,13 @@ def test_an_argument_that_is_not_utf_8_is_wrong_usage(capsys):
 
 @pytest.mark.parametrize(
     "wrong",
-    [["--epochs", "0"], ["--batch-size", "-3"], ["--seed", "-1"], ["--dtype", "half"], ["--epoch"]],
+    [
+        *(["--epochs", "0"], ["--batch-size", "-3"], ["--depth", "0"], ["--epoch"]),
+        *(["--lr", "-1"], ["--lr", "nan"], ["--lr", "inf"], ["--lr", "0"], ["--lr", "x"]),
+        *(["--seed", "-1"], ["--seed", "99999999999999999999"], ["--dtype", "half"]),
+        *(["--embed-dim", "100"], ["--embed-dim", "0"], ["--patch-size", "8"]),
+        *(["--num-views", "1"], ["--num-views", "2", "--recipe", "paper"]),
+    ],
 )
 def test_wrong_usage_is_exit_code_2(wrong, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -686,7 +485,7 @@ def test_wrong_usage_is_exit_code_2(wrong, capsys):
 
 LIGHT = """
 import runpy, sys
-for words, code in ((["--help"], 0), (["--epochs", "none"], 2)):
+for words, code in ((["--help"], 0), (["--version"], 0), (["--epochs", "none"], 2)):
     sys.argv = ["train_ijepa.py", *words]
     try:
         runpy.run_path(SCRIPT, run_name="__main__")
@@ -698,12 +497,7 @@ assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 
 
 def test_help_and_usage_errors_import_nothing_heavy():
-    result = subprocess.run(
-        [sys.executable, "-c", LIGHT.replace("SCRIPT", repr(str(SCRIPT)))],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run_python("-c", LIGHT.replace("SCRIPT", repr(str(SCRIPT))))
     assert result.returncode == 0, result.stderr
     assert "--output-dir" in result.stdout
 

@@ -1,6 +1,6 @@
-"""Several processes as one: shares of the work, and what comes back from them.
+"""Several processes that work as one: they share the rows of a batch and combine the results.
 
-Without a process group each function is the identity, and a run is one process.
+Without a process group every function is the identity, and a run is one process.
 """
 
 import os
@@ -16,19 +16,19 @@ from torch import Tensor, distributed, nn
 from ijepa.errors import UserError
 
 Item = TypeVar("Item")
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun tells each process that it starts; some of it alone means nothing."""
 
 
 def join_processes(
     device: torch.device, backend: str, timeout: timedelta | None = None
 ) -> torch.device:
-    """Under torchrun, join its processes and take the GPU of this one; else the device as it is.
+    """Join the processes that torchrun started; the device of this one.
+
+    Without torchrun, and on a CPU, that is the given device; otherwise the GPU of its local rank.
 
     Raises:
         UserError: If there are more processes than GPUs.
     """
-    if not all(name in os.environ for name in TORCHRUN):
+    if not distributed.is_torchelastic_launched():
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -54,10 +54,10 @@ def process_rank() -> int:
 
 
 def own_part(rows: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "b ..."]:
-    """The rows of a batch that this process works on, B / processes of them.
+    """The b = B / processes rows of a batch that this process works on.
 
     Raises:
-        ValueError: If the rows cannot be shared out evenly.
+        ValueError: If B is not a multiple of the number of processes.
     """
     if len(rows) % num_processes():
         raise ValueError(f"{len(rows)} rows for {num_processes()} processes")
@@ -65,9 +65,9 @@ def own_part(rows: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "b ..."]:
 
 
 def gather_rows(rows: Shaped[Tensor, "b ..."]) -> Shaped[Tensor, "B ..."]:
-    """The rows of all processes in their order; gradients flow back to this process's own.
+    """The rows of all processes in rank order; gradients reach only this process's own rows.
 
-    Where all compute the same number from them, the sum of their gradients is its gradient.
+    If all processes compute the same number from them, its gradient is the sum of their gradients.
     """
     if num_processes() == 1:
         return rows
@@ -79,7 +79,7 @@ def gather_rows(rows: Shaped[Tensor, "b ..."]) -> Shaped[Tensor, "B ..."]:
 
 @torch.no_grad()
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Give every process the sum of all gradients, in one message."""
+    """Replace each gradient by its sum over all processes, in one message."""
     if num_processes() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -98,29 +98,31 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(count)
 
 
-@contextmanager
-def lost_processes() -> Iterator[None]:
-    """Turn a connection that another process has closed into an error for the user."""
-    try:
-        yield
-    except RuntimeError as error:  # all that gloo raises
-        raise UserError(
-            "another process of this run has ended", hint="its own error stands beside this one"
-        ) from error
-
-
-def leave_processes() -> None:
-    """End the group when all have done their part; afterwards this process is a run of its own.
+def wait_for_all() -> None:
+    """Return when every process has called this.
 
     Raises:
         UserError: If another process has ended.
     """
-    if not distributed.is_initialized():
+    if num_processes() == 1:
         return
-    # One that leaves early takes its connections from those that still listen.
-    with lost_processes():
+    try:
         distributed.barrier()
-    distributed.destroy_process_group()
+    except RuntimeError as error:  # gloo has no narrower one for a closed connection
+        raise UserError(
+            "another process of this run has ended", hint="read its error, printed next to this one"
+        ) from error
+
+
+def leave_processes() -> None:
+    """End the process group when all processes have arrived; each then runs on its own.
+
+    Raises:
+        UserError: If another process has ended.
+    """
+    if distributed.is_initialized():
+        wait_for_all()
+        distributed.destroy_process_group()
 
 
 @contextmanager
@@ -130,24 +132,18 @@ def first_process_first() -> Iterator[None]:
     Raises:
         UserError: If another process has ended.
     """
-    if num_processes() > 1 and process_rank() > 0:
-        with lost_processes():
-            distributed.barrier()
+    if process_rank() > 0:
+        wait_for_all()
     yield
-    if num_processes() > 1 and process_rank() == 0:
-        with lost_processes():
-            distributed.barrier()
+    if process_rank() == 0:
+        wait_for_all()
 
 
 def gather_objects(mine: Item) -> list[Item]:
-    """In process 0 what every process has, in their order; in the others their own alone.
-
-    Raises:
-        UserError: If another process has ended.
-    """
+    """In process 0 the items of all processes in rank order; in the others only their own."""
     if num_processes() == 1:
         return [mine]
+    wait_for_all()
     everyone = [mine] * (num_processes() if process_rank() == 0 else 1)
-    with lost_processes():
-        distributed.gather_object(mine, everyone if process_rank() == 0 else None)
+    distributed.gather_object(mine, everyone if process_rank() == 0 else None)
     return everyone

@@ -1,0 +1,104 @@
+import pytest
+import torch
+
+from ijepa.distributed import any_process, gather_rows, join_processes, own_part
+from ijepa.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+TOGETHER = """
+import time
+from pathlib import Path
+
+import torch
+
+from ijepa.distributed import *
+
+CPU, file = torch.device("cpu"), Path(__file__)
+
+
+def gradient(rows, split):
+    parameter = torch.nn.Parameter(torch.arange(6.0, dtype=torch.float64).reshape(3, 2))
+    # A covariance: no process could compute it from its own rows.
+    gathered = gather_rows(split(rows) @ parameter)
+    torch.cov(gathered.T).square().sum().backward()
+    return parameter
+
+
+everything = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+alone = gradient(everything, lambda rows: rows).grad
+assert join_processes(CPU, "gloo") == CPU
+assert num_processes() == 2
+shared = gradient(everything, own_part)
+assert not torch.allclose(shared.grad, alone)
+sum_gradients([shared, torch.nn.Parameter(torch.ones(1))])
+torch.testing.assert_close(shared.grad, alone)
+first = process_rank() == 0
+assert any_process(first, CPU)
+assert not any_process(False, CPU)
+with first_process_first():
+    if first:
+        time.sleep(0.5)
+        file.with_suffix(".made").touch()
+    assert file.with_suffix(".made").exists()
+leave_processes()
+assert num_processes() == 1
+"""
+
+
+def test_two_processes_give_the_gradient_of_one_and_end_cleanly(tmp_path, torchrun):
+    script = tmp_path / "together.py"
+    script.write_text(TOGETHER)
+    result = torchrun(script)
+    assert result.returncode == 0, result.stderr
+    assert "warn" not in result.stderr.lower()
+
+
+LEFT = """
+import sys, torch
+from ijepa.distributed import *
+from ijepa.errors import UserError
+
+join_processes(torch.device("cpu"), "gloo")
+if process_rank() == 1:
+    sys.exit(3)
+try:
+    leave_processes()
+except UserError as error:
+    print(error.problem)
+"""
+
+
+def test_a_process_that_waits_for_a_dead_one_says_so(tmp_path, torchrun):
+    script = tmp_path / "left.py"
+    script.write_text(LEFT)
+    result = torchrun(script)
+    assert result.returncode != 0
+    assert "another process of this run has ended" in result.stdout
+
+
+def test_without_torchrun_everything_is_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")  # a stray variable
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert join_processes(CPU, "gloo") == CPU
+    assert not torch.distributed.is_initialized()
+    rows = torch.randn(3, 2)
+    assert torch.equal(own_part(rows), rows)
+    assert torch.equal(gather_rows(rows), rows)
+    assert any_process(True, CPU)
+    assert not any_process(False, CPU)
+
+
+def test_each_process_takes_its_own_gpu_or_is_refused(monkeypatch):
+    joined = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", joined.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *a, **_: joined.append(*a))
+    assert join_processes(torch.device("cuda"), "nccl") == torch.device("cuda", 1)
+    assert joined == [torch.device("cuda", 1), "nccl"]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="has no GPU of its own, there are 2"):
+        join_processes(torch.device("cuda"), "nccl")
