@@ -1,4 +1,4 @@
-"""Random views of a batch of small images, each image with its own draws, all in one pass.
+"""Random views of a batch of small images, with separate draws for each image.
 
 Every function takes the generator that it draws from, so that a seed gives the same views.
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-# Luma and two colour differences (NTSC): a hue is an angle in the plane of the two differences.
+# Luma and two color differences (NTSC): a hue is an angle in the plane of the two differences.
 YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
 
 
@@ -29,7 +29,7 @@ def random_resized_crop(
     draws = torch.rand(5, len(images), generator=generator, device=images.device)
     area = min_scale + (1 - min_scale) * draws[0]
     aspect = (math.log(4 / 3) * (2 * draws[1] - 1)).exp()
-    # Shares of the image's sides, and the centre in coordinates from -1 to 1.
+    # Shares of the image's sides, and the center in coordinates from -1 to 1.
     width = (area * aspect).sqrt().clamp(max=1)
     height = (area / aspect).sqrt().clamp(max=1)
     transform = torch.zeros(len(images), 2, 3, device=images.device)
@@ -39,7 +39,7 @@ def random_resized_crop(
     transform[:, 1, 2] = (1 - height) * (2 * draws[3] - 1)
     grid = F.affine_grid(transform, list(images.shape), align_corners=False)
     pixels = images.float() / 255
-    # Rounding may put a sample beyond the outermost pixel centre; it takes that pixel.
+    # Rounding may put a sample beyond the outermost pixel center; it takes that pixel.
     return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
 
 
@@ -49,7 +49,7 @@ def color_jitter(
     grey_share: float,
     generator: torch.Generator,
 ) -> Float[Tensor, "B 3 H W"]:
-    """Change brightness, contrast, saturation and hue, in this order; make some images grey.
+    """Change brightness, contrast, saturation and hue, in this order; make some images gray.
 
     Factors lie in 1 +- strength, the hue turns by at most a quarter of `strength` of the circle
     (SimCLR's proportions, Chen et al. 2020, https://arxiv.org/abs/2002.05709, appendix A).
@@ -66,7 +66,7 @@ def color_jitter(
 def rotate_hue(
     images: Float[Tensor, "B 3 H W"], turns: Float[Tensor, " B"]
 ) -> Float[Tensor, "B 3 H W"]:
-    """Turn the colours by shares of the full circle; greys and luma stay as they are."""
+    """Turn the hues by shares of the full circle; grays and luma stay as they are."""
     to_yiq, to_rgb = yiq_matrices(images.device)
     angle = 2 * math.pi * turns
     rotation = torch.zeros(len(images), 3, 3, device=images.device)
@@ -79,7 +79,7 @@ def rotate_hue(
 
 @cache
 def yiq_matrices(device: torch.device) -> tuple[Float[Tensor, "3 3"], Float[Tensor, "3 3"]]:
-    """From colours to luma and differences, and back; kept, as a copy to a GPU waits for it."""
+    """From RGB to luma and differences, and back; cached, as each copy to a GPU waits for it."""
     to_yiq = torch.tensor(YIQ)
     return to_yiq.to(device), torch.linalg.inv(to_yiq).to(device)
 

@@ -118,7 +118,7 @@ def leave_processes() -> None:
     """End the process group when all processes have arrived; each then runs on its own.
 
     Raises:
-        UserError: If another process has ended.
+        UserError: As `wait_for_all`.
     """
     if distributed.is_initialized():
         wait_for_all()
@@ -130,7 +130,7 @@ def first_process_first() -> Iterator[None]:
     """Let process 0 run the body before the others: it may download, and its error stops them.
 
     Raises:
-        UserError: If another process has ended.
+        UserError: As `wait_for_all`.
     """
     if process_rank() > 0:
         wait_for_all()

@@ -1,4 +1,4 @@
-"""Work on a GPU that is recorded once and then replayed, so that the GPU never waits for Python."""
+"""Record work on a GPU once and replay it, so that the GPU never waits for Python."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -18,12 +18,12 @@ class Recording(NamedTuple):
 class Graphs:
     """A function of tensors as CUDA graphs, one for all calls with the same shapes.
 
-    The first call with new shapes runs as ever, which sets up what libraries and optimizers set up
-    once; the second is recorded, for which the GPU comes to rest; it and all others replay the
-    recording. So few shapes should come often.
+    The first call with new shapes runs the function, in which libraries and optimizers allocate
+    what they need; the second records it; it and all later ones replay the recording. So there
+    should be few different shapes.
 
     Args:
-        function: Of tensors, to tensors; apart from reading and changing other tensors in place it
+        function: From tensors to tensors. It may read other tensors and change them in place, but
             must do the same whenever the shapes are the same, and must not wait for the GPU.
         device: The GPU.
     """
@@ -35,7 +35,7 @@ class Graphs:
         self.recordings: dict[tuple[torch.Size, ...], Recording | None] = {}
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
-        """What the function returns; the next call may overwrite it."""
+        """The result of the function; the next call may overwrite it."""
         shapes = tuple(one.shape for one in inputs)
         if shapes not in self.recordings:
             self.recordings[shapes] = None
@@ -56,9 +56,9 @@ class Graphs:
         return outputs
 
     def record(self, inputs: Sequence[Tensor]) -> Recording:
-        """Write down what the function does, without doing it."""
+        """Record what the function does, without running it."""
         graph, kept = torch.cuda.CUDAGraph(), [one.clone() for one in inputs]
-        # One pool for all: no two recordings run at a time, and none reads what another left.
+        # One memory pool: no two recordings run at a time, and none reads another's results.
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             outputs = self.function(*kept)
         return Recording(graph, kept, outputs)

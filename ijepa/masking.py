@@ -1,4 +1,4 @@
-"""Which patches the context encoder sees and which the predictor must fill in.
+"""Which patches the context encoder sees and which ones the predictor must predict.
 
 The multi-block sampler of I-JEPA (Assran et al. 2023, section 3 and appendix A.1), written for
 small grids: every position of a block is possible, the last row and column included; one block
@@ -23,7 +23,7 @@ class MaskConfig:
     """Sizes of the blocks as shares of the grid's area, and the number of context patches kept."""
 
     num_targets: int = 2
-    """The paper has four; half of them make an update a tenth shorter and the features no worse."""
+    """The paper has four; two make an update a tenth shorter and the features no worse."""
     target_scale: tuple[float, float] = (0.15, 0.2)
     target_aspect: tuple[float, float] = (0.75, 1.5)
     context_scale: tuple[float, float] = (0.85, 1.0)

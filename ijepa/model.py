@@ -155,7 +155,7 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """The encoder: normalised images to one token per (visible) patch."""
+    """The encoder: normalized images to one token per (visible) patch."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()

@@ -1,20 +1,31 @@
-"""The folder of a training run: its resumable state, its log, and the checkpoint for others."""
+"""A training run seen from outside: how it is monitored, and its folder.
+
+The folder holds the resumable state, the log, and the checkpoint for others.
+"""
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
 
+from ijepa.augmentation import standardize
 from ijepa.checkpoint import load_checkpoint, load_predictor, read_torch_file, save_checkpoint
 from ijepa.errors import UserError
 from ijepa.files import write_atomically, write_text
+from ijepa.metrics import effective_rank, nearest_neighbors, precision_at_k
+from ijepa.model import VisionTransformer
 from ijepa.training import TrainConfig, TrainState, check_finite, decay_start
 
 CHECKPOINT, LOG = "checkpoint_latest.pt", "training_log.csv"
 STATE, PREVIOUS = "state.pt", "state_previous.pt"
+EARLY_EPOCHS = 5
 NORMALIZATION = (0.5, 0.5)
 """Mean and deviation of every channel in `ijepa.augmentation.standardize`."""
 
@@ -152,6 +163,47 @@ class Run:
         save_checkpoint(
             self.folder / CHECKPOINT, self.config.vit, networks, NORMALIZATION, training
         )
+
+
+@torch.no_grad()
+def evaluate(
+    encoder: VisionTransformer,
+    images: UInt8[Tensor, "n 3 H W"],
+    labels: Int[np.ndarray, " n"] | None,
+    dtype: torch.dtype,
+) -> dict[str, float | None]:
+    """P@5 (None without labels), effective rank and mean variance of plain images' mean tokens."""
+    parts = []
+    for batch in images.split(256):
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            tokens = encoder(standardize(batch.float() / 255))
+        parts.append(tokens.float().mean(dim=1).cpu())
+    embeddings = torch.cat(parts).numpy()
+    precision = None
+    if labels is not None:
+        precision = float(precision_at_k(nearest_neighbors(embeddings, 5)[0], labels, 5).mean())
+    return {
+        "heldout_precision_at_5": precision,
+        "effective_rank": effective_rank(embeddings),
+        "target_variance": float(embeddings.var(axis=0).mean()),
+    }
+
+
+def collapses_now(ranks: Sequence[float], random_rank: float) -> bool:
+    """Whether the last effective rank is the first one that looks collapsed.
+
+    That is one at or below the random network's that has not risen for `EARLY_EPOCHS` epochs; in
+    the first of them every run looks like that.
+
+    Args:
+        ranks: One per epoch.
+        random_rank: Effective rank of the network before training, on the same images.
+    """
+    collapsed = [
+        rank <= min(random_rank, before)
+        for before, rank in zip(ranks, ranks[EARLY_EPOCHS:], strict=False)
+    ]
+    return collapsed.index(True) == len(collapsed) - 1 if True in collapsed else False
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

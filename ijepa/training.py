@@ -9,7 +9,7 @@ resumed at any step equals the uninterrupted run, on a CPU bit for bit.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import permutations
@@ -26,13 +26,11 @@ from ijepa.devices import can_compile
 from ijepa.distributed import gather_rows, num_processes, own_part, sum_gradients
 from ijepa.graphs import Graphs
 from ijepa.masking import MaskConfig, sample_masks
-from ijepa.metrics import effective_rank, nearest_neighbors, precision_at_k
 from ijepa.model import Predictor, PredictorConfig, VisionTransformer, ViTConfig, gather_tokens
 from ijepa.muon import Muon, make_optimizers
 
 CHECK_EVERY = 50
 """Updates between checks that the loss is finite."""
-EARLY_EPOCHS = 5
 """Epochs in which a low effective rank is normal."""
 
 
@@ -429,44 +427,3 @@ def log_row(
         "momentum": ema_momentum(config, last),
         "weight_decay": config.weight_decay,
     }
-
-
-@torch.no_grad()
-def evaluate(
-    encoder: VisionTransformer,
-    images: UInt8[Tensor, "n 3 H W"],
-    labels: Int[np.ndarray, " n"] | None,
-    dtype: torch.dtype,
-) -> dict[str, float | None]:
-    """P@5 (None without labels), effective rank and mean variance of plain images' mean tokens."""
-    parts = []
-    for batch in images.split(256):
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            tokens = encoder(standardize(batch.float() / 255))
-        parts.append(tokens.float().mean(dim=1).cpu())
-    embeddings = torch.cat(parts).numpy()
-    precision = None
-    if labels is not None:
-        precision = float(precision_at_k(nearest_neighbors(embeddings, 5)[0], labels, 5).mean())
-    return {
-        "heldout_precision_at_5": precision,
-        "effective_rank": effective_rank(embeddings),
-        "target_variance": float(embeddings.var(axis=0).mean()),
-    }
-
-
-def collapses_now(ranks: Sequence[float], random_rank: float) -> bool:
-    """Whether the last effective rank is the first one that looks collapsed.
-
-    That is one at or below the random network's that has not risen for `EARLY_EPOCHS` epochs; in
-    the first of them every run looks like that.
-
-    Args:
-        ranks: One per epoch.
-        random_rank: Effective rank of the network before training, on the same images.
-    """
-    collapsed = [
-        rank <= min(random_rank, before)
-        for before, rank in zip(ranks, ranks[EARLY_EPOCHS:], strict=False)
-    ]
-    return collapsed.index(True) == len(collapsed) - 1 if True in collapsed else False

@@ -174,8 +174,8 @@ def train_run(args: argparse.Namespace) -> int:
     """Load images, begin or resume a run, train it; the exit code."""
     from ijepa.devices import choose_device, choose_dtype
     from ijepa.distributed import join_processes, leave_processes, num_processes
-    from ijepa.runs import Run
-    from ijepa.training import evaluate, init_state
+    from ijepa.runs import Run, evaluate
+    from ijepa.training import init_state
 
     device = choose_device(args.device)
     device = join_processes(device, "nccl" if device.type == "cuda" else "gloo")
@@ -224,7 +224,8 @@ def train_epochs(
     from tqdm import tqdm
 
     from ijepa.distributed import any_process, process_rank
-    from ijepa.training import evaluate, log_row, train
+    from ijepa.runs import evaluate
+    from ijepa.training import log_row, train
 
     config, stop, stopped = run.config, catch_signals(), False
     began = time.monotonic() - run.epoch_seconds
@@ -278,7 +279,7 @@ def end_epoch(
 ) -> None:
     """Log one epoch; write the checkpoint and the state where it is their turn."""
     from ijepa.distributed import process_rank
-    from ijepa.training import collapses_now
+    from ijepa.runs import collapses_now
 
     run.seconds, run.epoch_seconds = run.seconds + run.epoch_seconds, 0.0
     digits = {

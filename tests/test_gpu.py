@@ -14,8 +14,8 @@ from ijepa.encoders import load_encoder
 from ijepa.graphs import Graphs
 from ijepa.metrics import mean_silhouettes, nearest_neighbors, silhouette_samples
 from ijepa.model import VisionTransformer
-from ijepa.runs import NORMALIZATION
-from ijepa.training import TrainConfig, evaluate, init_state, learning_rate, train
+from ijepa.runs import NORMALIZATION, evaluate
+from ijepa.training import TrainConfig, init_state, learning_rate, train
 
 pytestmark = [
     pytest.mark.gpu,

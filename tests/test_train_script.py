@@ -248,8 +248,8 @@ runpy.run_path(SCRIPT, run_name="__main__")
 """
 
 
-def stop_after_epoch(number, arguments):
-    code = STOP_AFTER_AN_EPOCH.replace("EPOCH", str(number)).replace("SCRIPT", repr(str(SCRIPT)))
+def stop_after_epoch(number, arguments, code=STOP_AFTER_AN_EPOCH):
+    code = code.replace("EPOCH", str(number)).replace("SCRIPT", repr(str(SCRIPT)))
     return run_python("-c", code, *arguments)
 
 
@@ -275,6 +275,19 @@ def test_a_terminated_run_saves_and_goes_on_to_the_same_weights(
     text = capsys.readouterr().err
     assert f"resuming {output} after 6 updates\nepoch=3 " in text
     assert_same_run(output, whole)
+
+
+def test_a_second_ctrl_c_ends_at_once_and_keeps_the_saved_state(tmp_path, flags):
+    arguments = [*flags, "--output-dir", str(tmp_path)]
+    twice = STOP_AFTER_AN_EPOCH.replace("SIGTERM)", "SIGINT)\n" + 12 * " " + "raise_again()")
+    twice = "def raise_again():\n    os.kill(os.getpid(), signal.SIGINT)\n" + twice
+    stopped = stop_after_epoch(2, arguments, twice)
+    assert stopped.returncode == 130, stopped.stderr
+    assert "press Ctrl-C again" in stopped.stderr
+    assert "stopped; a state saved before is kept" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["state"]["step"] == 6
 
 
 def test_a_run_without_a_checkpoint_yet_leaves_that_of_another_run_unchanged(
