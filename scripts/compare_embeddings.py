@@ -17,15 +17,13 @@ sys.path.insert(0, str(ROOT))
 
 BUNDLED = ROOT / "checkpoints_300ep"
 HUB_MODEL = "facebook/ijepa_vith14_1k"
-FULL_EPOCHS = 300
-"""What the bundled checkpoint is meant to have."""
 MANY_IMAGES = 10_000
 """From this many on a comparison may take over a minute, which is measured before it starts."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; heavy imports come later so that usage errors are instant."""
-    from ijepa.provenance import command_line
+    from ijepa.errors import command_line
 
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
@@ -143,15 +141,6 @@ def positive(text: str) -> int:
     return value
 
 
-def versions() -> dict[str, str]:
-    """Of Python and the packages whose version can change a number."""
-    import platform
-    from importlib.metadata import version
-
-    names = ("torch", "torchvision", "transformers", "numpy", "scikit-learn", "matplotlib")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
 class Stopwatch:
     """Seconds of each stage."""
 
@@ -265,93 +254,6 @@ def extract_all(
     return results
 
 
-def caveats(comparison: Any, loaded: list[Any], maps: Any) -> list[str]:
-    """What a reader must know before believing a number."""
-    from math import isfinite
-
-    n = len(comparison.analyses["local"].labels)
-    notes = [
-        "the intervals cover images, not training: "
-        + (
-            "the spread over training seeds stands beside them"
-            if comparison.seeds
-            else "one checkpoint is one draw of the training seed"
-        ),
-        f"precision@k and kNN accuracy depend on the number of images searched, here n = {n}",
-        "explained variance describes the shape of a cloud, not its quality",
-    ]
-    widths = {a.embeddings.shape[1] for a in comparison.analyses.values()}
-    if len(widths) == 2:
-        notes.append("the embedding dimensions differ: 10 PCs are another share of each")
-    notes = training_caveats(loaded[0].description) + notes
-    if len(comparison.analyses) == 2:
-        other = Path(loaded[1].description["source"])
-        if other.resolve() == (BUNDLED / "hf").resolve():
-            notes.insert(
-                0,
-                "the HF side is the bundled export of our own training run's context encoder, not "
-                "a ViT-Huge: this run compares the two encoders of one training",
-            )
-    if not comparison.num_halves:
-        notes.append("fewer than 20 images in a class: no intervals")
-    notes += map_caveats(maps, n)
-    for name, analysis in comparison.analyses.items():
-        rank = comparison.metrics[name]["effective_rank"]
-        if comparison.num_halves and isfinite(rank.value) and not isfinite(rank.se):
-            notes.append(
-                f"the effective rank of the {name} embeddings is above half the number of images, "
-                "which bounds it: no interval"
-            )
-        notes += collapse_warning(comparison, name, analysis.embeddings.shape[1])
-    return notes
-
-
-def map_caveats(maps: Any, n: int) -> list[str]:
-    """What to know of the maps of n images."""
-    from ijepa.report import MAX_POINTS
-
-    notes = []
-    if n > MAX_POINTS:
-        notes.append(
-            f"maps show {MAX_POINTS:,} of {n:,} images, as many of each class as possible; "
-            "all numbers are of all images"
-        )
-    if (perplexity := next(iter(maps.values())).perplexity) < 30:
-        notes.append(f"t-SNE perplexity lowered from 30 to {perplexity:.1f} for {n} images")
-    return notes
-
-
-def training_caveats(facts: dict[str, Any]) -> list[str]:
-    """What to know of a local checkpoint that had fewer epochs than it was meant to have."""
-    epochs, planned = facts["epochs"], facts["planned_epochs"]
-    shipped = (BUNDLED / "checkpoint_latest.pt").resolve()
-    if Path(facts["source"]).resolve() == shipped and epochs < FULL_EPOCHS:
-        return [
-            f"the bundled checkpoint had {epochs} epochs of training, not {FULL_EPOCHS}: "
-            "expect more of a finished one"
-        ]
-    if planned not in (None, epochs):
-        return [f"the local checkpoint has {epochs} of {planned} epochs"]
-    return []
-
-
-def collapse_warning(comparison: Any, name: str, width: int) -> list[str]:
-    """Say so in words when embeddings use few dimensions and retrieve no better than pixels."""
-    from math import isnan
-
-    metrics, n = comparison.metrics[name], len(comparison.analyses[name].labels)
-    rank, precision = metrics["effective_rank"].value, metrics["precision_at_5"].value
-    if isnan(rank):
-        return [f"the {name} embeddings are all the same: the model has collapsed"]
-    baseline = max(facts["precision_at_5"] for facts in comparison.references.values())
-    if rank < 0.1 * min(n - 1, width) and precision < 1 and precision <= baseline:
-        return [
-            f"the {name} embeddings look collapsed: few dimensions, and retrieval no better than "
-            "that of pixels or random weights"
-        ]
-    return []
-
-
 def compare_run(args: argparse.Namespace) -> None:
     """Images, encoders, embeddings, comparison, report: the whole line of data."""
     watch = Stopwatch()
@@ -361,15 +263,16 @@ def compare_run(args: argparse.Namespace) -> None:
 
         from ijepa.data import fingerprint
         from ijepa.devices import choose_device
-        from ijepa.embeddings import save_embeddings
-        from ijepa.narrative import console_table, headline_lines, table
+        from ijepa.markdown import caveats, console_table, headline_lines
+        from ijepa.narrative import table
         from ijepa.parallel import (
             first_process_first,
             join_processes,
             leave_processes,
             process_rank,
         )
-        from ijepa.report import project, write_report
+        from ijepa.projections import make_maps
+        from ijepa.report import write_report
 
         # A process whose chunks are all in the cache waits for those that compute theirs.
         device = join_processes(choose_device(args.device), "gloo", timedelta(days=7))
@@ -387,20 +290,18 @@ def compare_run(args: argparse.Namespace) -> None:
     with watch.stage("compare"):
         models, comparison, pairs_device = compare_all(results, split, args.seed, device)
     with watch.stage("project"):
-        maps = project(comparison, args.seed, cache and cache / "maps")
+        maps = make_maps(models, split.labels, args.seed, cache and cache / "maps")
     with watch.stage("write"):
-        for name in models:
-            save_embeddings(args.output_dir / f"embeddings_{name}.npz", models[name], split)
         facts = describe_run(args, watch, loaded, results, split, split_hash)
         facts["run"]["torch_threads"] = torch.get_num_threads()
         facts["run"]["pairs_device"] = pairs_device
-        notes = caveats(comparison, loaded, maps)
-        written = write_report(args.output_dir, comparison, maps, split, facts, notes)
+        notes = caveats(comparison, facts, maps, one_training=both_bundled(loaded))
+        written = write_report(args.output_dir, comparison, split, facts, notes, maps)
     print(console_table(table(comparison)))
     for line in headline_lines(comparison):
         print(line)
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in watch.seconds.items())
-    print(f"wrote {len(written) + len(models)} files to {args.output_dir} ({stages})")
+    print(f"wrote {len(written)} files to {args.output_dir} ({stages})")
 
 
 def compare_all(
@@ -455,9 +356,8 @@ def describe_run(
     split_hash: str,
 ) -> dict[str, Any]:
     """The provenance parts of metrics.json."""
-    from ijepa.comparison import MUTUAL_K
-    from ijepa.provenance import git_commit
-    from ijepa.uncertainty import NUM_BLOCKS, NUM_HALVES
+    from ijepa.errors import git_commit
+    from ijepa.report import versions
 
     counts = [int((split.labels == label).sum()) for label in range(len(split.classes))]
     return {
@@ -488,15 +388,13 @@ def describe_run(
             for encoder in loaded
             if encoder.name not in ("pixels", "random_weights")
         },
-        "settings": {
-            "similarity": "cosine",
-            "silhouette": "euclidean, true labels",
-            "knn": {"k": 20, "temperature": 0.07, "leave_one_out": True},
-            "mutual_k": MUTUAL_K,
-            "intervals": {"level": 0.95, "halves": NUM_HALVES, "jackknife_blocks": NUM_BLOCKS},
-            "tsne": {"pca": 50, "seed": args.seed},
-        },
     }
+
+
+def both_bundled(loaded: list[Any]) -> bool:
+    """Whether the two sides are the bundled checkpoint and the bundled export."""
+    sources = [Path(encoder.description["source"]).resolve() for encoder in loaded[:2]]
+    return sources == [BUNDLED / "checkpoint_latest.pt", BUNDLED / "hf"]
 
 
 def main(arguments: list[str] | None = None) -> int:

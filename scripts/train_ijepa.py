@@ -18,7 +18,7 @@ HELD_OUT = 2000
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; heavy imports come later so that usage errors are instant."""
-    from ijepa.provenance import command_line
+    from ijepa.errors import command_line
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -396,7 +396,7 @@ def describe(args: argparse.Namespace, device: str, dtype: Any, num_images: int)
     """Where a checkpoint comes from."""
     import torch
 
-    from ijepa.provenance import git_commit
+    from ijepa.errors import git_commit
 
     return {
         "dataset": args.dataset,

@@ -15,7 +15,6 @@ ORDER = [
     "errors",
     "files",
     "devices",
-    "provenance",
     "data",
     "augmentation",
     "parallel",

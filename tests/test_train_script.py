@@ -17,7 +17,7 @@ from PIL import Image
 
 from ijepa.checkpoint import load_checkpoint, read_torch_file
 from ijepa.data import load_split
-from ijepa.provenance import git_commit
+from ijepa.errors import git_commit
 from ijepa.runs import earlier_runs
 from ijepa.training import embed
 
