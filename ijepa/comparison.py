@@ -310,7 +310,10 @@ def compare(  # noqa: PLR0913
             }
             for name in analyses
         },
-        references={name: values[name] for name in references},
+        references={
+            name: {"embedding_dim": float(X.shape[1]), **values[name]}
+            for name, X in references.items()
+        },
         gains={name: gain(values, by_class, labels, name) for name in references},
         differences=differences(analyses, values, deviating, seed) if paired else {},
         per_class=per_class(analyses, pair, seed) if paired else [],

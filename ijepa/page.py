@@ -154,7 +154,7 @@ def compared(facts: Mapping[str, Any]) -> Markup:
         "Data set": data["name"],
         "Split": data["split"],
         "Images": f"{data['n']:,} of {len(data['classes'])} classes",
-        "SHA-256": data["sha256"][:16],
+        "SHA-256": data["sha256"][:16] if "sha256" in data else None,
         "Seed": facts["run"]["seed"],
     }
     return join(*cards, card("Images", "data", pairs(images)))
@@ -174,8 +174,8 @@ def about(model: Mapping[str, Any]) -> dict[str, Any]:
         "Source": model["source"],
         "Encoder": model.get("weights"),
         "Dimensions": f"{model['embedding_dim']:,}",
-        "Parameters": f"{model['parameters'] / 1e6:.1f} million",
-        "Input": f"{model['input_size']} px, {model['dtype']}",
+        "Parameters": f"{model['parameters'] / 1e6:.1f} million" if "parameters" in model else None,
+        "Input": f"{model['input_size']} px, {model['dtype']}" if "input_size" in model else None,
         "Epochs": f"{epochs} of {planned} planned" if unfinished else epochs,
         "Revision": model.get("revision"),
         "SHA-256": hashed[:16] if hashed else None,

@@ -6,6 +6,7 @@ Dimension key: n images, d width of an embedding.
 import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,12 +15,15 @@ import numpy as np
 from jaxtyping import Float, Int
 from threadpoolctl import threadpool_limits
 
+from ijepa.data import balanced_rows
 from ijepa.files import read_sealed, write_sealed
 from ijepa.metrics import gram, residuals, row_blocks
 
 TSNE_WIDTH = 50
 """Principal components that t-SNE sees at most."""
 PERPLEXITY = 30.0
+MAX_POINTS = 5000
+"""Images on a map at most; beyond that t-SNE takes minutes and a map shows a blot."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,27 @@ class Maps:
     rows: Int[np.ndarray, " m"]
     tsne: Mapping[str, TsneProjection]
     pca: Mapping[str, PcaProjection]
+
+
+def make_maps(
+    embeddings: Mapping[str, Float[np.ndarray, "n _"]],
+    labels: Int[np.ndarray, " n"],
+    seed: int,
+    cache: Path | None = None,
+) -> Maps:
+    """PCA of all images and a t-SNE map of at most `MAX_POINTS` of them, for display only.
+
+    Raises:
+        UserError: If the folder that keeps the maps cannot be written.
+    """
+    rows = balanced_rows(labels, int(labels.max()) + 1, MAX_POINTS, seed)
+    # A map takes one thread, so both are made at once. The limit is set here as well, because the
+    # map that is done first would lift it for the other.
+    with threadpool_limits(limits=1), ThreadPoolExecutor() as pool:
+        shown = [X[rows] for X in embeddings.values()]
+        maps = list(pool.map(lambda X: project_tsne_cached(X, seed, cache), shown))
+    pca = {name: project_pca(X, 2) for name, X in embeddings.items()}
+    return Maps(rows, dict(zip(embeddings, maps, strict=True)), pca)
 
 
 def project_pca(X: Float[np.ndarray, "n d"], k: int) -> PcaProjection:

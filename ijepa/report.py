@@ -1,73 +1,111 @@
-"""Write what a run found: figures, tables, `report.md`, and `metrics.json` last of all.
+"""Write what a run found: figures, tables, `report.md`, and `metrics.json` last.
 
-`metrics.json` follows schema version 1, only ever added to: fractions in [0, 1], null where
-a number is not defined, with an entry in `caveats` saying which.
+`metrics.json` follows schema version 2: fractions in [0, 1], null where a number is undefined, with
+an entry in `caveats` that names it. Since version 1 `sign_flip_p` became `p`, and `holm_p` is based
+on it.
 """
 
-import csv
-import io
 import json
 import math
+import platform
+import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, is_dataclass, replace
+from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
-from threadpoolctl import threadpool_limits
 
 from ijepa import plots
-from ijepa.comparison import Comparison, neighbor_confusion
-from ijepa.data import Split, balanced_rows, shrink
+from ijepa.comparison import MUTUAL_K, Comparison, neighbor_confusion
+from ijepa.data import Split, shrink
+from ijepa.embeddings import save_embeddings
+from ijepa.errors import git_commit
 from ijepa.files import sha256, write_atomically, write_text
+from ijepa.markdown import caveats as find_caveats
 from ijepa.markdown import markdown
-from ijepa.narrative import summary
+from ijepa.metrics import knn_correct
+from ijepa.narrative import class_means, summary
 from ijepa.page import page
-from ijepa.projections import Maps, TsneProjection, project_pca, project_tsne_cached
+from ijepa.projections import PERPLEXITY, TSNE_WIDTH, Maps, make_maps
+from ijepa.uncertainty import KNN_K, NUM_BLOCKS, NUM_HALVES
 
-SCHEMA_VERSION = 1
-MAX_POINTS = 5000
-"""Images on a map at most; beyond that t-SNE takes minutes and a map shows a blot."""
-CSV_ROWS = 10_000
-"""Lines of `per_image.csv` made at once."""
+SCHEMA_VERSION = 2
+PACKAGES = ("torch", "torchvision", "transformers", "numpy", "scipy", "scikit-learn", "matplotlib")
+PACKAGES += ("Pillow", "huggingface_hub")
+"""Whose version can change a number."""
 MAX_QUERIES = 10
 SHOWN_SIDE = 224
-"""Sides of a neighbour's picture in pixels at most."""
+"""Sides of a neighbor's picture in pixels at most."""
 NUM_DISAGREEMENTS = 4
 """Queries shown in each direction of disagreement."""
-NOT_ALWAYS_MADE = ("embeddings_hf.npz", "nn_disagreement.png")
-"""Files that need two models, the second one also an image on which they disagree."""
-
-Figures = Iterator[tuple[str, Figure]]
-
-
-def project(
-    comparison: Comparison, seed: int, cache: Path | None = None
-) -> dict[str, TsneProjection]:
-    """A t-SNE map of each model's embeddings, of at most `MAX_POINTS` images, for display only.
-
-    Raises:
-        UserError: If the folder that keeps the maps cannot be written.
-    """
-    rows = shown_rows(comparison, seed)
-    shown = {name: analysis.embeddings[rows] for name, analysis in comparison.analyses.items()}
-    # A map takes one thread, so both are made at once. The limit is set here as well, because the
-    # map that is done first would lift it for the other.
-    with threadpool_limits(limits=1), ThreadPoolExecutor() as pool:
-        maps = pool.map(lambda X: project_tsne_cached(X, seed, cache), shown.values())
-        return dict(zip(shown, maps, strict=True))
+NOT_ALWAYS_MADE = ("embeddings_local.npz", "embeddings_hf.npz", "nn_queries.png")
+NOT_ALWAYS_MADE += ("nn_disagreement.png",)
+"""Files that need pictures, or two models that disagree on one."""
 
 
-def shown_rows(comparison: Comparison, seed: int) -> Int[np.ndarray, " m"]:
-    """The images on the maps: all of them, or a class-balanced sample in order."""
-    labels = comparison.analyses["local"].labels
-    return balanced_rows(labels, int(labels.max()) + 1, MAX_POINTS, seed)
+def settings(seed: int) -> dict[str, Any]:
+    """What the numbers were computed with, from the constants that the code uses."""
+    temperature = signature(knn_correct).parameters["temperature"].default
+    return {
+        "similarity": "cosine",
+        "silhouette": "euclidean, true labels",
+        "knn": {"k": KNN_K, "temperature": temperature, "leave_one_out": True},
+        "mutual_k": MUTUAL_K,
+        "intervals": {"level": 0.95, "halves": NUM_HALVES, "jackknife_blocks": NUM_BLOCKS},
+        "tsne": {"pca": TSNE_WIDTH, "perplexity": PERPLEXITY, "seed": seed},
+    }
 
 
-def draw(comparison: Comparison, maps: Maps, split: Split, seed: int) -> Figures:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages whose version can change a number."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def complete(comparison: Comparison, split: Split, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a run, with what the arrays themselves say where none are given."""
+    widths = {role: a.embeddings.shape[1] for role, a in comparison.analyses.items()}
+    data = {
+        "name": split.name,
+        "split": split.split,
+        "n": len(split),
+        "per_class": np.bincount(split.labels, minlength=len(split.classes)).tolist(),
+        "classes": list(split.classes),
+        **facts.get("dataset", {}),
+    }
+    models = {
+        role: {"source": name, "embedding_dim": widths[role], "short_name": name, "notes": []}
+        | {"losses": None}
+        | facts.get("models", {}).get(role, {})
+        for role, name in comparison.names.items()
+    }
+    run = {"command": "", "seed": comparison.seed, "versions": versions()}
+    run |= {"git_commit": git_commit(), **facts.get("run", {})}
+    known = {"settings": settings(comparison.seed), **facts}
+    # Other seeds of the local model come after the compared models.
+    models |= {role: x for role, x in facts.get("models", {}).items() if role not in models}
+    return known | {"run": run, "dataset": data, "models": models}
+
+
+def count_duplicates(keys: Sequence[bytes], labels: Int[np.ndarray, " n"]) -> dict[str, int]:
+    """How many images have an exact copy among the others, and how many a copy of another label."""
+    groups: dict[bytes, list[int]] = {}
+    for key, label in zip(keys, labels.tolist(), strict=True):
+        groups.setdefault(key, []).append(label)
+    copies = [group for group in groups.values() if len(group) > 1]
+    two = [group for group in copies if len(set(group)) > 1]
+    return {"images": sum(map(len, copies)), "with_two_labels": sum(map(len, two))}
+
+
+def draw(
+    comparison: Comparison, maps: Maps, split: Split, seed: int
+) -> Iterator[tuple[str, Figure]]:
     """Every figure of the report with its file name; a new one is a line here."""
     labels, classes = split.labels, split.classes
     where = f"{split.name} {split.split}, n = {len(split)}"
@@ -76,7 +114,7 @@ def draw(comparison: Comparison, maps: Maps, split: Split, seed: int) -> Figures
     shown = "" if len(rows) == len(split) else f" {len(rows):,} images shown, of every class alike."
 
     perplexity = next(iter(maps.tsne.values())).perplexity
-    how = f"L2-normalised, PCA to 50, perplexity {perplexity:.0f}, seed {seed}.{shown}"
+    how = f"L2-normalized, PCA to 50, perplexity {perplexity:.0f}, seed {seed}.{shown}"
     title = f"t-SNE of the embeddings: {where}"
     yield (
         "tsne_comparison.png",
@@ -84,12 +122,12 @@ def draw(comparison: Comparison, maps: Maps, split: Split, seed: int) -> Figures
     )
 
     title = f"Principal components: {where}"
-    how = f"Centred, not standardised; each component's largest loading is positive.{shown}"
+    how = f"Centered, not standardized; each component's largest loading is positive.{shown}"
     points = {name: replace(pca, scores=pca.scores[rows]) for name, pca in maps.pca.items()}
     yield "pca_comparison.png", plots.plot_pca(points, labels[rows], classes, caption(title, how))
 
     title = f"Cosine similarity of class means: {where}"
-    how = "Raw: class means as they are. Centred: minus the mean of all images."
+    how = "Raw: class means as they are. Centered: minus the mean of all images."
     yield (
         "similarity_matrices.png",
         plots.plot_similarity_matrices(embeddings, labels, classes, caption(title, how)),
@@ -99,16 +137,18 @@ def draw(comparison: Comparison, maps: Maps, split: Split, seed: int) -> Figures
     how = "Share of the total variance; marks at 10 and 50 components."
     yield "variance_explained.png", plots.plot_variance_explained(maps.pca, caption(title, how))
 
-    title = f"Nearest neighbours: {where}"
+    if not has_pictures(split):
+        return
+    title = f"Nearest neighbors: {where}"
     how = f"Queries drawn by seed {seed}, one of each class (at most {MAX_QUERIES})."
     queries = draw_queries(labels, seed)
     yield "nn_queries.png", draw_neighbors(comparison, queries, split, caption(title, how))
 
     queries = disagreements(comparison, seed)
     if len(queries):
-        title = f"Where one model alone is right: {where}"
+        title = f"Where only one model is right: {where}"
         how = (
-            f"Nearest neighbour of the right class in one model alone; at most {NUM_DISAGREEMENTS} "
+            f"Nearest neighbor of the right class in only one model; at most {NUM_DISAGREEMENTS} "
             f"each way, by difference in precision@5, ties in an order drawn by seed {seed}."
         )
         yield "nn_disagreement.png", draw_neighbors(comparison, queries, split, caption(title, how))
@@ -122,9 +162,9 @@ def draw_queries(labels: Int[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " 
 
 
 def disagreements(comparison: Comparison, seed: int) -> Int[np.ndarray, " q"]:
-    """Images on which one model alone is right: first those of hf, then those of local.
+    """Images on which only one model is right: first those of hf, then those of local.
 
-    Right is a nearest neighbour of the same class. Chosen are those whose P@5 differs most, among
+    Right is a nearest neighbor of the same class. Chosen are those whose P@5 differs most, among
     equals in an order drawn by the seed.
     """
     if len(comparison.analyses) < 2:
@@ -133,9 +173,9 @@ def disagreements(comparison: Comparison, seed: int) -> Int[np.ndarray, " q"]:
     chosen: list[int] = []
     for better, worse in (("hf", "local"), ("local", "hf")):
         winner, loser = (comparison.analyses[name] for name in (better, worse))
-        alone = order[winner.first_is_right()[order] & ~loser.first_is_right()[order]]
-        gain = winner.precisions(5)[alone] - loser.precisions(5)[alone]
-        chosen += alone[np.argsort(-gain, kind="stable")][:NUM_DISAGREEMENTS].tolist()
+        only = order[winner.first_is_right()[order] & ~loser.first_is_right()[order]]
+        gain = winner.precisions(5)[only] - loser.precisions(5)[only]
+        chosen += only[np.argsort(-gain, kind="stable")][:NUM_DISAGREEMENTS].tolist()
     return np.array(chosen, dtype=np.int64)
 
 
@@ -165,44 +205,37 @@ def save_figure(path: Path, figure: Figure) -> None:
     )
 
 
-def per_image_csv(comparison: Comparison, maps: Maps, split: Split) -> Iterator[str]:
-    """One line per image: label, both models' scores, neighbours (data set indices), map.
-
-    In pieces of `CSV_ROWS` lines, below a line of names.
-    """
-    places = {name: np.full((len(split), 2), np.nan) for name in comparison.analyses}
-    for name, points in places.items():
-        points[maps.rows] = maps.tsne[name].coordinates
-    precisions = {name: analysis.precisions(5) for name, analysis in comparison.analyses.items()}
-    for start in range(0, len(split), CSV_ROWS):
-        rows = slice(start, start + CSV_ROWS)
-        columns: dict[str, Sequence[Any]] = {
-            "index": split.indices[rows].tolist(),
-            "label": split.labels[rows].tolist(),
-            "class": [split.classes[label] for label in split.labels[rows]],
-        }
-        for name, analysis in comparison.analyses.items():
-            columns[f"precision_at_5_{name}"] = blank_nan(precisions[name][rows])
-            columns[f"silhouette_{name}"] = blank_nan(analysis.silhouettes["euclidean"][rows])
-            columns[f"silhouette_cosine_{name}"] = blank_nan(analysis.silhouettes["cosine"][rows])
-            columns[f"neighbors_{name}"] = [
-                " ".join(map(str, split.indices[found])) for found in analysis.neighbors[rows, :5]
-            ]
-            columns[f"tsne_x_{name}"] = blank_nan(places[name][rows, 0])
-            columns[f"tsne_y_{name}"] = blank_nan(places[name][rows, 1])
-        if comparison.mutual is not None:
-            columns["mutual_knn"] = blank_nan(comparison.mutual[rows])
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        if start == 0:
-            writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
-        yield text.getvalue()
+def per_image_csv(comparison: Comparison, maps: Maps, split: Split, probe: Any = None) -> str:
+    """One line per image: label, path, scores, neighbors (data set indices), places on the maps."""
+    columns: dict[str, Sequence[Any]] = {
+        "index": split.indices.tolist(),
+        "label": split.labels.tolist(),
+        "class": [quoted(split.classes[label]) for label in split.labels],
+    }
+    if (paths := getattr(split, "paths", None)) is not None:
+        columns["path"] = [quoted(path) for path in paths]
+    for name, analysis in comparison.analyses.items():
+        places = np.full((len(split), 2), np.nan)
+        places[maps.rows] = maps.tsne[name].coordinates
+        columns[f"precision_at_5_{name}"] = blank_nan(analysis.precisions(5))
+        columns[f"silhouette_{name}"] = blank_nan(analysis.silhouettes["euclidean"])
+        columns[f"silhouette_cosine_{name}"] = blank_nan(analysis.silhouettes["cosine"])
+        columns[f"neighbors_{name}"] = [
+            " ".join(map(str, split.indices[found])) for found in analysis.neighbors[:, :5]
+        ]
+        columns[f"tsne_x_{name}"], columns[f"tsne_y_{name}"] = map(blank_nan, places.T)
+    if comparison.mutual is not None:
+        columns["mutual_knn"] = blank_nan(comparison.mutual)
+    for name, correct in (probe.correct if probe else {}).items():
+        for measure, right in correct.items():
+            columns[f"{measure}_correct_{name}"] = right.astype(int).tolist()
+    lines = [",".join(map(str, row)) for row in zip(*columns.values(), strict=True)]
+    return "\n".join([",".join(columns), *lines, ""])
 
 
-def write_pieces(path: Path, pieces: Iterator[str]) -> None:
-    """Write a text that need not be in memory as a whole."""
-    write_atomically(path, lambda file: file.writelines(piece.encode() for piece in pieces))
+def quoted(text: str) -> str:
+    """A CSV cell for any text; the `csv` module leaves carriage returns bare before 3.11.9."""
+    return '"' + text.replace('"', '""') + '"'
 
 
 def blank_nan(values: Float[np.ndarray, " n"]) -> list[str]:
@@ -226,23 +259,28 @@ def plain(value: Any, path: str, undefined: list[str]) -> Any:
     return int(value) if isinstance(value, np.integer) else value
 
 
-def metrics_json(
+def metrics_content(
     comparison: Comparison,
     facts: Mapping[str, Any],
     caveats: Sequence[str],
-    artifacts: Sequence[Mapping[str, Any]],
-) -> str:
-    """The text of metrics.json."""
+    probe: Any = None,
+) -> dict[str, Any]:
+    """What metrics.json holds, except for the artifacts, as JSON values."""
     undefined: list[str] = []
     content = {
         "schema_version": SCHEMA_VERSION,
+        "names": comparison.names,
         "summary": summary(comparison),
+        "chance_precision": comparison.chance_precision,
         **facts,
         "metrics": comparison.metrics,
         "comparison": {
             "differences": comparison.differences,
             "per_class": comparison.per_class,
             "class_precision": comparison.class_precision,
+            "class_mean_precision": class_means(comparison),
+            "class_groups": getattr(comparison, "class_groups", {}),
+            "rankings": getattr(comparison, "rankings", {}),
             "agreement": comparison.agreement,
             "neighbor_confusion": {
                 name: neighbor_confusion(analysis, len(facts["dataset"]["classes"])).tolist()
@@ -252,18 +290,26 @@ def metrics_json(
         "references": comparison.references,
         "gains": comparison.gains,
         "training_seeds": comparison.seeds,
+        "probe": probe.record() if probe else None,
     }
     result = plain(content, "", undefined)
-    result["caveats"] = [
-        *caveats,
-        *(
-            f"{path.removeprefix('.')} is not defined for this sample"
-            for path in undefined
-            if not path.endswith(("se", "ci95[0]", "ci95[1]", "ratio.value"))
-        ),
-    ]
-    result["artifacts"] = list(artifacts)
-    return json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    expected = ("se", "ci95[0]", "ci95[1]", "ratio.value")
+    paths = [re.sub(r"\[\d+\]", "[...]", p[1:]) for p in undefined if not p.endswith(expected)]
+    nulls = [f"{path} is undefined for this sample" for path in dict.fromkeys(paths)]
+    result["caveats"] = [*caveats, *nulls]
+    return result
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """JSON as it is written."""
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def summary_json(metrics: Path) -> str:
+    """The headline numbers of a written metrics.json, for `--json`."""
+    content = json.loads(metrics.read_text(encoding="utf-8"))
+    keys = ("schema_version", "names", "summary", "chance_precision", "references", "gains")
+    return json_text({key: content[key] for key in (*keys, "probe", "caveats")})
 
 
 def artifact(path: Path) -> dict[str, Any]:
@@ -271,48 +317,98 @@ def artifact(path: Path) -> dict[str, Any]:
     return {"path": path.name, "sha256": sha256(path), "bytes": path.stat().st_size}
 
 
-def write_report(
+def unnamed(comparison: Comparison) -> Split:
+    """Labels from anywhere as a split without pictures."""
+    labels = comparison.analyses["local"].labels
+    classes = tuple(f"class {label}" for label in range(int(labels.max()) + 1))
+    return Split("arrays", "given", classes, (), labels, np.arange(len(labels)))
+
+
+def has_pictures(split: Split) -> bool:
+    """Whether there is an image for each row."""
+    return split.images is not None and len(split.images) == len(split)
+
+
+def pictured(split: Split) -> Split:
+    """The split, with gray squares where it has no pictures."""
+    gray = torch.full((1, 3, 8, 8), 128, dtype=torch.uint8).expand(len(split), -1, -1, -1)
+    return split if has_pictures(split) else replace(split, images=gray)
+
+
+def write_report(  # noqa: PLR0913
     folder: Path,
     comparison: Comparison,
-    maps: Mapping[str, TsneProjection],
-    split: Split,
-    facts: Mapping[str, Any],
-    caveats: Sequence[str],
+    split: Split | None = None,
+    facts: Mapping[str, Any] | None = None,
+    caveats: Sequence[str] | None = None,
+    maps: Maps | None = None,
+    probe: Any = None,
 ) -> list[Path]:
-    """Write every file of a comparison except the embeddings; `metrics.json` comes last.
+    """Write every file of a comparison; `metrics.json` comes last.
 
-    What an earlier run left in the folder and this one does not make is removed.
+    What an earlier run left in the folder and this one does not make is removed. Only the first two
+    arguments are needed: what else is known of the images and the models makes the report say more.
+
+    Args:
+        folder: Where to write.
+        comparison: The numbers.
+        split: The compared images; without pictures no figure shows neighbors.
+        facts: `run`, `dataset`, `models` and `settings` of metrics.json.
+        caveats: Sentences that limit what the numbers mean; by default what the numbers say.
+        maps: t-SNE and PCA; made here if they are not given.
+        probe: Accuracies with a bank of labeled images.
 
     Raises:
         UserError: If a file cannot be written.
     """
+    split = split or unnamed(comparison)
+    facts = complete(comparison, split, facts or {})
+    if maps is None:
+        embeddings = {role: a.embeddings for role, a in comparison.analyses.items()}
+        maps = make_maps(embeddings, split.labels, comparison.seed)
+    if caveats is None:
+        caveats = find_caveats(comparison, facts, maps, getattr(split, "notes", ()))
+    return write_files(folder, comparison, split, facts, caveats, maps, probe)
+
+
+def write_files(  # noqa: PLR0913
+    folder: Path,
+    comparison: Comparison,
+    split: Split,
+    facts: Mapping[str, Any],
+    caveats: Sequence[str],
+    maps: Maps,
+    probe: Any,
+) -> list[Path]:
+    """Write the report of what is complete, and remove what an earlier run left."""
+    began = time.perf_counter()
     written: list[Path] = []
 
     def write(name: str, how: Callable[[Path], None]) -> None:
         how(folder / name)
         written.append(folder / name)
 
-    pca = {name: project_pca(a.embeddings, 2) for name, a in comparison.analyses.items()}
-    shown = Maps(shown_rows(comparison, comparison.seed), maps, pca)
-    for name, figure in draw(comparison, shown, split, comparison.seed):
+    if has_pictures(split):
+        for role, analysis in comparison.analyses.items():
+            X = analysis.embeddings
+            write(f"embeddings_{role}.npz", lambda path, X=X: save_embeddings(path, X, split))
+    for name, figure in draw(comparison, maps, split, comparison.seed):
         write(name, lambda path, figure=figure: save_figure(path, figure))
-    pieces = per_image_csv(comparison, shown, split)
-    write("per_image.csv", lambda path: write_pieces(path, pieces))
-    text = markdown(comparison, facts, caveats)
+    table = per_image_csv(comparison, maps, split, probe)
+    write("per_image.csv", lambda path: write_text(path, table))
+    files = [*(path.name for path in written), "report.html", "metrics.json"]
+    text = markdown(comparison, facts, caveats, files, probe)
     write("report.md", lambda path: write_text(path, text))
 
-    # The caller has saved these.
-    saved = [folder / f"embeddings_{name}.npz" for name in comparison.analyses]
-
-    def metrics() -> str:
-        files = [*(path for path in saved if path.exists()), *written]
-        return metrics_json(comparison, facts, caveats, [artifact(path) for path in files])
-
-    html = page(comparison, shown, split, facts, caveats, metrics())
+    content = metrics_content(comparison, facts, caveats, probe)
+    content["artifacts"] = [artifact(path) for path in written]
+    html = page(comparison, maps, pictured(split), facts, caveats, json_text(content))
     write("report.html", lambda path: write_text(path, html))
-    content = metrics()
-    write("metrics.json", lambda path: write_text(path, content))
+    content["artifacts"].append(artifact(written[-1]))
+    if "seconds" in content["run"]:
+        content["run"]["seconds"]["write"] = round(time.perf_counter() - began, 3)
+    write("metrics.json", lambda path: write_text(path, json_text(content)))
     for name in NOT_ALWAYS_MADE:
-        if folder / name not in [*saved, *written]:
+        if folder / name not in written:
             (folder / name).unlink(missing_ok=True)
     return written

@@ -17,23 +17,21 @@ sys.path.insert(0, str(ROOT))
 
 BUNDLED = ROOT / "checkpoints_300ep"
 HUB_MODEL = "facebook/ijepa_vith14_1k"
-FULL_EPOCHS = 300
-"""What the bundled checkpoint is meant to have."""
 MANY_IMAGES = 10_000
 """From this many on a comparison may take over a minute, which is measured before it starts."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; heavy imports come later so that usage errors are instant."""
-    from ijepa.provenance import command_line
+    from ijepa.errors import command_line
 
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add(
         "--local-checkpoint",
+        type=Path,
         action="append",
-        help="file of scripts/train_ijepa.py or of the I-JEPA authors, directory, hub id, or .npz "
-        "of embeddings; given again, "
+        help="file of scripts/train_ijepa.py, or a .pth.tar of the I-JEPA authors; given again, "
         f"other seeds of the same training (default: {BUNDLED.name}/checkpoint_latest.pt)",
     )
     add(
@@ -46,14 +44,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--hf-model",
         help="hub id or directory; none reports the local model alone (default: "
         f"{HUB_MODEL}; with --offline the bundled context encoder)",
-    )
-    add("--local-num-heads", type=positive, help="attention heads, where the file has no record")
-    add("--hf-revision", help="branch, tag or commit of --hf-model (default: the newest)")
-    add(
-        "--hf-pooling",
-        choices=["mean", "cls"],
-        default="mean",
-        help="mean over patch tokens, or the class token (default: %(default)s)",
     )
     add(
         "--output-dir",
@@ -90,8 +80,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dtype",
         choices=["auto", "bfloat16", "float32"],
         default="auto",
-        help="of matrix products; auto is float32 below 100 million parameters, else bfloat16 "
-        "where the hardware has it (default: auto)",
+        help="of matrix products; auto is bfloat16 where the hardware has it (default: auto)",
     )
     add(
         "--batch-size",
@@ -118,7 +107,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(str(error))
     if args.hf_model is None:
         args.hf_model = bundled("hf") if args.offline else HUB_MODEL
-    args.local_checkpoint = args.local_checkpoint or [bundled("checkpoint_latest.pt")]
+    args.local_checkpoint = args.local_checkpoint or [Path(bundled("checkpoint_latest.pt"))]
     return args
 
 
@@ -150,15 +139,6 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the packages whose version can change a number."""
-    import platform
-    from importlib.metadata import version
-
-    names = ("torch", "torchvision", "transformers", "numpy", "scikit-learn", "matplotlib")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 class Stopwatch:
@@ -194,27 +174,28 @@ def load_images(args: argparse.Namespace) -> Any:
 
 
 def load_encoders(args: argparse.Namespace, device: Any, cache: Path | None) -> list[Any]:
-    """The local encoder, the other one if asked for, the references, and other seeds."""
-    from ijepa.encoders import load_encoder, pixel_encoder, random_encoder
-    from ijepa.model import VisionTransformer
+    """The local encoder, the other one if asked for, the two references, and other seeds."""
+    from ijepa import encoders
+    from ijepa.checkpoint import load_checkpoint
+    from ijepa.devices import choose_dtype
 
-    shared = {"device": device, "dtype": args.dtype, "offline": args.offline, "cache": cache}
-    own = {"weights": args.local_weights, "num_heads": args.local_num_heads}
+    dtype = choose_dtype(args.dtype, device)
     local, *others = (
-        load_encoder(source, "local", **own, **shared) for source in args.local_checkpoint
+        encoders.load_local_encoder(path, args.local_weights, device, dtype)
+        for path in args.local_checkpoint
     )
     check_seeds(local, others)
+    checkpoint = load_checkpoint(args.local_checkpoint[0], args.local_weights)
+    normalization = (checkpoint.mean, checkpoint.std)
     loaded = [local]
     if args.hf_model != "none":
-        chosen = {"revision": args.hf_revision, "pooling": args.hf_pooling}
-        loaded.append(load_encoder(args.hf_model, "hf", **chosen, **shared))
-    loaded.append(pixel_encoder())
-    if isinstance(getattr(local, "network", None), VisionTransformer):
-        facts, config = local.description, local.network.config
-        normalization = (facts["mean"], facts["std"])
-        loaded.append(random_encoder(config, normalization, args.seed, device, local.dtype))
+        facts = cache and cache / "models"
+        loaded.append(
+            encoders.load_huggingface_encoder(args.hf_model, device, dtype, args.offline, facts)
+        )
+    random = encoders.random_encoder(checkpoint.config, normalization, args.seed, device, dtype)
     seeds = [replace(other, name=f"local_{row}") for row, other in enumerate(others, start=2)]
-    return [*loaded, *seeds]
+    return [*loaded, encoders.pixel_encoder(), random, *seeds]
 
 
 def check_seeds(local: Any, others: list[Any]) -> None:
@@ -231,7 +212,7 @@ def check_seeds(local: Any, others: list[Any]) -> None:
             )
         seen.add(other.description["sha256"])
         for key in ("parameters", "input_size", "epochs"):
-            if other.description.get(key) != local.description.get(key):
+            if other.description[key] != local.description[key]:
                 raise UserError(
                     f"checkpoint {source} has {key} {other.description[key]}, the first has "
                     f"{local.description[key]}",
@@ -247,8 +228,8 @@ def extract_all(
 
     from tqdm import tqdm
 
-    from ijepa.distributed import process_rank
     from ijepa.embeddings import cache_folder, extract
+    from ijepa.parallel import process_rank
 
     first = process_rank() == 0
     progress = partial(tqdm, unit=" images", delay=2, file=sys.stderr, disable=not first)
@@ -273,94 +254,6 @@ def extract_all(
     return results
 
 
-def caveats(comparison: Any, loaded: list[Any], maps: Any) -> list[str]:
-    """What a reader must know before believing a number."""
-    from math import isfinite
-
-    n = len(comparison.analyses["local"].labels)
-    notes = [
-        "the intervals cover images, not training: "
-        + (
-            "the spread over training seeds stands beside them"
-            if comparison.seeds
-            else "one checkpoint is one draw of the training seed"
-        ),
-        f"precision@k and kNN accuracy depend on the number of images searched, here n = {n}",
-        "explained variance describes the shape of a cloud, not its quality",
-    ]
-    widths = {a.embeddings.shape[1] for a in comparison.analyses.values()}
-    if len(widths) == 2:
-        notes.append("the embedding dimensions differ: 10 PCs are another share of each")
-    notes = training_caveats(loaded[0].description) + notes
-    notes += [note for encoder in loaded for note in encoder.description.get("notes", [])]
-    if len(comparison.analyses) == 2:
-        other = Path(loaded[1].description["source"])
-        if other.resolve() == (BUNDLED / "hf").resolve():
-            notes.insert(
-                0,
-                "the HF side is the bundled export of our own training run's context encoder, not "
-                "a ViT-Huge: this run compares the two encoders of one training",
-            )
-    if not comparison.num_halves:
-        notes.append("fewer than 20 images in a class: no intervals")
-    notes += map_caveats(maps, n)
-    for name, analysis in comparison.analyses.items():
-        rank = comparison.metrics[name]["effective_rank"]
-        if comparison.num_halves and isfinite(rank.value) and not isfinite(rank.se):
-            notes.append(
-                f"the effective rank of the {name} embeddings is above half the number of images, "
-                "which bounds it: no interval"
-            )
-        notes += collapse_warning(comparison, name, analysis.embeddings.shape[1])
-    return notes
-
-
-def map_caveats(maps: Any, n: int) -> list[str]:
-    """What to know of the maps of n images."""
-    from ijepa.report import MAX_POINTS
-
-    notes = []
-    if n > MAX_POINTS:
-        notes.append(
-            f"maps show {MAX_POINTS:,} of {n:,} images, as many of each class as possible; "
-            "all numbers are of all images"
-        )
-    if (perplexity := next(iter(maps.values())).perplexity) < 30:
-        notes.append(f"t-SNE perplexity lowered from 30 to {perplexity:.1f} for {n} images")
-    return notes
-
-
-def training_caveats(facts: dict[str, Any]) -> list[str]:
-    """What to know of a local checkpoint that had fewer epochs than it was meant to have."""
-    epochs, planned = facts.get("epochs"), facts.get("planned_epochs")
-    shipped = (BUNDLED / "checkpoint_latest.pt").resolve()
-    if Path(facts["source"]).resolve() == shipped and (epochs or 0) < FULL_EPOCHS:
-        return [
-            f"the bundled checkpoint had {epochs} epochs of training, not {FULL_EPOCHS}: "
-            "expect more of a finished one"
-        ]
-    if planned not in (None, epochs):
-        return [f"the local checkpoint has {epochs} of {planned} epochs"]
-    return []
-
-
-def collapse_warning(comparison: Any, name: str, width: int) -> list[str]:
-    """Say so in words when embeddings use few dimensions and retrieve no better than pixels."""
-    from math import isnan
-
-    metrics, n = comparison.metrics[name], len(comparison.analyses[name].labels)
-    rank, precision = metrics["effective_rank"].value, metrics["precision_at_5"].value
-    if isnan(rank):
-        return [f"the {name} embeddings are all the same: the model has collapsed"]
-    baseline = max(facts["precision_at_5"] for facts in comparison.references.values())
-    if rank < 0.1 * min(n - 1, width) and precision < 1 and precision <= baseline:
-        return [
-            f"the {name} embeddings look collapsed: few dimensions, and retrieval no better than "
-            "that of pixels or random weights"
-        ]
-    return []
-
-
 def compare_run(args: argparse.Namespace) -> None:
     """Images, encoders, embeddings, comparison, report: the whole line of data."""
     watch = Stopwatch()
@@ -370,15 +263,16 @@ def compare_run(args: argparse.Namespace) -> None:
 
         from ijepa.data import fingerprint
         from ijepa.devices import choose_device
-        from ijepa.distributed import (
+        from ijepa.markdown import caveats, console_table, headline_lines
+        from ijepa.narrative import table
+        from ijepa.parallel import (
             first_process_first,
             join_processes,
             leave_processes,
             process_rank,
         )
-        from ijepa.embeddings import save_embeddings
-        from ijepa.narrative import console_table, headline_lines, table
-        from ijepa.report import project, write_report
+        from ijepa.projections import make_maps
+        from ijepa.report import write_report
 
         # A process whose chunks are all in the cache waits for those that compute theirs.
         device = join_processes(choose_device(args.device), "gloo", timedelta(days=7))
@@ -396,20 +290,18 @@ def compare_run(args: argparse.Namespace) -> None:
     with watch.stage("compare"):
         models, comparison, pairs_device = compare_all(results, split, args.seed, device)
     with watch.stage("project"):
-        maps = project(comparison, args.seed, cache and cache / "maps")
+        maps = make_maps(models, split.labels, args.seed, cache and cache / "maps")
     with watch.stage("write"):
-        for name in models:
-            save_embeddings(args.output_dir / f"embeddings_{name}.npz", models[name], split)
         facts = describe_run(args, watch, loaded, results, split, split_hash)
         facts["run"]["torch_threads"] = torch.get_num_threads()
         facts["run"]["pairs_device"] = pairs_device
-        notes = caveats(comparison, loaded, maps)
-        written = write_report(args.output_dir, comparison, maps, split, facts, notes)
+        notes = caveats(comparison, facts, maps, one_training=both_bundled(loaded))
+        written = write_report(args.output_dir, comparison, split, facts, notes, maps)
     print(console_table(table(comparison)))
     for line in headline_lines(comparison):
         print(line)
     stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in watch.seconds.items())
-    print(f"wrote {len(written) + len(models)} files to {args.output_dir} ({stages})")
+    print(f"wrote {len(written)} files to {args.output_dir} ({stages})")
 
 
 def compare_all(
@@ -424,7 +316,7 @@ def compare_all(
 
     values = {name: result.values for name, result in results.items()}
     models = {name: values[name] for name in ("local", "hf") if name in values}
-    references = {name: values[name] for name in ("pixels", "random_weights") if name in values}
+    references = {name: values[name] for name in ("pixels", "random_weights")}
     seeds = [values[name] for name in values if name not in {*models, *references}]
     widest = max(X.shape[1] for X in values.values())
     chosen = choose_pairs_device(device, len(split), widest)
@@ -464,9 +356,8 @@ def describe_run(
     split_hash: str,
 ) -> dict[str, Any]:
     """The provenance parts of metrics.json."""
-    from ijepa.comparison import MUTUAL_K
-    from ijepa.provenance import git_commit
-    from ijepa.uncertainty import NUM_BLOCKS, NUM_HALVES
+    from ijepa.errors import git_commit
+    from ijepa.report import versions
 
     counts = [int((split.labels == label).sum()) for label in range(len(split.classes))]
     return {
@@ -497,15 +388,13 @@ def describe_run(
             for encoder in loaded
             if encoder.name not in ("pixels", "random_weights")
         },
-        "settings": {
-            "similarity": "cosine",
-            "silhouette": "euclidean, true labels",
-            "knn": {"k": 20, "temperature": 0.07, "leave_one_out": True},
-            "mutual_k": MUTUAL_K,
-            "intervals": {"level": 0.95, "halves": NUM_HALVES, "jackknife_blocks": NUM_BLOCKS},
-            "tsne": {"pca": 50, "seed": args.seed},
-        },
     }
+
+
+def both_bundled(loaded: list[Any]) -> bool:
+    """Whether the two sides are the bundled checkpoint and the bundled export."""
+    sources = [Path(encoder.description["source"]).resolve() for encoder in loaded[:2]]
+    return sources == [BUNDLED / "checkpoint_latest.pt", BUNDLED / "hf"]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,7 +22,7 @@ FEW_IMAGES = 5000
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; heavy imports come later so that usage errors are instant."""
-    from ijepa.provenance import command_line
+    from ijepa.errors import command_line
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -143,7 +143,7 @@ def describe(args: argparse.Namespace, config: Any, state: Any, num_images: int)
     import torch
 
     from ijepa.distributed import num_processes
-    from ijepa.provenance import git_commit
+    from ijepa.errors import git_commit
 
     return {
         "planned_epochs": config.epochs,

@@ -19,7 +19,7 @@ from ijepa.data import Split
 from ijepa.model import ViTConfig
 from ijepa.page import page
 from ijepa.projections import Maps, TsneProjection, project_pca
-from ijepa.report import metrics_json
+from ijepa.report import complete, json_text, metrics_content
 
 # Networks this small lose more time in handing work to threads than they gain.
 torch.set_num_threads(1)
@@ -116,7 +116,8 @@ def make_page() -> Callable[..., Example]:
             "settings": {"similarity": "cosine"},
         }
         facts["dataset"]["sha256"] = 64 * "1"
-        metrics = metrics_json(comparison, facts, ["one draw"], [])
+        facts = complete(comparison, split, facts)
+        metrics = json_text(metrics_content(comparison, facts, ["one draw"]) | {"artifacts": []})
         html = page(comparison, maps, split, facts, ["one draw"], metrics)
         return Example(comparison, maps, split, metrics, html)
 

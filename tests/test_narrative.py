@@ -1,39 +1,29 @@
 import copy
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from ijepa.comparison import SeedSpread, compare
-from ijepa.narrative import (
-    TOO_FEW,
-    agreement_finding,
-    answer,
+from ijepa import narrative
+from ijepa.comparison import HEADLINES, SeedSpread, compare, neighbor_confusion
+from ijepa.markdown import (
+    caveats,
     classes_finding,
-    concentration,
     conclusions,
-    confusion_finding,
+    confusion_table,
     console_table,
-    efficiency_finding,
-    gap,
-    geometry_in_common,
     headline_lines,
-    interval,
     literal,
-    neighbors_in_common,
-    number,
-    question,
-    ratio,
-    references_finding,
-    retrieval_finding,
-    seeds_finding,
-    separability_finding,
-    spread,
-    summary,
-    table,
-    variance_finding,
-    verdict,
+    markdown,
+    per_class_table,
+    probe_section,
+    seeds_table,
 )
+from ijepa.narrative import P5, gap, interval, number, summary, table, verdict
+from ijepa.projections import Maps, TsneProjection
+from ijepa.report import complete, unnamed
 from ijepa.uncertainty import Estimate
 
 NAN = float("nan")
@@ -41,15 +31,22 @@ HIGHER = Estimate(0.1, 0.02, (0.06, 0.14))
 LOWER = Estimate(-0.1, 0.02, (-0.14, -0.06))
 UNCLEAR = Estimate(0.01, 0.02, (-0.03, 0.05))
 UNKNOWN = Estimate(0.1, NAN, (NAN, NAN))
+UNDEFINED = Estimate(NAN, NAN, (NAN, NAN))
+NAMES = {"local": "tiny (target)", "hf": "huge_14"}
+CLASSES = ["cat", "dog"]
 
 
-def make(num_models=2, per_class=25):
+def make(num_models=2, sizes=(25, 25), references=True, names=NAMES):
     rng = np.random.default_rng(0)
-    labels = np.repeat(np.arange(2), per_class)
-    clouds = [rng.normal(size=(2 * per_class, width)) for width in (16, 24, 6, 16)]
-    X, Y, pixels, random = ((cloud + labels[:, None]).astype(np.float32) for cloud in clouds)
-    models = {"local": X, "hf": Y} if num_models == 2 else {"local": X}
-    return compare(models, {"pixels": pixels, "random_weights": random}, labels, seed=0)
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    widths = {"local": 16, "hf": 24, "pixels": 6, "random_weights": 16}
+    clouds = {
+        name: (rng.normal(size=(len(labels), width)) + labels[:, None]).astype(np.float32)
+        for name, width in widths.items()
+    }
+    models = {name: clouds[name] for name in list(widths)[:num_models]}
+    others = {name: clouds[name] for name in list(widths)[2:] if references}
+    return compare(models, others, labels, seed=0, names=names)
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +61,62 @@ def alone():
 
 @pytest.fixture(scope="module")
 def few():
-    return make(per_class=8)
+    return make(sizes=(8, 8))
 
 
-def with_difference(comparison, metric, estimate):
+@pytest.fixture(scope="module")
+def singles():
+    """No class has two images: precision is not defined."""
+    comparison = make(sizes=(1,) * 8)
+    metrics = {
+        role: values | {f"precision_at_{k}": UNDEFINED for k in (1, 5)}
+        for role, values in comparison.metrics.items()
+    }
+    rows = {role: [UNDEFINED] * 8 for role in metrics}
+    changed = comparison.differences | {P5: {"estimate": UNDEFINED, "ratio": UNDEFINED}}
+    return replace(
+        comparison, metrics=metrics, class_precision=rows, differences=changed, per_class=[]
+    )
+
+
+def with_difference(comparison, metric, estimate, **more):
     changed = copy.deepcopy(comparison.differences)
-    changed[metric]["estimate"] = estimate
+    changed[metric] |= {"estimate": estimate, **more}
     return replace(comparison, differences=changed)
+
+
+def facts_of(comparison, classes=None, **models):
+    facts = complete(comparison, unnamed(comparison), {"run": {"command": "python x --y"}})
+    if classes:
+        facts["dataset"]["classes"] = list(classes)
+    for role, values in models.items():
+        facts["models"][role] |= values
+    return facts
+
+
+def report(comparison, classes=None, probe=None, **models):
+    facts = facts_of(comparison, classes, **models)
+    return markdown(comparison, facts, caveats(comparison, facts), ["report.md"], probe)
+
+
+def cells(text):
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines()]
+    return [[cell.strip() for cell in row] for row in rows[:1] + rows[2:]]
+
+
+def make_probe(roles=("local", "hf", "pixels")):
+    models = {
+        role: SimpleNamespace(
+            knn={k: Estimate(0.8 + k / 1000, 0.01, (0.7, 0.9)) for k in (10, 20, 200)},
+            linear=Estimate(0.7 + row / 10, 0.01, (0.6, 0.95)),
+            few_shot={1: {"linear": SimpleNamespace(mean=0.25, sd=0.031)}},
+        )
+        for row, role in enumerate(roles)
+    }
+    differences = {"linear": HIGHER, "knn": UNCLEAR} if "hf" in roles else {}
+    return SimpleNamespace(
+        models=models, differences=differences, bank_images=5000, bank_in_intervals=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,281 +130,295 @@ def with_difference(comparison, metric, estimate):
         (Estimate(0.1, 0.05, (0.0, 0.2)), "unclear"),
     ],
 )
-def test_a_verdict_needs_an_interval_that_leaves_out_zero(estimate, word):
+def test_a_verdict_needs_an_interval_that_excludes_zero(estimate, word):
     assert verdict(estimate) == word
 
 
-CLAIMS = {
-    retrieval_finding: {
-        "higher": "the HF model retrieves better",
-        "lower": "the local model retrieves better",
-        "unclear": "no difference can be shown at n = 50",
-        "unknown": "this is no verdict",
-    },
-    answer: {
-        "higher": "The HF model:",
-        "lower": "The local model:",
-        "unclear": "No difference can be shown:",
-        "unknown": "too few images for a verdict",
-    },
-    separability_finding: {
-        "higher": "The HF model separates the classes better",
-        "lower": "The local model separates the classes better",
-        "unclear": "No difference can be shown at n = 50",
-        "unknown": "this is no verdict",
-    },
-    concentration: {
-        "higher": "The HF model puts more of its variance into 10 PCs",
-        "lower": "The local model puts more of its variance into 10 PCs",
-        "unclear": "No difference in 10 PCs can be shown",
-        "unknown": "no verdict on 10 PCs",
-    },
-    spread: {
-        "higher": "The HF model uses more dimensions",
-        "lower": "The local model uses more dimensions",
-        "unclear": "No difference in effective rank can be shown",
-        "unknown": "no verdict on effective rank",
-    },
-}
-METRIC_OF = {
-    retrieval_finding: "precision_at_5",
-    answer: "precision_at_5",
-    separability_finding: "silhouette",
-    concentration: "variance_10pc",
-    spread: "effective_rank",
-}
-
-
-@pytest.mark.parametrize("finding", CLAIMS)
+@pytest.mark.parametrize(
+    ("finding", "metric", "claim", "measure"),
+    [
+        (narrative.answer, P5, "retrieves better than", "precision@5"),
+        (narrative.retrieval_finding, P5, "retrieves better than", "precision@5"),
+        (narrative.separability_finding, "silhouette", "separates the classes", "silhouette"),
+        (narrative.variance_finding, "variance_10pc", "puts more of its variance", "10 PCs"),
+        (narrative.variance_finding, "effective_rank", "uses more dimensions", "effective rank"),
+    ],
+)
 @pytest.mark.parametrize("estimate", [HIGHER, LOWER, UNCLEAR, UNKNOWN])
-def test_a_finding_claims_what_its_interval_allows_and_nothing_else(pair, finding, estimate):
-    text = finding(with_difference(pair, METRIC_OF[finding], estimate))
-    for word, claim in CLAIMS[finding].items():
-        assert (claim in text) == (word == verdict(estimate))
+def test_a_finding_claims_what_its_interval_allows(pair, finding, metric, claim, measure, estimate):
+    text = finding(replace(with_difference(pair, metric, estimate), gains={}))
+    found = verdict(estimate)
+    assert (f"huge_14 {claim}" in text) == (found == "higher")
+    assert (f"tiny (target) {claim}" in text) == (found == "lower")
+    said = next(part for part in text.split(").") if f"HF - local {gap(metric, estimate)}" in part)
+    assert measure in said
+    if found == "unclear":
+        assert "No difference" in said
+        assert "n = 50" in said
+    if found == "unknown":
+        assert "no verdict" in said
+
+
+def test_each_comparison_is_worded_once(pair):
+    text = report(pair).split("## Conclusions")[0]
+    shown = gap(P5, pair.differences[P5]["estimate"])
+    assert text.count(f"(precision@5, HF - local {shown})") <= 1
+    assert narrative.retrieval_finding(pair).startswith(narrative.answer(pair))
 
 
 @pytest.mark.parametrize(
-    ("estimate", "claim"),
+    ("estimate", "words"),
     [
-        (
-            HIGHER,
-            "The local model is better than random weights (12.0%) by 10.0 points [6.0, 14.0]",
-        ),
-        (
-            LOWER,
-            "The local model is worse than random weights (12.0%): local - random weights is -",
-        ),
-        (UNCLEAR, "No difference between the local model and random weights (12.0%) can be shown"),
-        (UNKNOWN, "Random weights give 12.0%."),
+        (HIGHER, "tiny (target) retrieves better than random weights (12.0%)"),
+        (LOWER, "random weights (12.0%) retrieves better than tiny (target)"),
+        (UNCLEAR, "No difference in precision@5"),
+        (UNKNOWN, "no verdict"),
     ],
 )
-def test_better_than_a_reference_needs_an_interval_too(pair, estimate, claim):
-    changed = replace(
-        pair,
-        gains={"random_weights": estimate},
-        references={"random_weights": {"precision_at_5": 0.12}},
-    )
-    assert claim in references_finding(changed)
-    assert ("better" in references_finding(changed)) == (estimate == HIGHER)
+def test_better_than_a_reference_needs_an_interval_too(pair, estimate, words):
+    references = {"random_weights": {P5: 0.12}}
+    changed = replace(pair, gains={"random_weights": estimate}, references=references)
+    text = narrative.references_finding(changed)
+    assert words in text
+    assert f"local - random weights {gap(P5, estimate)}" in text
+
+
+@pytest.mark.parametrize(("pixels", "both_below"), [(0.99, True), (0.01, False)])
+def test_the_better_of_two_models_below_pixels_is_not_called_good(pair, pixels, both_below):
+    references = {"pixels": {P5: pixels}, "random_weights": {P5: 0.0}}
+    changed = replace(with_difference(pair, P5, HIGHER), references=references)
+    claim = narrative.answer(changed).split(". ")[0]
+    assert "huge_14 retrieves better" in claim
+    assert ("both are below pixels (99.0%)" in claim) == both_below
+    assert "random weights" not in claim
 
 
 def test_findings_of_one_model_compare_nothing(alone):
-    for finding in (retrieval_finding, separability_finding, variance_finding, answer, question):
-        assert "HF" not in finding(alone)
-    assert "HF" not in " ".join(conclusions(alone))
+    said = [narrative.retrieval_finding(alone), narrative.separability_finding(alone)]
+    said += [narrative.variance_finding(alone), narrative.question(alone)]
+    said += conclusions(alone, CLASSES)
+    assert not re.search(r"HF|huge|other model", " ".join(said))
     assert headline_lines(alone) == []
+    assert "Agreement" not in report(alone)
 
 
-def test_retrieval_tells_the_tests_of_the_record(pair):
-    facts = pair.differences["precision_at_5"]
-    text = retrieval_finding(pair)
-    assert f"better on {facts['wins']}, as well on {facts['ties']} and worse on" in text
-    assert f"sign-flip p = {facts['sign_flip_p']:.2g}" in text
+def test_single_images_are_counted_with_p_of_the_half_samples(pair):
+    facts = pair.differences[P5]
+    text = narrative.retrieval_finding(with_difference(pair, P5, UNCLEAR, p=0.0123))
+    assert f"better on {facts['wins']}, equal on {facts['ties']} and worse on" in text
+    assert "p = 0.012 from half-samples" in text
     assert f"McNemar p = {pair.differences['precision_at_1']['mcnemar_p']:.2g}" in text
-
-
-def test_five_images_have_no_five_neighbours():
-    few = make(per_class=2)
-    for finding in (retrieval_finding, efficiency_finding, answer):
-        assert finding(few) == TOO_FEW
-    assert conclusions(few) == [TOO_FEW]
-    assert "n/a" not in conclusions(few)
-
-
-def test_efficiency_is_the_ratio_of_the_summary_with_its_interval(pair):
-    shown = summary(pair)
-    share = 100 * shown["local"]["precision_at_5"] / shown["hf"]["precision_at_5"]
-    text = efficiency_finding(pair)
-    assert f"reaches {share:.0f}% [" in text
-    assert "67% of its dimensions (16 against 24)" in text
-
-
-def test_efficiency_of_equal_widths_and_of_a_model_that_finds_nothing(pair):
-    same = {"local": pair.analyses["local"], "hf": pair.analyses["local"]}
-    text = efficiency_finding(replace(pair, analyses=same))
-    assert text.endswith("with as many dimensions (16).")
-    changed = copy.deepcopy(pair.differences)
-    changed["precision_at_5"]["ratio"] = Estimate(NAN, NAN, (NAN, NAN))
-    assert "there is no ratio" in efficiency_finding(replace(pair, differences=changed))
-
-
-def test_ten_components_are_a_share_of_unequal_widths(pair):
-    assert "they are 62.5% of the local and 41.7% of the HF model" in concentration(pair)
-    same = {"local": pair.analyses["local"], "hf": pair.analyses["local"]}
-    assert "of the local" not in concentration(replace(pair, analyses=same))
-
-
-def test_variance_tells_effective_ranks_and_that_it_is_no_quality(pair, few):
-    assert f"effective rank {interval('effective_rank', rank_of(pair))} of 16" in variance_finding(
-        pair
+    assert "half-samples" not in narrative.retrieval_finding(
+        with_difference(pair, P5, UNCLEAR, p=NAN)
     )
-    assert "a shape and not a quality" in variance_finding(pair)
-    assert "no verdict on 10 PCs" in variance_finding(few)
 
 
-def rank_of(comparison):
-    return comparison.metrics["local"]["effective_rank"]
+def test_undefined_precision_says_why(singles):
+    few = make(sizes=(2, 2))
+    for finding in (narrative.retrieval_finding, narrative.efficiency_finding, narrative.answer):
+        assert "fewer than six images" in finding(few)
+        assert finding(singles) == "Precision@5 is undefined: no class has two images."
+    assert narrative.undefined(singles) in caveats(singles, facts_of(singles))
+    assert table(singles)[5][1] == "n/a"
+    assert "nan" not in report(singles).lower()
+
+
+def test_the_mean_over_classes_is_shown_where_classes_differ_in_size(pair):
+    uneven = make(sizes=(40, 22))
+    per_class = [
+        uneven.analyses["hf"].precisions(5)[uneven.analyses["hf"].labels == label].mean()
+        for label in (0, 1)
+    ]
+    shown = number(P5, float(np.mean(per_class)))
+    assert table(uneven)[-1][2] == shown
+    assert (
+        f"Mean over classes: tiny (target) {number(P5, narrative.class_means(uneven)['local'])}"
+        in (narrative.answer(uneven))
+    )
+    assert narrative.class_means(pair) == {}
+    assert "over classes" not in narrative.answer(pair)
+
+
+def test_efficiency_is_the_ratio_with_its_interval(pair):
+    head = summary(pair)
+    assert head["ratio"][P5] == pytest.approx(head["local"][P5] / head["hf"][P5])
+    text = narrative.efficiency_finding(pair)
+    assert f"reaches {100 * head['ratio'][P5]:.0f}% [" in text
+    assert "67% of its dimensions (16 against 24)" in text
+    same = {"local": pair.analyses["local"], "hf": pair.analyses["local"]}
+    assert "as many dimensions (16)" in narrative.efficiency_finding(replace(pair, analyses=same))
+    without = with_difference(pair, P5, UNCLEAR, ratio=UNDEFINED)
+    assert "no ratio" in narrative.efficiency_finding(without)
+    assert table(without)[5][3] == "n/a"
+
+
+def test_variance_names_ranks_shares_of_widths_and_that_it_is_no_quality(pair):
+    text = narrative.variance_finding(pair)
+    rank = pair.metrics["local"]["effective_rank"]
+    assert f"effective rank {interval('effective_rank', rank)} of 16" in text
+    assert "62.5% for tiny (target) and 41.7% for huge_14" in text
+    assert "not quality" in text
+    assert "pixels" not in narrative.variance_finding(replace(pair, references={}))
 
 
 @pytest.mark.parametrize(("value", "overlap"), [(0.02, True), (-0.02, True), (0.4, False)])
 def test_silhouettes_near_zero_are_explained(pair, value, overlap):
-    metrics = copy.deepcopy(pair.metrics)
-    metrics["hf"]["silhouette"] = Estimate(value, 0.001, (value - 0.002, value + 0.002))
-    metrics["local"]["silhouette"] = metrics["hf"]["silhouette"]
-    text = separability_finding(replace(pair, metrics=metrics))
-    assert ("Values this near to 0" in text) == overlap
-    assert "By cosine instead of Euclidean distance: Local" in text
+    shown = Estimate(value, 0.001, (value - 0.002, value + 0.002))
+    metrics = {role: values | {"silhouette": shown} for role, values in pair.metrics.items()}
+    text = narrative.separability_finding(replace(pair, metrics=metrics))
+    assert ("overlapping classes" in text) == overlap
+    assert "cosine" in text
 
 
 @pytest.mark.parametrize(
     ("mutual", "words"),
     [
-        (Estimate(0.95, 0.02, (0.9, 1.0)), "so they agree on more than the classes"),
-        (
-            Estimate(0.35, 0.02, (0.3, 0.4)),
-            "so they agree beyond chance; whether on more than classes is open",
-        ),
-        (Estimate(0.45, 0.05, (0.35, 0.55)), "so they agree beyond chance; whether on more"),
-        (Estimate(0.21, 0.02, (0.17, 0.25)), "no agreement beyond chance can be shown"),
-        (Estimate(0.95, NAN, (NAN, NAN)), "without an interval this is no verdict"),
-        (Estimate(NAN, NAN, (NAN, NAN)), "too few images for mutual 10-NN"),
+        (Estimate(0.95, 0.02, (0.9, 1.0)), "agree on more than the classes"),
+        (Estimate(0.35, 0.02, (0.3, 0.4)), "beyond chance, but not demonstrably beyond"),
+        (Estimate(0.45, 0.05, (0.35, 0.55)), "beyond chance, but not demonstrably beyond"),
+        (Estimate(0.21, 0.02, (0.17, 0.25)), "No agreement beyond chance can be shown at n = 50"),
+        (Estimate(0.95, NAN, (NAN, NAN)), "no verdict"),
+        (UNDEFINED, "too few images"),
     ],
 )
-def test_agreement_is_claimed_above_its_levels_alone(pair, mutual, words):
+def test_agreement_is_claimed_only_above_its_levels(pair, mutual, words):
     levels = {"mutual_knn_chance": 0.2, "mutual_knn_class_only": 0.4}
-    text = neighbors_in_common(replace(pair, agreement={"mutual_knn": mutual, **levels}))
+    text = narrative.neighbors_in_common(replace(pair, agreement={"mutual_knn": mutual, **levels}))
     assert words in text
     assert ("agree on more" in text) == (mutual.ci95[0] > 0.4)
-    assert ("beyond chance;" in text) == (0.2 < mutual.ci95[0] <= 0.4)
+
+
+@pytest.mark.parametrize(("cka", "more"), [(0.5, True), (0.4, False)])
+def test_common_geometry_is_claimed_only_above_the_permutations(pair, cka, more):
+    facts = {"cka": cka, "cka_null_p99": 0.4, "cka_null_p": 0.0099, "cka_class_demeaned": 0.123}
+    facts["similarity_spearman"] = 0.25
+    text = narrative.geometry_in_common(replace(pair, agreement=facts))
+    assert ("do not show more" not in text) == more
+    for shown in ("0.400", "p = 0.0099", "0.123", "50 images", "0.250"):
+        assert shown in text
+    undefined = dict.fromkeys(facts, NAN)
+    assert narrative.geometry_in_common(replace(pair, agreement=undefined)) == ""
 
 
 @pytest.mark.parametrize(
-    ("cka", "null", "words"),
+    ("rows", "better_hf", "better_local", "unclear"),
     [
-        (0.5, 0.4, "so they have more than the classes in common"),
-        (0.4, 0.4, "nothing beyond the classes is shown to be in common"),
+        ([(HIGHER, 0.01), (LOWER, 0.02)], "cat", "dog", ""),
+        ([(HIGHER, 0.01), (LOWER, 0.07)], "cat", "", "the other 1 of 2"),
+        ([(UNCLEAR, 0.01), (LOWER, 0.04)], "", "dog", "the other 1 of 2"),
+        ([(HIGHER, 0.06), (UNCLEAR, 1.0)], "", "", "any class at n = 50"),
     ],
 )
-def test_common_geometry_is_claimed_above_the_permutations_alone(pair, cka, null, words):
-    facts = {"cka": cka, "cka_null_p99": null, "cka_class_demeaned": 0.123}
-    text = geometry_in_common(replace(pair, agreement=facts | {"similarity_spearman": 0.25}))
-    assert words in text
-    assert ("more than the classes" in text) == (cka > null)
-    assert "class means taken out CKA is 0.123" in text
-    assert "all pairs of 50 images have a Spearman correlation of 0.250" in text
-
-
-def test_undefined_agreement_is_left_out(pair):
-    names = ("cka", "cka_null_p99", "cka_class_demeaned", "similarity_spearman")
-    facts = pair.agreement | dict.fromkeys(names, NAN)
-    assert geometry_in_common(replace(pair, agreement=facts)) == ""
-    text = agreement_finding(replace(pair, agreement=facts))
-    assert "CKA" not in text
-    assert not text.endswith(" ")
-
-
-def class_row(label, difference, holm_p):
-    return {"label": label, "difference": difference, "holm_p": holm_p}
-
-
-@pytest.mark.parametrize(
-    ("rows", "words"),
-    [
-        ([(HIGHER, 0.01), (LOWER, 0.02)], "HF model retrieves better on a; the local model ret"),
-        ([(HIGHER, 0.01), (LOWER, 0.07)], "better on a; no difference can be shown on the other 1"),
-        ([(UNCLEAR, 0.01), (LOWER, 0.04)], "local model retrieves better on b; no difference"),
-        ([(HIGHER, 0.06), (UNCLEAR, 1.0)], "no difference can be shown on any class"),
-    ],
-)
-def test_a_class_counts_by_interval_and_corrected_test_together(pair, rows, words):
-    found = [class_row(label, *row) for label, row in enumerate(rows)]
-    text = classes_finding(replace(pair, per_class=found), ["a", "b"])
-    assert words in text
-    assert text.startswith("Of 2 classes looked at together: ")
+def test_a_class_counts_by_interval_and_corrected_test(
+    pair, rows, better_hf, better_local, unclear
+):
+    found = [
+        {"label": label, "difference": estimate, "holm_p": p}
+        for label, (estimate, p) in enumerate(rows)
+    ]
+    text = classes_finding(replace(pair, per_class=found), CLASSES)
+    assert (f"huge_14 retrieves better on {better_hf or '?'}" in text) == bool(better_hf)
+    assert (f"tiny (target) retrieves better on {better_local or '?'}" in text) == bool(
+        better_local
+    )
+    assert unclear in text
 
 
 def test_classes_without_intervals_get_no_verdict(few):
-    assert "too few images per class for a verdict" in classes_finding(few, ["a", "b"])
+    assert "too few images per class" in classes_finding(few, CLASSES)
 
 
-def test_conclusions_sort_the_table_by_what_can_be_shown(pair, few):
-    changed = pair
-    for metric, estimate in (
-        ("variance_10pc", HIGHER),
-        ("variance_50pc", UNKNOWN),
-        ("silhouette", UNCLEAR),
-        ("precision_at_5", LOWER),
-    ):
-        changed = with_difference(changed, metric, estimate)
-    expected = (
-        "In the table, higher with the HF model: Variance in 10 PCs; higher with the local model: "
-        "NN precision@5; no difference can be shown in: Silhouette score."
-    )
-    assert expected in conclusions(changed)
-    assert conclusions(pair)[0] == answer(pair)
-    assert not any("In the table" in sentence for sentence in conclusions(few))
-
-
-def test_agreement_without_an_interval_claims_nothing(few):
-    assert "agree on more" not in agreement_finding(few)
-
-
-def test_confusion_names_the_class_that_neighbours_stray_to():
+def test_confusion_names_the_class_that_neighbors_stray_to():
     labels = np.repeat(np.arange(3), 25)
     rng = np.random.default_rng(0)
     # Classes 0 and 1 lie in one place, class 2 far off.
     X = (rng.normal(size=(75, 4)) + 50 * np.eye(4)[np.where(labels == 2, 2, 0)]).astype(np.float32)
-    found = confusion_finding(
-        compare({"local": X}, {"pixels": X}, labels, seed=0), ["cat", "dog", "ship_*"]
+    found = compare({"local": X}, {}, labels, seed=0)
+    text = narrative.confusion_finding(found, ["cat", "dog", "ship"])
+    assert "ship has the purest neighborhoods (100%" in text
+    assert "cat -> dog" in text
+    assert "dog -> cat" in text
+    assert "ship" not in text.split("confusions")[1]
+
+
+def with_fields(comparison, **fields):
+    changed = replace(comparison)
+    for name, value in fields.items():
+        object.__setattr__(changed, name, value)
+    return changed
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.95, True), (NAN, False)])
+def test_rankings_say_how_often_the_halves_repeat_them(pair, share, said):
+    found = {"purest_class": {"share_of_halves": share}, "confusions_share_of_halves": 0.6}
+    text = narrative.confusion_finding(with_fields(pair, rankings={"hf": found}), CLASSES)
+    local, hf = text.split("huge_14:")
+    assert "half-samples" not in local
+    assert ("95% of half-samples" in hf) == said
+    assert "60% of half-samples" in hf
+
+
+def test_groups_of_classes_are_named_once_where_the_models_agree(pair):
+    names = ["airplane", "cat", "dog", "ship"]
+    tree = {"merges": [[[1], [2], 0.1], [[0], [3], 0.2]], "top": [[1, 2], [3, 0]]}
+    other = {"merges": [[[3], [0], 0.1], [[1], [2], 0.2]], "top": [[0, 3], [2, 1]]}
+    groups = {"local": tree, "hf": tree, "cophenetic": 0.87, "p": 0.004}
+    text = narrative.class_groups_finding(with_fields(pair, class_groups=groups), names)
+    assert text.startswith(
+        "Both models separate airplane and ship from cat and dog; cat and dog merge first."
     )
-    assert r"purest neighbourhoods are those of ship\_\* (100% of the five" in found
-    assert "cat to dog" in found
-    assert "dog to cat" in found
-    assert "ship_" not in found.split("stray")[1]
+    assert "0.87" in text
+    assert "p = 0.004" in text
+    text = narrative.class_groups_finding(
+        with_fields(pair, class_groups=groups | {"hf": other}), names
+    )
+    assert "tiny (target) separates" in text
+    assert "huge_14 separates airplane and ship from cat and dog; airplane and ship merge" in text
+    assert narrative.class_groups_finding(with_fields(pair, class_groups={}), names) == ""
 
 
 @pytest.mark.parametrize(("trainings", "rough"), [(2, True), (5, False)])
-def test_the_spread_over_seeds_stands_beside_the_error_over_images(pair, few, trainings, rough):
-    seeds = {"precision_at_5": SeedSpread([0.55] * trainings, 0.55, 0.0707)}
-    text = seeds_finding(replace(pair, seeds=seeds))
-    error = 100 * pair.metrics["local"]["precision_at_5"].se
-    assert text.startswith(
-        f"Over {trainings} trainings of the local model precision@5 is 55.0% in the mean, with a "
-        f"standard deviation of 7.07 points over trainings; the standard error over images is "
-        f"{error:.2f} points. The intervals hold the latter alone."
-    )
+def test_the_spread_over_seeds_is_next_to_the_error_over_images(pair, few, trainings, rough):
+    seeds = {P5: SeedSpread([0.55] * trainings, 0.55, 0.0707)}
+    text = narrative.seeds_finding(replace(pair, seeds=seeds))
+    error = 100 * pair.metrics["local"][P5].se
+    for shown in (f"Over {trainings} trainings", "55.0%", "7.07 points", f"{error:.2f} points"):
+        assert shown in text
     assert ("only roughly" in text) == rough
-    assert "over images" not in seeds_finding(replace(few, seeds=seeds))
+    assert "over images" not in narrative.seeds_finding(replace(few, seeds=seeds))
+    seeds = {metric: SeedSpread([0.5, 0.6], 0.55, 0.0707) for metric in HEADLINES}
+    assert "Training Seeds" in report(replace(pair, seeds=seeds))
+    row = cells(seeds_table(replace(pair, seeds=seeds)))[4]
+    expected = ["50.0%, 60.0%", "55.0%", "7.07 points", f"{error:.2f} points"]
+    assert row == ["NN precision@5", *expected]
+
+
+def test_the_probe_names_measure_bank_and_all_models(pair, alone):
+    text = narrative.probe_finding(pair, make_probe())
+    assert text.startswith("huge_14 classifies better than tiny (target) (linear-probe accuracy")
+    assert "No difference in 20-NN accuracy" in text
+    assert "5,000 labeled images" in text
+    assert "pixels 90.0% [60.0, 95.0]" in text
+    assert "given this bank" in text
+    _, shown = probe_section(pair, make_probe())
+    rows = cells(shown)
+    assert rows[0] == ["Accuracy", "tiny (target)", "huge_14", "Pixels"]
+    assert [row[0] for row in rows[1:4]] == ["kNN, k = 10", "kNN, k = 20", "kNN, k = 200"]
+    assert rows[4][1] == "70.0% [60.0, 95.0]"
+    assert rows[5][1] == "25.0% (SD 3.1%)"
+    assert "Probe" not in report(pair)
+    assert narrative.probe_finding(pair, make_probe()) in report(pair, probe=make_probe())
+    assert "better" not in narrative.probe_finding(alone, make_probe(("local", "pixels")))
 
 
 @pytest.mark.parametrize(
     ("metric", "value", "sign", "shown"),
     [
-        ("precision_at_5", 0.4983, "", "49.8%"),
-        ("precision_at_5", -0.00001, "+", "+0.0%"),
+        (P5, 0.4983, "", "49.8%"),
+        (P5, -0.00001, "+", "+0.0%"),
         ("silhouette", -0.00004, "", "0.000"),
         ("silhouette", 0.0342, "+", "+0.034"),
-        ("embedding_dim", 192.0, "", "192"),
+        ("embedding_dim", 1280.0, "", "1,280"),
         ("effective_rank", 87.04, "", "87.0"),
         ("ratio", 0.727, "", "73%"),
         ("variance_10pc", NAN, "", "n/a"),
@@ -369,17 +429,17 @@ def test_numbers_are_printed_without_negative_zeros_or_nan(metric, value, sign, 
 
 
 def test_an_interval_is_printed_where_there_is_one():
-    assert interval("precision_at_5", HIGHER, "+") == "+10.0% [+6.0, +14.0]"
-    assert interval("precision_at_5", UNKNOWN) == "10.0%"
-    assert gap("precision_at_5", HIGHER) == "+10.0 points [+6.0, +14.0]"
+    assert interval(P5, HIGHER, "+") == "+10.0% [+6.0, +14.0]"
+    assert interval(P5, UNKNOWN) == "10.0%"
+    assert gap(P5, HIGHER) == "+10.0 points [+6.0, +14.0]"
     assert gap("silhouette", Estimate(0.0, 0.0, (0.0, 0.0))) == "+0.000 [+0.000, +0.000]"
 
 
 @pytest.mark.parametrize(
     ("metric", "se", "shown"),
     [
-        ("precision_at_5", 0.001, "+0.4% [+0.2, +0.6]"),
-        ("precision_at_5", 0.0009, "+0.42% [+0.25, +0.60]"),
+        (P5, 0.001, "+0.4% [+0.2, +0.6]"),
+        (P5, 0.0009, "+0.42% [+0.25, +0.60]"),
         ("silhouette", 0.0009, "+0.0042 [+0.0025, +0.0060]"),
         ("silhouette", 1e-12, "+0.004235 [+0.004235, +0.004235]"),
     ],
@@ -389,27 +449,199 @@ def test_small_errors_are_printed_with_the_digits_that_show_them(metric, se, sho
     assert interval(metric, estimate, "+") == shown
 
 
-@pytest.mark.parametrize(
-    ("local", "hf", "expected"),
-    [(1.0, 2.0, 0.5), (1.0, 0.0, NAN), (-1.0, 2.0, NAN), (-1.0, -2.0, NAN)],
-)
-def test_a_ratio_across_zero_is_not_defined(local, hf, expected):
-    assert ratio(local, hf) == pytest.approx(expected, nan_ok=True)
+def test_the_table_names_models_chance_directions_and_references(pair, alone):
+    header, *rows = table(pair)
+    assert header[1:5] == ["tiny (target)", "huge_14", "local / HF", "HF - local [95%]"]
+    assert header[5:] == ["Chance", "Pixels", "Random weights"]
+    assert rows[0] == ["Embedding dimension", "16", "24", "0.67x", "", "", "6", "16"]
+    assert rows[4][5] == number(P5, pair.chance_precision)
+    assert rows[4][4] == gap(P5, pair.differences[P5]["estimate"])
+    assert {len(row) for row in table(alone)} == {5}
+    assert table(make(references=False))[0][5:] == ["Chance"]
 
 
-def test_the_table_has_five_rows_of_the_summary_and_equal_columns(pair, alone):
-    for comparison, columns in ((pair, 7), (alone, 4)):
-        rows = table(comparison)
-        assert len(rows) == 6
-        assert {len(row) for row in rows} == {columns}
-    assert table(pair)[1][1:3] == ["16", "24"]
+def test_equal_names_are_told_apart_by_their_roles():
+    comparison = make(names={"local": "vit", "hf": "vit"})
+    assert table(comparison)[0][1:3] == ["vit (Local)", "vit (HF)"]
 
 
-def test_console_columns_are_aligned():
+def test_console_columns_are_aligned(pair):
     lines = console_table([["name", "x"], ["longer name", "100"]]).splitlines()
     assert lines[0] == "name           x"
     assert lines[2] == "longer name  100"
+    said = " ".join(headline_lines(pair))
+    assert f"{pair.agreement['mutual_knn'].value:.3f}" in said
+    assert f"hf better on {pair.differences[P5]['wins']}" in said
 
 
-def test_class_names_are_never_markup():
-    assert literal("<b>*a*_`\n#") == r"\<b\>\*a\*\_\` \#"
+@pytest.mark.parametrize("which", ["pair", "alone", "few", "singles"])
+def test_a_report_has_its_sections_and_no_undefined_number(which, request):
+    comparison = request.getfixturevalue(which)
+    text = report(comparison)
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    expected = ["Overview", "Quantitative Results", "Caveats", "Key Findings", "Conclusions"]
+    assert headings == [f"## {name}" for name in [*expected, "Files Generated", "Reproduction"]]
+    assert "python x --y" in text
+    assert not re.search(r"\bnan\b", text.lower())
+    numbers = re.findall(r"^### (\d+)\. ", text, re.MULTILINE)
+    assert numbers == [str(i) for i in range(1, len(numbers) + 1)]
+    for part in ("Agreement of", "Representation Efficiency"):
+        assert (part in text) == (which != "alone")
+
+
+@pytest.mark.parametrize("which", ["pair", "alone", "few"])
+def test_no_sentence_is_longer_than_thirty_words(which, request):
+    comparison = request.getfixturevalue(which)
+    facts = facts_of(comparison)
+    probe = make_probe(("local", "hf", "pixels") if which != "alone" else ("local",))
+    paragraphs = [
+        *caveats(comparison, facts, one_training=True),
+        *conclusions(comparison, CLASSES, probe),
+        narrative.variance_finding(comparison),
+        narrative.separability_finding(comparison),
+        narrative.confusion_finding(comparison, CLASSES),
+        narrative.retrieval_finding(comparison),
+        narrative.agreement_finding(comparison) if which != "alone" else "",
+        classes_finding(comparison, CLASSES),
+    ]
+    for sentence in re.split(r"\. ", " ".join(paragraphs)):
+        words = re.sub(r"\[[^]]*\]", "", sentence).split()
+        assert len(words) <= 30, sentence
+
+
+def test_the_overview_says_what_was_trained_and_the_protocol_what_was_done(pair):
+    losses = "I-JEPA prediction + view matching (InfoNCE)"
+    known = {"losses": losses, "parameters": 2_700_000, "epochs": 3, "planned_epochs": 9}
+    text = report(pair, local=known | {"pooling": "mean over patch tokens"}).split("## Quant")[0]
+    assert losses in text
+    assert "2.7 million parameters" in text
+    assert "3 epochs of 9 planned" in text
+    assert "not recorded" in report(pair).split("*Protocol.*")[0]
+    protocol = text.split("*Protocol.*")[1]
+    for said in ("mean over patch tokens", "cosine", "50 images", "25 of each of 2", "seed 0"):
+        assert said in protocol
+    assert "scipy" in protocol
+    assert "commit" in protocol
+
+
+def test_hostile_names_are_shown_and_never_markup():
+    names = {"local": "<b>x</b>", "hf": "a|b*c*"}
+    classes = ["<script>alert(1)</script>\r\n# x", "a|b`\\`[l](u) _e_ $x$ &lt;"]
+    text = report(make(names=names), classes)
+    assert not re.search(r"(?<!\\)<", text)
+    for line in text.splitlines():
+        assert not line.startswith("# x")
+    tables = [block for block in text.split("\n\n") if block.startswith("| ")]
+    assert len(tables) == 3
+    for block in tables:
+        rows = cells(block)
+        assert {len(row) for row in rows} == {len(rows[0])}
+    shown = re.sub(r"\\(.)", r"\1", cells(tables[2])[2][0])
+    assert shown == classes[1]
+    assert literal("ijepa_vith14_1k") == "ijepa_vith14_1k"
+
+
+def test_the_confusion_table_is_the_confusion_of_both_models(pair, alone):
+    rows = cells(confusion_table(pair, ["a", "b"]))
+    assert rows[0] == ["Image", "a", "b"]
+    local, hf = (100 * neighbor_confusion(pair.analyses[name], 2) for name in ("local", "hf"))
+    for row, name in enumerate("ab"):
+        shown = [f"{local[row, column]:.0f} / {hf[row, column]:.0f}" for column in range(2)]
+        assert rows[row + 1] == [name, *shown]
+    assert "/" not in confusion_table(alone, ["a", "b"])
+    assert "| Image |" in report(pair, [*"abcdefghijkl"])
+    assert "| Image |" not in report(pair, [*"abcdefghijklm"])
+
+
+def test_the_table_of_classes_has_tests_and_agreement(pair):
+    header, *rows = cells(per_class_table(pair, CLASSES))
+    for shown, row in zip(rows, pair.per_class, strict=True):
+        cell = dict(zip(header, shown, strict=True))
+        assert cell["n"] == "25"
+        assert cell["tiny (target)"] == f"{100 * row['local']:.1f}%"
+        assert cell["HF - local [95%]"] == gap(P5, row["difference"])
+        assert cell["Wins / ties / losses"] == f"{row['wins']} / {row['ties']} / {row['losses']}"
+        assert cell["Holm p"] == f"{row['holm_p']:.2g}"
+        assert cell["First neighbor, Holm p"] == f"{row['mcnemar_holm_p']:.2g}"
+
+
+def said_of(comparison, word, data=None, maps=None, notes=(), one_training=False, **models):
+    facts = facts_of(comparison, **models)
+    facts["dataset"] |= data or {}
+    return [c for c in caveats(comparison, facts, maps, notes, one_training) if word in c]
+
+
+def test_both_sides_with_the_same_weights_are_named(pair):
+    assert said_of(pair, "same weights") == []
+    file = {"sha256": "ab", "weights": "target"}
+    assert said_of(pair, "same weights", local=file, hf=file)
+    assert not said_of(pair, "same weights", local=file, hf=file | {"weights": "context"})
+    same = replace(pair, analyses=dict.fromkeys(("local", "hf"), pair.analyses["local"]))
+    assert said_of(same, "same weights")
+    assert said_of(same, "one training", one_training=True) == []
+    assert said_of(pair, "one training", one_training=True)
+    assert said_of(pair, "one training") == []
+
+
+@pytest.mark.parametrize(
+    ("word", "arguments"),
+    [
+        ("dtype", {"local": {"dtype": "bfloat16"}, "hf": {"dtype": "float32"}}),
+        ("9 planned", {"local": {"epochs": 3, "planned_epochs": 9}}),
+        ("heads are assumed", {"local": {"notes": ["64 heads are assumed."]}}),
+        ("two files", {"notes": ["two files were left out."]}),
+        ("train split", {"data": {"split": "train"}}),
+        (
+            "7 images have an exact copy",
+            {"data": {"duplicates": {"images": 7, "with_two_labels": 3}}},
+        ),
+        (
+            "3 a copy with another label",
+            {"data": {"duplicates": {"images": 7, "with_two_labels": 3}}},
+        ),
+        (
+            "Maps show 10 of 50",
+            {
+                "maps": Maps(
+                    np.arange(10), {"local": TsneProjection(np.zeros((10, 2)), 1.0, 1.0, 30.0)}, {}
+                )
+            },
+        ),
+        (
+            "perplexity is 3.0",
+            {
+                "maps": Maps(
+                    np.arange(50), {"local": TsneProjection(np.zeros((50, 2)), 1.0, 1.0, 3.0)}, {}
+                )
+            },
+        ),
+    ],
+)
+def test_what_limits_the_numbers_is_a_caveat_and_only_then(pair, word, arguments):
+    assert len(said_of(pair, word, **arguments)) == 1
+    assert said_of(pair, word) == []
+
+
+def test_few_images_small_classes_and_single_images_are_caveats(pair, few):
+    assert said_of(few, "too few images for intervals")
+    assert not said_of(pair, "too few images")
+    assert said_of(with_fields(pair, small_classes=3), "3 classes have fewer than 20 images")
+    assert said_of(make(sizes=(9, 1)), "In 1 classes with one image")
+    assert said_of(few, "50 PCs of tiny (target)")
+    assert said_of(pair, "here 50")
+    seeds = {P5: SeedSpread([0.5], 0.5, 0.0)}
+    assert said_of(pair, "one checkpoint is one draw")
+    assert not said_of(replace(pair, seeds=seeds), "one checkpoint is one draw")
+
+
+def test_collapse_and_ranks_that_n_bounds_are_caveats(pair):
+    def with_rank(estimate, precision):
+        hf = pair.metrics["hf"] | {"effective_rank": estimate}
+        hf[P5] = Estimate(precision, 0.01, (precision - 0.02, precision + 0.02))
+        return replace(pair, metrics=pair.metrics | {"hf": hf})
+
+    low = Estimate(1.1, 0.1, (0.9, 1.3))
+    assert said_of(with_rank(low, 0.1), "huge_14 looks collapsed")
+    assert not said_of(with_rank(low, 0.99), "collapsed")
+    assert said_of(with_rank(UNDEFINED, 0.1), "huge_14 are the same")
+    assert said_of(with_rank(Estimate(40.0, NAN, (NAN, NAN)), 0.9), "above n / 2")

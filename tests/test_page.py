@@ -3,7 +3,6 @@ import hashlib
 import io
 import json
 import re
-from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -14,7 +13,6 @@ from ijepa import narrative
 from ijepa.class_charts import matrix_panel
 from ijepa.explorer import COLUMNS, TILE, sprite_sheet, thumbnail
 from ijepa.markup import Markup, element
-from ijepa.uncertainty import Estimate
 
 HOSTILE = "<script>alert(1)</script>\"'&</style>"
 VOID = {"meta", "img", "input", "br", "link", "wbr"}
@@ -255,31 +253,6 @@ def test_every_figure_says_how_to_read_it_and_leads_to_a_definition(parsed):
 def test_a_page_of_two_thousand_photographs_stays_under_three_megabytes(make_page):
     page = make_page(n=2000, classes=("a", "b", "c", "d"))
     assert len(page.html.encode()) < 3_000_000
-
-
-def with_difference(comparison, low, high):
-    value = (low + high) / 2
-    estimate = Estimate(value, (high - low) / 3.92, (low, high))
-    precision = {**comparison.differences["precision_at_5"], "estimate": estimate}
-    return replace(comparison, differences={**comparison.differences, "precision_at_5": precision})
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "words"),
-    [
-        (0.01, 0.05, "The HF model:"),
-        (-0.05, -0.01, "The local model:"),
-        (-0.01, 0.05, "No difference can be shown:"),
-        (float("nan"), float("nan"), "There are too few images for a verdict:"),
-    ],
-)
-def test_the_answer_names_a_winner_only_when_the_interval_leaves_out_zero(
-    example, low, high, words
-):
-    said = narrative.answer(with_difference(example.comparison, low, high))
-    assert said.startswith(words)
-    assert said.count(".\n") == 0
-    assert "nan" not in said
 
 
 def test_bars_of_the_classes_carry_their_intervals(make_page):

@@ -2,27 +2,31 @@ import csv
 import hashlib
 import io
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from matplotlib.collections import PathCollection
-from matplotlib.text import Text
 
 from ijepa import report
 from ijepa.comparison import compare
 from ijepa.data import Split
 from ijepa.errors import UserError
-from ijepa.projections import Maps, project_tsne
+from ijepa.projections import make_maps
 from ijepa.report import (
+    complete,
+    count_duplicates,
     disagreements,
     draw_queries,
+    metrics_content,
     per_image_csv,
     plain,
-    project,
-    shown_rows,
+    summary_json,
     write_report,
 )
+
+CLASSES = ('a,b "c"', "two\r\nlines\rand\nmore")
 
 
 @pytest.fixture(scope="module")
@@ -30,53 +34,22 @@ def run():
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(2), 20)
     images = torch.from_numpy(rng.integers(0, 256, (40, 3, 8, 8), dtype=np.uint8))
-    split = Split("toys", "test", ("a,b", "c"), images, labels, np.arange(100, 140))
+    split = Split("toys", "test", CLASSES, images, labels, np.arange(100, 140))
     models = {
         "local": (rng.normal(size=(40, 4)) + labels[:, None]).astype(np.float32),
         "hf": (rng.normal(size=(40, 6)) + labels[:, None]).astype(np.float32),
     }
     references = {name: models["local"].copy() for name in ("pixels", "random_weights")}
     comparison = compare(models, references, labels, seed=0)
-    return comparison, project(comparison, 0), split
-
-
-def test_maps_made_at_once_equal_maps_made_one_after_the_other(run):
-    comparison, maps, _ = run
-    assert list(maps) == ["local", "hf"]
-    for name, analysis in comparison.analyses.items():
-        alone = project_tsne(analysis.embeddings, 0)
-        np.testing.assert_array_equal(maps[name].coordinates, alone.coordinates)
-        assert maps[name].kept_neighbors == alone.kept_neighbors
+    return comparison, split, make_maps(models, labels, 0)
 
 
 @pytest.fixture(scope="module")
-def facts():
-    model = {
-        "source": "x",
-        "embedding_dim": 4,
-        "parameters": 10,
-        "input_size": 8,
-        "dtype": "float32",
-    }
-    return {
-        "run": {"command": "python x", "seed": 0},
-        "dataset": {
-            "name": "toys",
-            "split": "test",
-            "n": 40,
-            "classes": ["a,b", "c"],
-            "sha256": 64 * "0",
-        },
-        "models": {"local": model, "hf": model},
-        "settings": {},
-    }
-
-
-@pytest.fixture(scope="module")
-def written(run, facts, tmp_path_factory):
-    comparison, maps, split = run
+def written(run, tmp_path_factory):
+    comparison, split, maps = run
+    facts = {"run": {"seconds": {"compare": 1.5}}, "models": {"local": {"losses": "those"}}}
     folder = tmp_path_factory.mktemp("report")
-    return write_report(folder, comparison, maps, split, facts, ["a caveat"])
+    return write_report(folder, comparison, split, facts, ["A caveat."], maps)
 
 
 def test_artifacts_are_the_files_with_their_hashes_and_sizes(written):
@@ -88,98 +61,132 @@ def test_artifacts_are_the_files_with_their_hashes_and_sizes(written):
         content = path.read_bytes()
         assert listed[path.name]["sha256"] == hashlib.sha256(content).hexdigest()
         assert listed[path.name]["bytes"] == len(content)
-    assert metrics["caveats"][0] == "a caveat"
     assert set(written[0].parent.iterdir()) == set(written)
+    assert {"embeddings_local.npz", "embeddings_hf.npz", "nn_queries.png"} <= listed.keys()
 
 
-def test_files_of_an_earlier_run_that_this_one_does_not_make_are_neither_kept_nor_named(
-    run, facts, tmp_path
-):
-    comparison, maps, split = run
+def test_metrics_hold_what_is_known_of_the_run_and_the_time_of_writing(written):
+    metrics = json.loads(written[-1].read_text())
+    assert metrics["schema_version"] == 2
+    assert metrics["caveats"][0] == "A caveat."
+    assert metrics["run"]["seconds"]["compare"] == 1.5
+    assert 0 < metrics["run"]["seconds"]["write"] < 600
+    assert {"scipy", "Pillow", "huggingface_hub", "python"} <= metrics["run"]["versions"].keys()
+    assert metrics["models"]["local"]["losses"] == "those"
+    assert metrics["models"]["hf"]["losses"] is None
+    assert metrics["models"]["hf"]["embedding_dim"] == 6
+    assert metrics["settings"]["knn"] == {"k": 20, "temperature": 0.07, "leave_one_out": True}
+    assert metrics["settings"]["tsne"]["seed"] == 0
+    headline = json.loads(summary_json(written[-1]))
+    assert headline["summary"] == metrics["summary"]
+    assert headline["chance_precision"] == pytest.approx(19 / 39)
+
+
+def test_files_of_an_earlier_run_that_this_one_does_not_make_are_removed(run, tmp_path):
+    comparison, split, maps = run
     for name in ("embeddings_hf.npz", "nn_disagreement.png", "mine.txt"):
         (tmp_path / name).write_bytes(b"of an earlier run")
     X = comparison.analyses["local"].embeddings
-    references = {"pixels": X, "random_weights": X}
-    alone = compare({"local": X}, references, split.labels, comparison.seed)
-    write_report(tmp_path, alone, {"local": maps["local"]}, split, facts, [])
+    alone = compare({"local": X}, {}, split.labels, comparison.seed)
+    maps = replace(maps, tsne={"local": maps.tsne["local"]}, pca={"local": maps.pca["local"]})
+    write_report(tmp_path, alone, split, maps=maps)
     left = {path.name for path in tmp_path.iterdir()}
     assert "mine.txt" in left
     assert not left & {"embeddings_hf.npz", "nn_disagreement.png"}
     named = json.loads((tmp_path / "metrics.json").read_text())["artifacts"]
     assert {one["path"] for one in named} <= left
+    assert "embeddings_hf" not in (tmp_path / "report.md").read_text()
 
 
-def test_the_same_run_writes_the_same_bytes(run, facts, written, tmp_path):
-    comparison, maps, split = run
-    again = write_report(tmp_path, comparison, maps, split, facts, ["a caveat"])
-    assert [path.name for path in again] == [path.name for path in written]
-    for one, other in zip(again, written, strict=True):
+def test_two_labeled_arrays_from_anywhere_make_a_report_twice_the_same(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 25)
+    arrays = {name: rng.normal(size=(75, 12)).astype(np.float32) for name in ("local", "hf")}
+    comparison = compare(arrays, {}, labels, seed=0, names={"local": "mine", "hf": "yours"})
+    first, again = (write_report(tmp_path / name, comparison) for name in ("first", "again"))
+    names = [path.name for path in first]
+    assert not any(name.startswith(("nn_", "embeddings_")) for name in names)
+    assert {"report.md", "report.html", "metrics.json", "tsne_comparison.png"} <= set(names)
+    for one, other in zip(first, again, strict=True):
         assert one.read_bytes() == other.read_bytes()
+    metrics = json.loads(first[-1].read_text())
+    assert metrics["names"] == {"local": "mine", "hf": "yours"}
+    assert any("50 PCs of mine" in caveat for caveat in metrics["caveats"])
 
 
-def test_per_image_rows_read_back_as_the_numbers(run, monkeypatch):
-    comparison, maps, split = run
-    monkeypatch.setattr(report, "CSV_ROWS", 7)
-    pieces = list(per_image_csv(comparison, Maps(np.arange(40), maps, {}), split))
-    assert [piece.count("\n") for piece in pieces] == [8, 7, 7, 7, 7, 5]
-    rows = list(csv.DictReader(io.StringIO("".join(pieces))))
+def test_per_image_rows_read_back_as_the_numbers(run):
+    comparison, split, maps = run
+    object.__setattr__(split, "paths", tuple(f'a/"{i}",\r.png' for i in range(40)))
+    correct = {"local": {"linear": comparison.analyses["local"].first_is_right()}}
+    text = per_image_csv(comparison, maps, split, SimpleNamespace(correct=correct))
+    object.__setattr__(split, "paths", None)
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
     assert [int(row["index"]) for row in rows] == list(range(100, 140))
-    assert {row["class"] for row in rows} == {"a,b", "c"}
+    assert [row["class"] for row in rows] == [CLASSES[label] for label in split.labels]
+    assert [row["path"] for row in rows] == [f'a/"{i}",\r.png' for i in range(40)]
+    shown = [int(row["linear_correct_local"]) for row in rows]
+    assert np.mean(shown) == comparison.metrics["local"]["precision_at_1"].value
     for name in ("local", "hf"):
-        shown = [float(row[f"precision_at_5_{name}"]) for row in rows]
-        assert np.mean(shown) == pytest.approx(comparison.metrics[name]["precision_at_5"].value)
-        for metric in ("silhouette", "silhouette_cosine"):
-            shown = [float(row[f"{metric}_{name}"]) for row in rows]
-            expected = comparison.metrics[name][metric].value
-            assert np.mean(shown) == pytest.approx(expected, abs=1e-6)
+        for column, metric in (
+            ("precision_at_5", "precision_at_5"),
+            ("silhouette", "silhouette"),
+            ("silhouette_cosine", "silhouette_cosine"),
+        ):
+            shown = np.mean([float(row[f"{column}_{name}"]) for row in rows])
+            assert shown == pytest.approx(comparison.metrics[name][metric].value, abs=1e-6)
         neighbors = [list(map(int, row[f"neighbors_{name}"].split())) for row in rows]
         expected = comparison.analyses[name].neighbors[:, :5] + 100
         np.testing.assert_array_equal(neighbors, expected)
+        places = [[float(row[f"tsne_{axis}_{name}"]) for axis in "xy"] for row in rows]
+        np.testing.assert_allclose(places, maps.tsne[name].coordinates, rtol=1e-4)
     shown = [float(row["mutual_knn"]) for row in rows]
     assert np.mean(shown) == pytest.approx(comparison.agreement["mutual_knn"].value)
 
 
-def test_on_disagreements_one_model_alone_is_right_and_most_clearly(run):
+def test_images_without_a_place_on_the_maps_have_empty_cells(run):
+    comparison, split, maps = run
+    tsne = {
+        name: replace(made, coordinates=made.coordinates[:15]) for name, made in maps.tsne.items()
+    }
+    text = per_image_csv(comparison, replace(maps, rows=np.arange(15), tsne=tsne), split)
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    assert [row["tsne_x_hf"] == "" for row in rows] == [False] * 15 + [True] * 25
+
+
+def test_on_disagreements_only_one_model_is_right_and_most_clearly(run):
     comparison = run[0]
     local, hf = (comparison.analyses[name] for name in ("local", "hf"))
     chosen = disagreements(comparison, 0)
     assert len(chosen) == 8
     for rows, winner, loser in ((chosen[:4], hf, local), (chosen[4:], local, hf)):
-        alone = (winner.precisions(1) == 1) & (loser.precisions(1) == 0)
-        assert alone[rows].all()
+        only = (winner.precisions(1) == 1) & (loser.precisions(1) == 0)
+        assert only[rows].all()
         gains = winner.precisions(5) - loser.precisions(5)
-        assert gains[rows].tolist() == np.sort(gains[alone])[::-1][:4].tolist()
+        assert gains[rows].tolist() == np.sort(gains[only])[::-1][:4].tolist()
     assert chosen.tolist() != disagreements(comparison, 1).tolist()
+    same = compare(dict.fromkeys(("local", "hf"), local.embeddings), {}, local.labels, 0)
+    assert len(disagreements(same, 0)) == 0
 
 
-def test_a_model_against_itself_disagrees_nowhere(run):
-    local = run[0].analyses["local"].embeddings
-    labels = run[0].analyses["local"].labels
-    assert len(disagreements(compare({"local": local, "hf": local}, {}, labels, 0), 0)) == 0
-    assert len(disagreements(compare({"local": local}, {}, labels, 0), 0)) == 0
-
-
-def test_metrics_hold_every_number_of_the_comparison(run, facts):
-    comparison = run[0]
-    found = json.loads(report.metrics_json(comparison, facts, [], []))
-    assert found["schema_version"] == 1
+def test_metrics_hold_every_number_of_the_comparison(run):
+    comparison, split, _ = run
+    found = metrics_content(comparison, complete(comparison, split, {}), [])
     for name, numbers in comparison.metrics.items():
         assert found["metrics"][name].keys() == numbers.keys()
-        shown = found["metrics"][name]["precision_at_5"]
-        assert shown == {
-            "value": numbers["precision_at_5"].value,
-            "se": numbers["precision_at_5"].se,
-            "ci95": list(numbers["precision_at_5"].ci95),
-        }
-    facts = found["comparison"]["differences"]["precision_at_5"]
-    assert facts.keys() == {"estimate", "ratio", "sign_flip_p", "wins", "ties", "losses"}
-    assert "mcnemar_p" in found["comparison"]["differences"]["precision_at_1"]
-    assert found["comparison"]["agreement"].keys() == comparison.agreement.keys()
-    assert found["comparison"]["agreement"]["cka_null_p99"] == comparison.agreement["cka_null_p99"]
+        value = numbers["precision_at_5"]
+        expected = {"value": value.value, "se": value.se, "ci95": list(value.ci95)}
+        assert found["metrics"][name]["precision_at_5"] == expected
+    for part in ("differences", "agreement"):
+        assert found["comparison"][part].keys() == getattr(comparison, part).keys()
     assert found["comparison"]["per_class"][1]["mutual_knn"]["se"] > 0
     assert found["gains"]["pixels"] == {"value": 0, "se": 0, "ci95": [0, 0]}
     confusion = np.array(found["comparison"]["neighbor_confusion"]["hf"])
     np.testing.assert_allclose(confusion.sum(axis=1), 1)
+    assert found["probe"] is None
+    probe = SimpleNamespace(record=lambda: {"bank_images": 7, "l2": float("nan")})
+    found = metrics_content(comparison, complete(comparison, split, {}), [], probe)
+    assert found["probe"] == {"bank_images": 7, "l2": None}
+    assert any("probe.l2" in caveat for caveat in found["caveats"])
 
 
 def test_queries_come_from_the_seed_and_one_of_each_class():
@@ -190,40 +197,6 @@ def test_queries_come_from_the_seed_and_one_of_each_class():
     assert (queries != draw_queries(labels, 4)).any()
 
 
-def test_maps_show_a_balanced_seeded_sample_in_order_when_images_are_many(run, monkeypatch):
-    assert report.MAX_POINTS == 5000
-    np.testing.assert_array_equal(shown_rows(run[0], 0), np.arange(40))
-    monkeypatch.setattr(report, "MAX_POINTS", 15)
-    rows = shown_rows(run[0], 0)
-    assert len(rows) == 15
-    assert (np.diff(rows) > 0).all()
-    assert sorted(np.bincount(run[0].analyses["local"].labels[rows])) == [7, 8]
-    np.testing.assert_array_equal(rows, shown_rows(run[0], 0))
-    assert (rows != shown_rows(run[0], 1)).any()
-
-
-@pytest.mark.parametrize("most", [15, 5000])
-def test_maps_of_fewer_images_say_so(run, facts, monkeypatch, tmp_path, most):
-    monkeypatch.setattr(report, "MAX_POINTS", most)
-    comparison, _, split = run
-    drawn = {}
-
-    def keep(path, figure):
-        drawn[path.name] = figure
-        path.touch()
-
-    monkeypatch.setattr(report, "save_figure", keep)
-    maps = project(comparison, 0)
-    write_report(tmp_path, comparison, maps, split, facts, [])
-    for name in ("tsne_comparison.png", "pca_comparison.png"):
-        panels = drawn[name].findobj(PathCollection)
-        assert {len(panel.get_offsets()) for panel in panels} == {min(most, 40)}
-        words = " ".join(text.get_text() for text in drawn[name].findobj(Text))
-        assert ("15 images shown, of every class alike" in words) == (most == 15)
-    lines = (tmp_path / "per_image.csv").read_text().splitlines()
-    assert sum(line.count(",,") for line in lines) == (2 * 25 if most == 15 else 0)
-
-
 def test_undefined_numbers_become_null_and_are_named():
     undefined = []
     value = {"a": [1, float("nan")], "b": {"c": np.float64("inf"), "d": np.int64(3)}}
@@ -231,11 +204,18 @@ def test_undefined_numbers_become_null_and_are_named():
     assert undefined == [".a[1]", ".b.c"]
 
 
-def test_a_failed_write_leaves_no_metrics(run, facts, tmp_path, monkeypatch):
+def test_exact_copies_are_counted_with_those_of_two_labels():
+    keys = [b"a", b"b", b"a", b"c", b"b", b"b"]
+    found = count_duplicates(keys, np.array([0, 0, 0, 1, 1, 0]))
+    assert found == {"images": 5, "with_two_labels": 3}
+    assert count_duplicates([b"a", b"b"], np.array([0, 1])) == {"images": 0, "with_two_labels": 0}
+
+
+def test_a_failed_write_leaves_no_metrics(run, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "draw", lambda *_: iter(()))
-    comparison, maps, split = run
+    comparison, split, maps = run
     (tmp_path / "report.html").mkdir()  # where a file has to go
     with pytest.raises(UserError):
-        write_report(tmp_path, comparison, maps, split, facts, [])
+        write_report(tmp_path, comparison, split, maps=maps)
     assert not (tmp_path / "metrics.json").exists()
     assert not list(tmp_path.glob("*.tmp*"))
