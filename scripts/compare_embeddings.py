@@ -66,7 +66,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--split",
-        choices=["test", "train"],
+        choices=["test", "val", "train"],
         default="test",
         help="part of the data set (default: %(default)s)",
     )
@@ -232,36 +232,31 @@ def check_seeds(local: Any, others: list[Any]) -> None:
 
 
 def extract_all(
-    args: argparse.Namespace, loaded: list[Any], split: Any, split_hash: str, cache: Path | None
+    args: argparse.Namespace, loaded: list[Any], split: Any, cache: Path | None
 ) -> dict[str, Any]:
     """Embed the sample with every encoder, through the cache unless it is off."""
     from functools import partial
 
     from tqdm import tqdm
 
-    from ijepa.embeddings import cache_folder, extract
-    from ijepa.parallel import process_rank
+    from ijepa.data import find_unreadable
+    from ijepa.embeddings import UnreadableImages, extract
+    from ijepa.parallel import num_processes, process_rank
 
+    if failures := find_unreadable(split):
+        raise UnreadableImages(failures, len(split))
+    if cache is None and num_processes() > 1:  # where the processes meet
+        cache = args.output_dir / ".cache"
     first = process_rank() == 0
     progress = partial(tqdm, unit=" images", delay=2, file=sys.stderr, disable=not first)
-    results = {}
-    for encoder in loaded:
-        folder = cache_folder(cache, encoder, split_hash) if cache else None
-        old = folder and not folder.exists() and list(folder.parent.glob(f"{encoder.name}-*"))
-        if old and first:
-            print(
-                f"cached {encoder.name} embeddings are of other weights, settings or images: "
-                "computing anew",
-                file=sys.stderr,
-            )
-        result = extract(encoder, split, args.batch_size, folder, progress, args.output_dir)
+    results = extract(loaded, split, cache=cache, batch_size=args.batch_size, progress=progress)
+    for name, result in results.items():
         if result.damaged:
             print(
-                f"{len(result.damaged)} cached chunks of {encoder.name} embeddings were damaged "
-                f"and computed anew: {', '.join(map(str, result.damaged[:3]))}",
+                f"{len(result.damaged)} cached files of {name} embeddings were damaged and "
+                f"computed again: {', '.join(map(str, result.damaged[:3]))}",
                 file=sys.stderr,
             )
-        results[encoder.name] = result
     return results
 
 
@@ -378,8 +373,7 @@ def compare_run(args: argparse.Namespace) -> None:
     with watch.stage("load_models"), first_process_first():
         loaded = load_encoders(args, device, cache)
     with watch.stage("extract"):
-        split_hash = fingerprint(split)
-        results = extract_all(args, loaded, split, split_hash, cache)
+        results = extract_all(args, loaded, split, cache)
         reports = process_rank() == 0
         leave_processes()
     if not reports:
@@ -391,7 +385,7 @@ def compare_run(args: argparse.Namespace) -> None:
     with watch.stage("write"):
         for name in models:
             save_embeddings(args.output_dir / f"embeddings_{name}.npz", models[name], split)
-        facts = describe_run(args, watch, loaded, results, split, split_hash)
+        facts = describe_run(args, watch, loaded, results, split, fingerprint(split))
         facts["run"]["torch_threads"] = torch.get_num_threads()
         facts["run"]["pairs_device"] = pairs_device
         notes = caveats(comparison, loaded, maps)
