@@ -1,15 +1,19 @@
 """Images to compare on: uint8 pixels in the data set's own order, with labels and indices.
 
 Sources are CIFAR-10 (Krizhevsky 2009), the 1,797 digit scans inside scikit-learn, and any folder
-with one sub-folder per class. Nothing is normalised or resized here: that belongs to each encoder.
+with one subfolder per class. Nothing is normalized or resized here: that belongs to each encoder.
 """
 
 import hashlib
-import warnings
+import os
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from io import BytesIO
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,35 +23,56 @@ from torch import Tensor
 
 from ijepa.errors import UserError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-# A file is taken for what its content says: without this list also for PostScript, which Pillow
-# hands to another program.
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
-# Images are decoded beside other work, and all threads share their warnings' filters: `check_size`
-# refuses what this warns of. Twice as many pixels are an error of Pillow's own.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-# Pillow keeps large images in blocks of 16 MB, whose memory does not all go back to the system when
-# a thread frees them: an image of 89 megapixels held 3.5 GB. In one block each, it holds 1.9.
-Image.core.set_block_size(2**30)
-# What Pillow raises on damaged and hostile files.
+COMMON_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "PPM", "JPEG2000")
+"""A file may hold any of these whatever its suffix; other formats only below their own suffix."""
+REFUSED_FORMATS = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FLI")
+"""Documents that Pillow gives to other programs, data that it only recognizes, and video."""
+SYSTEM_NAMES = {
+    *("__macosx", "@eadir", "lost+found", "#recycle", "$recycle.bin"),
+    *("system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"),
+}
+SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
+LAYOUT_NAMES = {"images", "imgs", "labels", "masks", "annotations"}
+"""Folders of detection and segmentation data sets, which are no classes."""
+MASKS = ("_mask", "_seg", "_gt", "_label")
+# What Pillow's decoders raise on damaged files.
 BAD_IMAGES = (
-    *(OSError, SyntaxError, ValueError),
-    *(Image.DecompressionBombWarning, Image.DecompressionBombError),
+    *(OSError, SyntaxError, ValueError, RuntimeError, AssertionError),
+    Image.DecompressionBombError,
 )
+LeftOut = defaultdict[str, Counter[str]]
+"""What a folder holds besides images: numbers of files by reason and by name or suffix."""
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """Image files, decoded to RGB when asked for."""
+
+    files: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, row: int) -> UInt8[Tensor, "3 h w"]:
+        return read_image(self.files[row])
 
 
 @dataclass(frozen=True)
 class Split:
-    """Labelled images in a fixed order.
+    """Labeled images in a fixed order.
 
     `images[i]` is a uint8 tensor of shape (3, height, width); folders decode it on demand, so sizes
-    may differ. `indices` are the positions in the whole data set, kept through sampling.
+    may differ. `indices` are the positions in the whole data set, kept through sampling. `paths`
+    are relative to the folder, None for arrays. `notes` say in one sentence each what was left out
+    or assumed.
     """
 
     name: str
     split: str
     classes: tuple[str, ...]
-    images: Sequence[Tensor] | Tensor
+    images: Tensor | FolderImages
     labels: Int[np.ndarray, " n"]
     indices: Int[np.ndarray, " n"]
     paths: tuple[str, ...] | None = None
@@ -61,63 +86,156 @@ class Split:
         images = (
             self.images[torch.from_numpy(rows)]
             if isinstance(self.images, Tensor)
-            else FolderImages(tuple(self.images.paths[row] for row in rows))
+            else FolderImages(tuple(self.images.files[row] for row in rows))
         )
-        return Split(
-            self.name, self.split, self.classes, images, self.labels[rows], self.indices[rows]
-        )
+        paths = self.paths and tuple(self.paths[row] for row in rows)
+        labels, indices = self.labels[rows], self.indices[rows]
+        return replace(self, images=images, labels=labels, indices=indices, paths=paths)
+
+    def image_keys(self) -> list[bytes]:
+        """16 bytes per image: a hash of its file, or of pixels and shape; nothing is decoded.
+
+        Raises:
+            OSError: If a file cannot be read, which `find_unreadable` finds before.
+        """
+        return self._keys
+
+    @cached_property
+    def _keys(self) -> list[bytes]:
+        if isinstance(self.images, FolderImages):
+            return [hash16(file.read_bytes()) for file in self.images.files]
+        return [hash16(str(tuple(x.shape)).encode(), x.numpy().tobytes()) for x in self.images]
 
 
-@dataclass(frozen=True)
-class FolderImages(Sequence[Tensor]):
-    """Image files, decoded to RGB when asked for."""
-
-    paths: tuple[Path, ...]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, row: int) -> UInt8[Tensor, "3 h w"]:
-        return read_image(self.paths[row])
+def hash16(*parts: bytes) -> bytes:
+    """BLAKE2 of the parts, 16 bytes."""
+    return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
 
 
-def read_image(path: Path) -> UInt8[Tensor, "3 h w"]:
+def find_unreadable(split: Split) -> list[tuple[int, str]]:
+    """Rows of files without a valid header, with the reasons; only headers are read."""
+    failures = []
+    for row, file in enumerate(getattr(split.images, "files", ())):
+        try:
+            use_image(file, check_mode)
+        except UserError as error:
+            failures.append((row, error.problem))
+    return failures
+
+
+def check_mode(image: Image.Image) -> None:
+    """Raise ValueError for 32-bit values, whose white is not defined."""
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise ValueError(f"32-bit values (mode {image.mode}); convert them to 8 or 16 bits")
+
+
+def read_image(file: Path) -> UInt8[Tensor, "3 h w"]:
     """Decode one file to RGB, upright by its EXIF orientation; transparency becomes white.
 
+    Of 16-bit gray values the upper byte is kept, of several frames or pages the first. Decoding
+    takes up to 10 bytes per pixel, so at most 1.8 GB: Pillow refuses twice Image.MAX_IMAGE_PIXELS
+    (179 million). From once that number on it warns, which scripts may ignore.
+
     Raises:
-        UserError: If the file is no readable image or has over 89 million pixels (Pillow's limit).
+        UserError: If the file is no readable image, or has 32-bit values, whose white is undefined.
     """
-    hint = "replace or remove that file"
-    if not path.is_file():  # a pipe would never end
-        raise UserError(f"cannot read image {str(path)!r}: no such file", hint=hint)
+    return use_image(file, to_rgb)
+
+
+def use_image(file: Path, use: Callable[[Image.Image], Result]) -> Result:
+    """What a function makes of an image file, of which only the header has been read before.
+
+    Raises:
+        UserError: If the file is no readable image.
+    """
+    formats = (image_suffixes().get(file.suffix.lower(), "PNG"), *COMMON_FORMATS)
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as opened:
-            check_size(*opened.size)
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I;16"):
-                # Pillow clips 16-bit grey values at 255; keep the upper byte instead.
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.has_transparency_data:
-                image = Image.alpha_composite(
-                    Image.new("RGBA", image.size, "white"), image.convert("RGBA")
-                )
-            pixels = np.array(image.convert("RGB"))
+        if not file.is_file():  # a pipe would never end
+            raise ValueError("no such file")
+        try:
+            with Image.open(file, formats=formats) as image:
+                return use(image)
+        except ValueError:  # among them Pillow's limit for texts and color profiles of PNG
+            content = file.read_bytes()
+            if not content.startswith(b"\x89PNG"):
+                raise
+            with Image.open(BytesIO(without_texts(content)), formats=("PNG",)) as image:
+                return use(image)
     except BAD_IMAGES as error:
         unknown = isinstance(error, UnidentifiedImageError)
-        reason = "not a PNG, JPEG or WebP image" if unknown else str(error)
-        raise UserError(f"cannot read image {str(path)!r}: {reason}", hint=hint) from error
+        reason = "not an image, or damaged" if unknown else str(error) or repr(error)
+        raise UserError(f"{reason}: {str(file)!r}", hint="replace or remove that file") from error
+
+
+def without_texts(png: bytes) -> bytes:
+    """A PNG file without its compressed texts and color profile, which do not change pixels."""
+    kept, at = [png[:8]], 8
+    while at < len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4])
+        if png[at + 4 : at + 8] not in (b"iCCP", b"zTXt", b"iTXt"):
+            kept.append(png[at:end])
+        at = end
+    return b"".join(kept)
+
+
+@cache
+def image_suffixes() -> dict[str, str]:
+    """The format of each suffix that is taken for an image's."""
+    Image.init()
+    known = {s: "JPEG" if f == "MPO" else f for s, f in Image.registered_extensions().items()}
+    return {s: f for s, f in known.items() if f in Image.OPEN and f not in REFUSED_FORMATS}
+
+
+def to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
+    """Decoded pixels; see `read_image`."""
+    check_mode(image)
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def check_size(width: int, height: int) -> None:
-    """Raise ValueError for more pixels than Pillow takes without a warning, before decoding."""
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit and width * height > limit:
-        raise ValueError(f"{width} x {height} pixels exceed the limit of {limit}")
+def doubtful_pixels(split: Split, looked_at: int = 32) -> tuple[str, ...]:
+    """Notes on files that may not mean what they are read as, found in evenly chosen ones."""
+
+    def look(image: Image.Image) -> tuple[bool, bool]:
+        deep = image.mode.startswith("I")
+        frames = image.format != "MPO" and getattr(image, "is_animated", False)
+        return frames, deep and bool(np.asarray(image).max() < 4096)
+
+    files = getattr(split.images, "files", ())
+    seen = []
+    for row in np.unique(np.linspace(0, len(files) - 1, looked_at).astype(int)) if files else ():
+        with suppress(UserError):  # reported where every image is read
+            seen.append(use_image(files[row], look))
+    texts = (
+        "hold several frames, of which the first is used",
+        "are 16-bit gray without a value above 4,095, like 12-bit data: they are read as nearly "
+        "black, 0 to 15 of 255",
+    )
+    counts = [sum(column) for column in zip(*seen, strict=True)]
+    return tuple(
+        f"{count} of {len(seen)} files looked at {text}"
+        for count, text in zip(counts, texts, strict=False)
+        if count
+    )
+
+
+def duplicates(keys: Sequence[bytes], labels: Int[np.ndarray, " n"]) -> tuple[int, int]:
+    """How many images have an exact copy in the sample, and how many one with another label."""
+    groups = defaultdict(list)
+    for key, label in zip(keys, labels.tolist(), strict=True):
+        groups[key].append(label)
+    copied = [group for group in groups.values() if len(group) > 1]
+    return sum(map(len, copied)), sum(len(group) for group in copied if len(set(group)) > 1)
 
 
 def shrink(image: UInt8[Tensor, "3 h w"], side: int) -> UInt8[np.ndarray, "3 H W"]:
-    """The image as an array for looking at, neither side above `side`; a small one as it is."""
+    """The image as an array for display, neither side above `side`; a small one unchanged."""
     factor = max(image.shape[1:]) / side
     if factor <= 1:
         return image.numpy()
@@ -133,40 +251,46 @@ def load_cifar10(data_dir: Path, split: str, offline: bool) -> Split:
         UserError: If it is missing and must not or cannot be downloaded, or a file is corrupt.
     """
     from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
 
+    if split not in ("train", "test"):
+        raise UserError(f"CIFAR-10 has no split {split!r}", hint="choose --split train or test")
     present = (data_dir / CIFAR10.base_folder).is_dir()
+    packed = check_integrity(str(data_dir / CIFAR10.filename), CIFAR10.tgz_md5)
     hint = f"put the folder cifar-10-batches-py into {data_dir}, or pass --data-dir with its parent"
-    if offline and not present:
+    if offline and not (present or packed):
         raise UserError(
             f"CIFAR-10 is not in {data_dir} and --offline forbids the download", hint=hint
         )
     try:
         dataset = CIFAR10(str(data_dir), train=split == "train", download=not present)
-    except RuntimeError as error:  # torchvision's word for a wrong checksum or a missing file
+    except RuntimeError as error:  # torchvision's for a wrong checksum or a missing file
         raise UserError(
             f"CIFAR-10 in {data_dir} is incomplete or corrupt: {error}",
             hint="delete the folder cifar-10-batches-py there and run again to download it",
         ) from error
     except OSError as error:
-        raise UserError(f"CIFAR-10 could not be downloaded: {error}", hint=hint) from error
+        raise UserError(
+            f"CIFAR-10 could not be downloaded or unpacked: {error}", hint=hint
+        ) from error
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
     labels = np.asarray(dataset.targets, dtype=np.int64)
     return Split("cifar10", split, tuple(dataset.classes), images, labels, np.arange(len(labels)))
 
 
-def load_digits(data_dir: Path, split: str, offline: bool) -> Split:  # noqa: ARG001
-    """The 1,797 handwritten digits inside scikit-learn; it has no splits, so both names mean all.
+def load_digits() -> Split:
+    """The 1,797 handwritten digits inside scikit-learn; it has no splits.
 
-    The scans are 8 x 8 with 17 grey levels: values times 255 / 16, enlarged to 32 x 32 by bicubic
-    interpolation, the same grey in all three channels.
+    The scans are 8 x 8 with 17 gray levels: values times 255 / 16, enlarged to 32 x 32 by bicubic
+    interpolation, the same gray in all three channels.
     """
     from sklearn.datasets import load_digits as sklearn_digits
 
     bunch = sklearn_digits()
-    grey = np.rint(bunch.images * 255 / 16).astype(np.uint8)
+    gray = np.rint(bunch.images * 255 / 16).astype(np.uint8)
     large = [
         np.asarray(Image.fromarray(scan).resize((32, 32), Image.Resampling.BICUBIC))
-        for scan in grey
+        for scan in gray
     ]
     images = torch.from_numpy(np.stack(large))[:, None].expand(-1, 3, -1, -1).contiguous()
     labels = bunch.target.astype(np.int64)
@@ -174,86 +298,192 @@ def load_digits(data_dir: Path, split: str, offline: bool) -> Split:  # noqa: AR
     return Split("digits", "all", classes, images, labels, np.arange(len(labels)))
 
 
-def load_folder(folder: Path, data_dir: Path, split: str, offline: bool) -> Split:  # noqa: ARG001
-    """A folder with one sub-folder of PNG, JPEG or WebP files per class, both in sorted order.
+def load_folder(folder: Path, split: str) -> Split:
+    """The images below each subfolder, which is a class; both in the order of their names.
 
-    If the folder has a sub-folder named like the split, that one is read.
+    A folder of splits (see `choose_split`) is read at the chosen one.
 
     Raises:
-        UserError: If there are fewer than two classes or a class has no image.
+        UserError: If there are fewer than two classes with images, or the split is missing.
     """
-    root = folder / split if (folder / split).is_dir() else folder
-    hint = "expected FOLDER/CLASS/IMAGE with at least two classes, images as png, jpg, jpeg or webp"
-    classes = sorted(
-        path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
-    files = [
-        sorted(
-            path
-            for path in one.iterdir()
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-        )
-        for one in classes
-    ]
-    if len(classes) < 2:
+    left_out: LeftOut = defaultdict(Counter)
+    root = choose_split(folder, split, left_out)
+    classes, empty = {}, []
+    for path in entries(root, left_out):
+        if not path.is_dir():
+            left_out["files outside the class folders"][path.suffix.lower()] += 1
+        elif files := find_images(path, left_out):
+            classes[path] = files
+        else:
+            empty.append(path.name)
+            left_out["empty class folders"][path.name] += 1
+    names = [path.name for path in classes]
+    if len(classes) < 2 or {name.lower() for name in names + empty} <= LAYOUT_NAMES:
         raise UserError(
-            f"{str(root)!r} has {len(classes)} class folders, need at least 2", hint=hint
+            f"{str(root)!r} has {len(classes)} class folders with images {names[:3]}, need 2",
+            hint="expected FOLDER/CLASS/IMAGE, not folders of other classes or of images and "
+            f"labels; {''.join(left_out_note(left_out)) or 'every file was used'}",
         )
-    for one, found in zip(classes, files, strict=True):
-        # Python decodes bytes that are not UTF-8 to these characters, which no file takes.
-        if any("\udc80" <= character <= "\udcff" for character in one.name):
-            raise UserError(
-                f"class folder {str(one)!r} has a name that is not UTF-8", hint="rename the folder"
-            )
-        if not found:
-            raise UserError(f"class folder {str(one)!r} has no images", hint=hint)
-    labels = np.repeat(np.arange(len(classes)), [len(found) for found in files])
-    images = FolderImages(tuple(path for found in files for path in found))
-    return Split(
-        str(folder),
-        split if root != folder else "all",
-        tuple(one.name for one in classes),
-        images,
-        labels,
-        np.arange(len(labels)),
-    )
+    return folder_split(folder, "all" if root == folder else split, classes, left_out)
+
+
+def load_unlabeled(folder: Path) -> Split:
+    """All images at any depth below a folder, without classes: every label is 0.
+
+    Raises:
+        UserError: If there are none.
+    """
+    left_out: LeftOut = defaultdict(Counter)
+    folder = check_folder(folder)
+    files = find_images(folder, left_out)
+    if not files:
+        hint = "".join(left_out_note(left_out)) or "the folder is empty"
+        raise UserError(f"{str(folder)!r} has no images", hint=hint)
+    return replace(folder_split(folder, "all", {folder: files}, left_out), classes=())
+
+
+def folder_split(
+    folder: Path, split: str, classes: dict[Path, list[Path]], left_out: LeftOut
+) -> Split:
+    """The split of these files, with its notes.
+
+    Raises:
+        UserError: If the name of a class is not UTF-8.
+    """
+    files = tuple(file for found in classes.values() for file in found)
+    labels = np.repeat(np.arange(len(classes)), [len(found) for found in classes.values()])
+    try:  # whatever the locale says
+        names = tuple(os.fsencode(path.name).decode() for path in classes)
+    except UnicodeDecodeError as error:
+        problem = f"the name of a class folder in {str(folder)!r} is not UTF-8: {error.object!r}"
+        raise UserError(problem, hint="rename the folder") from error
+    relative = (os.fsencode(file.relative_to(folder).as_posix()) for file in files)
+    paths = tuple(path.decode(errors="backslashreplace") for path in relative)
+    stems = {path.rpartition(".")[0] for path in paths}
+    masks = sum(stem.endswith(e) and stem.removesuffix(e) in stems for stem in stems for e in MASKS)
+    notes = left_out_note(left_out)
+    if masks:
+        notes += (f"{masks:,} files look like masks of other images, but count as images",)
+    images, indices = FolderImages(files), np.arange(len(files))
+    return Split(str(folder), split, names, images, labels, indices, paths, notes)
+
+
+def choose_split(folder: Path, split: str, left_out: LeftOut) -> Path:
+    """The subfolder of a split, or the folder itself where it has no splits.
+
+    A folder has splits if all its subfolders have names of splits, no image lies next to them, and
+    at least one of them has subfolders and no images next to those.
+
+    Raises:
+        UserError: If it has splits, but not this one, or more than one of that name.
+    """
+    found = entries(folder, defaultdict(Counter))
+    folders = [path for path in found if path.is_dir()]
+    named = all(path.name.lower() in SPLIT_NAMES for path in folders)
+    if not (named and holds_classes(folder) and any(map(holds_classes, folders))):
+        return folder
+    chosen = [path for path in folders if path.name.lower() in SPLITS.get(split, (split,))]
+    if len(chosen) != 1:
+        names = ", ".join(path.name for path in folders)
+        raise UserError(
+            f"{str(folder)!r} has {len(chosen)} folders for the split {split!r}; it has {names}",
+            hint="choose one of its splits with --split train, val or test",
+        )
+    for path in entries(folder, left_out):
+        if not path.is_dir():
+            left_out["files outside the splits"][path.suffix.lower()] += 1
+    return chosen[0]
+
+
+def holds_classes(folder: Path) -> bool:
+    """Whether a folder has subfolders and no images next to them."""
+    found = entries(folder, defaultdict(Counter))
+    images = any(path.suffix.lower() in image_suffixes() and not path.is_dir() for path in found)
+    return not images and any(path.is_dir() for path in found)
+
+
+def entries(folder: Path, left_out: LeftOut) -> list[Path]:
+    """What a folder holds in the order of names; hidden and system files are left out.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    try:
+        every = sorted(folder.iterdir())
+    except OSError as error:
+        problem = f"cannot read folder {str(folder)!r}: {error.strerror}"
+        raise UserError(problem, hint="check its permissions") from error
+    seen = []
+    for path in every:
+        if not path.name.startswith(".") and path.name.lower() not in SYSTEM_NAMES:
+            seen.append(path)
+            continue
+        inside = sum(len(files) for _, _, files in os.walk(path)) if path.is_dir() else 1
+        left_out["hidden files and files of the system"][path.name] += inside
+    return seen
+
+
+def find_images(folder: Path, left_out: LeftOut, above: tuple[Path, ...] = ()) -> list[Path]:
+    """Files with an image's suffix at any depth; all others are counted in `left_out`.
+
+    Links are followed, except those to a folder in which they lie.
+    """
+    above = (*above, folder.resolve())
+    found = []
+    for path in entries(folder, left_out):
+        if path.is_dir() and any(one.is_relative_to(path.resolve()) for one in above):
+            left_out["links to a folder above"][path.name] += 1
+        elif path.is_dir():
+            found += find_images(path, left_out, above)
+        elif path.suffix.lower() in image_suffixes():
+            found.append(path)
+        else:
+            left_out["files of other kinds"][path.suffix.lower()] += 1
+    return found
+
+
+def left_out_note(left_out: LeftOut) -> tuple[str, ...]:
+    """One sentence on what was not used, or nothing."""
+    parts = []
+    for reason, names in left_out.items():
+        most = ", ".join(
+            f"{count:,} {name or 'without suffix'}" for name, count in names.most_common(5)
+        )
+        parts.append(f"{names.total():,} {reason} ({most}{', ...' if len(names) > 5 else ''})")
+    return (f"not used: {'; '.join(parts)}",) if parts else ()
 
 
 DATASETS: dict[str, Callable[[Path, str, bool], Split]] = {
     "cifar10": load_cifar10,
-    "digits": load_digits,
+    "digits": lambda *_: load_digits(),
 }
 
 
 def load_split(dataset: str, data_dir: Path, split: str, offline: bool) -> Split:
-    """Load a data set by name, or a folder of images by path.
+    """Load a data set by name, or a folder of images by path; `~` is the home folder.
 
     Raises:
         UserError: If the name is unknown and no such folder exists, or loading fails.
     """
     if dataset in DATASETS:
-        return DATASETS[dataset](data_dir, split, offline)
-    folder = Path(dataset)
-    if not folder.is_dir():
-        names = ", ".join(DATASETS)
-        raise UserError(
-            f"no such folder: {dataset!r}",
-            hint=f"choose from {names}, or give a folder with one sub-folder per class",
-        )
-    return partial(load_folder, folder)(data_dir, split, offline)
+        return DATASETS[dataset](data_dir.expanduser(), split, offline)
+    return load_folder(check_folder(Path(dataset)), split)
 
 
-def load_unlabeled(folder: Path) -> Split:
-    """All images at any depth below a folder, without classes: every label is 0."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    labels = np.zeros(len(files), dtype=np.int64)
-    images = FolderImages(tuple(files))
-    return Split(str(folder), "all", (), images, labels, np.arange(len(labels)))
+def check_folder(path: Path) -> Path:
+    """The path of an existing folder, `~` replaced.
 
-
-def find_unreadable(split: Split) -> list[tuple[int, str]]:  # noqa: ARG001
-    """Rows of files without a valid header, with the reasons."""
-    return []
+    Raises:
+        UserError: If there is none.
+    """
+    folder = Path(os.path.expanduser(path))  # noqa: PTH111  (that of pathlib raises)
+    if folder.is_dir():
+        return folder
+    hint = f"choose from {', '.join(DATASETS)}, or give a folder with one subfolder per class"
+    if folder.exists():
+        raise UserError(f"{str(path)!r} is a file", hint=f"unpack it; {hint}")
+    unknown = "" if len(path.parts) > 1 else "unknown data set, and "
+    raise UserError(f"{unknown}no such folder: {str(path)!r}", hint=hint)
 
 
 def balanced_rows(
@@ -290,10 +520,6 @@ def balanced_sample(split: Split, max_samples: int, seed: int) -> Split:
 
 
 def fingerprint(split: Split) -> str:
-    """SHA-256 over the indices, shapes and pixels of every image, in order."""
-    digest = hashlib.sha256(split.indices.astype("<i8").tobytes())
-    for row in range(len(split)):
-        image = split.images[row]
-        digest.update(np.asarray(image.shape, dtype="<i8").tobytes())
-        digest.update(image.numpy().tobytes())
-    return digest.hexdigest()
+    """SHA-256 over the indices and keys of every image, in order."""
+    indices = split.indices.astype("<i8").tobytes()
+    return hashlib.sha256(indices + b"".join(split.image_keys())).hexdigest()

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
 
 import torch
 from jaxtyping import Shaped
@@ -15,7 +14,6 @@ from torch import Tensor, distributed, nn
 
 from ijepa.errors import UserError
 
-Item = TypeVar("Item")
 
 
 def join_processes(
@@ -137,13 +135,3 @@ def first_process_first() -> Iterator[None]:
     yield
     if process_rank() == 0:
         wait_for_all()
-
-
-def gather_objects(mine: Item) -> list[Item]:
-    """In process 0 the items of all processes in rank order; in the others only their own."""
-    if num_processes() == 1:
-        return [mine]
-    wait_for_all()
-    everyone = [mine] * (num_processes() if process_rank() == 0 else 1)
-    distributed.gather_object(mine, everyone if process_rank() == 0 else None)
-    return everyone

@@ -1,40 +1,46 @@
-"""Extraction: the border between tensors and arrays, with a cache that survives interruption."""
+"""Extraction: the border between tensors and arrays, with a cache that all runs share."""
 
-import hashlib
-import json
-import math
+import os
+import secrets
 import tempfile
 import time
+import zipfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice, pairwise
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from threading import Lock
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, distributed
 
 from ijepa.data import Split
-from ijepa.distributed import gather_objects, num_processes, process_rank
 from ijepa.encoders import FrozenEncoder
-from ijepa.files import cannot_write, read_sealed, write_atomically, write_sealed
+from ijepa.errors import UserError
+from ijepa.files import write_atomically
+from ijepa.distributed import num_processes, process_rank, wait_for_all
 
 CHUNK = 128
-"""Images per cache file: so many are lost with an interruption at most, on a GPU a batch more."""
+"""Images per cache file: so many are lost by an interruption at most, on a GPU a batch more."""
 BATCH_VALUES = 2**29
 """Bytes of decoded images at which a batch is closed: 0.5 GB."""
 GPU_THREADS = 2
-"""Threads that prepare batches for a GPU; one alone is slower than an H200 with a ViT-H."""
-
+"""Threads that prepare batches for a GPU; a single one is slower than an H200 with a ViT-H."""
+# What zipfile and NumPy raise on damaged archives.
+BAD_ARCHIVES = (
+    *(OSError, EOFError, ValueError, LookupError, SyntaxError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 Progress = Callable[..., AbstractContextManager[Any]]
-"""Makes a progress bar like `tqdm(total=..., initial=..., desc=...)`."""
+"""Makes a progress bar like `tqdm(total=..., desc=...)`."""
 
 
 @dataclass(frozen=True)
@@ -42,181 +48,244 @@ class Embeddings:
     """One model's embeddings of a split, row by row."""
 
     values: Float[np.ndarray, "n d"]
-    """Mapped from a file without a name, which is gone with them: they may exceed the memory."""
     images_per_second: float | None
-    """Of what was computed in this run; None when nothing was."""
+    """Of the network, for what this process computed in this run; None when nothing was."""
     from_cache: bool
-    """True when every row came from the cache."""
+    """True when every row came from the cache or from a file."""
     damaged: tuple[Path, ...] = ()
-    """Files of the cache that did not have their checksum; their rows were computed again."""
+    """Files of the cache that could not be read; they are removed, their rows computed again."""
 
 
-def cache_folder(root: Path, encoder: FrozenEncoder, split_hash: str) -> Path:
-    """Where the chunks of this encoder on these images lie: weights, preprocessing and images."""
-    key = hashlib.sha256(json.dumps([encoder.key, split_hash]).encode()).hexdigest()
-    return root / f"{encoder.name}-{key[:16]}"
+class UnreadableImages(UserError):  # noqa: N818  (an error by its base's name)
+    """Images that cannot be read, all together; `failures` are their rows with the reasons."""
+
+    def __init__(self, failures: Sequence[tuple[int, str]], total: int) -> None:
+        self.failures = list(failures)
+        shown = "; ".join(reason for _, reason in failures[:5])
+        more = f"; and {len(failures) - 5:,} more" if len(failures) > 5 else ""
+        super().__init__(
+            f"{len(failures):,} of {total:,} images cannot be read: {shown}{more}",
+            hint="replace or remove them, or leave them out with --skip-unreadable",
+        )
+
+
+class Table:
+    """One encoder's embeddings of distinct images while they are collected, and their cache."""
+
+    def __init__(self, encoder: FrozenEncoder, keys: Sequence[bytes], cache: Path | None) -> None:
+        self.encoder, self.keys = encoder, keys
+        self.folder = cache / encoder.key if cache else None
+        self.values = np.zeros((len(keys), encoder.embed_dim), np.float32)
+        self.done = np.zeros(len(keys), bool)
+        self.waiting: list[int] = []
+        self.damaged: list[Path] = []
+        self.computed, self.seconds = 0, 0.0
+
+    def read_cache(self) -> None:
+        """Take what the cache has; files that cannot be read are removed and noted."""
+        rows = {key: row for row, key in enumerate(self.keys)}
+        for file in sorted(self.folder.glob("*.npz")) if self.folder else ():
+            chunk = read_chunk(file, self.encoder.embed_dim)
+            if chunk is None:
+                self.damaged.append(file)
+                file.unlink(missing_ok=True)
+                continue
+            keys, values = chunk
+            known = [(rows[key], at) for at, key in enumerate(keys) if key in rows]
+            for row, at in known:
+                self.values[row], self.done[row] = values[at], True
+
+    def launch(self, pixels: Tensor) -> Tensor:
+        """Start embedding prepared images; a GPU may not have finished on return."""
+        began = time.perf_counter()
+        values = self.encoder.encode(pixels)
+        self.seconds += time.perf_counter() - began
+        return values
+
+    def add(self, rows: Sequence[int], values: Tensor) -> None:
+        """Wait for the embeddings of some rows; write a file when there are enough of them."""
+        began = time.perf_counter()
+        self.values[rows] = values.cpu().numpy()
+        self.seconds += time.perf_counter() - began
+        self.computed += len(rows)
+        self.done[rows] = True
+        self.waiting.extend(rows)
+        while len(self.waiting) >= CHUNK:
+            self.write(self.waiting[:CHUNK])
+            del self.waiting[:CHUNK]
+
+    def write(self, rows: Sequence[int]) -> None:
+        """Store some rows in the cache.
+
+        Raises:
+            UserError: If it cannot be written.
+        """
+        if self.folder and rows:
+            keys = np.frombuffer(b"".join(self.keys[row] for row in rows), np.uint8).reshape(-1, 16)
+            values = self.values[list(rows)]
+            write_atomically(
+                self.folder / f"{secrets.token_hex(8)}.npz",
+                lambda file: np.savez(file, keys=keys, embeddings=values),
+            )
 
 
 def extract(
-    encoder: FrozenEncoder,
+    encoders: Sequence[Any],
     split: Split,
-    batch_size: int,
+    *,
     cache: Path | None,
+    batch_size: int = 64,
     progress: Progress,
-    scratch: Path | None = None,
-) -> Embeddings:
-    """Embed every image of the split in order.
+) -> dict[str, Embeddings]:
+    """Embed every image of the split with every encoder; each image is decoded once at most.
 
-    Several processes take chunks in turn, each through the cache. Process 0 gets all rows, in the
-    same bytes as one process would; the others get their own, and zeros in the place of the rest.
+    Images are known by their keys, so that equal ones are embedded once, and any run computes only
+    what no run before it has. Of several processes each computes its share into the cache, where
+    process 0 finds it; the others get nothing.
 
     Args:
-        encoder: What to embed with.
+        encoders: `FrozenEncoder`s, or `PrecomputedEmbeddings`, which look their rows up.
         split: The images.
-        batch_size: Images per forward pass, of which a chunk bounds the number; does not change the
-            result beyond rounding.
-        cache: Folder for finished chunks, which are read instead of computed; None for no cache.
+        cache: Folder that holds one folder per encoder; None keeps nothing. It must exist for
+            several processes.
+        batch_size: Images per forward pass; affects results only by rounding.
         progress: See `Progress`.
-        scratch: Folder with room for the embeddings while they are in use; None for the system's.
 
     Raises:
-        UserError: If the cache or the scratch folder cannot be written, or another process ended.
+        UnreadableImages: If images could not be decoded, all together, after everything else.
+        UserError: If the cache cannot be written, memory runs out, or another process ended.
     """
-    shape = len(split), encoder.embed_dim
-    starts = range(0, len(split), CHUNK)[process_rank() :: num_processes()]
-    own = [range(start, min(start + CHUNK, len(split))) for start in starts]
-    missing, damaged, seconds = [], [], 0.0
-    with (
-        scratch_file(scratch, 4 * math.prod(shape)) as stored,
-        progress(total=sum(map(len, own)), desc=encoder.name) as bar,
-    ):
-        for rows in own:
-            file = chunk_file(cache, rows)
-            values = read_chunk(file, len(rows), encoder.embed_dim) if file else None
-            if values is None:
-                missing.append(rows)
-                damaged += [file] if file and file.exists() else []
-                continue
-            store_rows(stored, rows.start, values)
-            bar.update(len(rows))
-        if missing:
-            encoder.load()
-        began = time.perf_counter()
-        for rows, values in embed_chunks(encoder, split, missing, batch_size):
-            seconds += time.perf_counter() - began
-            if file := chunk_file(cache, rows):
-                write_chunk(file, values)
-            store_rows(stored, rows.start, values)
-            bar.update(len(rows))
-            began = time.perf_counter()
-        everything = np.memmap(stored, np.float32, "r", shape=shape)
-        gather_rows_of_others(stored, everything)
-    found = gather_objects((sum(map(len, missing)), seconds, damaged))
-    counts, times, all_damaged = zip(*found, strict=True)
-    computed, seconds = sum(counts), max(times)
-    return Embeddings(
-        everything,
-        computed / seconds if computed else None,
-        not computed,
-        tuple(chain.from_iterable(all_damaged)),
-    )
+    keys = split.image_keys()
+    rows_of: dict[bytes, int] = {}
+    distinct = np.array([rows_of.setdefault(key, len(rows_of)) for key in keys], np.int64)
+    first = list(enumerate(np.unique(distinct, return_index=True)[1].tolist()))
+    tables = [
+        Table(encoder, list(rows_of), cache)
+        for encoder in encoders
+        if isinstance(encoder, FrozenEncoder)
+    ]
+    for table in tables:
+        table.read_cache()
+    complete = {table.encoder.name: bool(table.done.all()) for table in tables}
+    if num_processes() > 1:
+        share = first[process_rank() :: num_processes()]
+        compute(tables, split, share, batch_size, progress)
+        wait_for_all()
+        if process_rank():
+            return {}
+        for table in tables:
+            table.read_cache()
+    failures = compute(tables, split, first, batch_size, progress)
+    if failures:
+        rows = [(row, failures[one]) for row, one in enumerate(distinct) if one in failures]
+        raise UnreadableImages(rows, len(split))
+    found = {
+        encoder.name: Embeddings(encoder.look_up(keys, split.indices), None, from_cache=True)
+        for encoder in encoders
+        if not isinstance(encoder, FrozenEncoder)
+    }
+    for table in tables:
+        found[table.encoder.name] = Embeddings(
+            table.values[distinct],
+            table.computed / table.seconds if table.seconds else None,
+            complete[table.encoder.name],
+            tuple(table.damaged),
+        )
+    return {encoder.name: found[encoder.name] for encoder in encoders}
 
 
-@contextmanager
-def scratch_file(folder: Path | None, num_bytes: int) -> Iterator[IO[bytes]]:
-    """A file of zeros without a name: its space is free again when nothing maps it any more.
+Work = tuple[Table, list[int], Tensor]
+"""Rows of a table and the pixels for them, or their embeddings."""
 
-    Raises:
-        UserError: If the folder cannot be written.
+
+def compute(
+    tables: Sequence[Table],
+    split: Split,
+    rows: Sequence[tuple[int, int]],
+    batch_size: int,
+    progress: Progress,
+) -> dict[int, str]:
+    """Embed what the tables lack of some images; those that cannot be decoded come back.
+
+    Args:
+        tables: Where the results go.
+        split: The images.
+        rows: The tables' rows to fill, each with its image's row.
+        batch_size: As for `extract`.
+        progress: As for `extract`.
     """
-    with ExitStack() as stack:
+    missing = [pair for pair in rows if not all(table.done[pair[0]] for table in tables)]
+    if not missing:
+        return {}
+    for table in tables:
+        if not all(table.done[row] for row, _ in missing):
+            table.encoder.load()
+    failures: dict[int, str] = {}
+    batches = decoded(split, missing, batch_size, failures)
+    prepare = partial(prepare_next, tables, batches, Lock())
+    on_gpu = any(table.encoder.device.type == "cuda" for table in tables)
+    work = prefetch(prepare, GPU_THREADS if on_gpu else 1)
+    launched = ([(table, rows, table.launch(x)) for table, rows, x in one] for one in work)
+    with progress(total=len(missing), desc="embedding") as bar:
+        # A GPU is given a batch before the results of the one before are awaited.
+        for results in one_behind(launched) if on_gpu else launched:
+            for table, done, values in results:
+                table.add(done, values)
+            bar.update(max(len(done) for _, done, _ in results))
+    for table in tables:
+        table.write(table.waiting)
+        table.waiting.clear()
+    return failures
+
+
+def prepare_next(
+    tables: Sequence[Table], batches: Iterator[dict[int, Tensor]], turn: Any
+) -> list[Work] | None:
+    """Decode one batch, a thread at a time, and prepare it for each table that lacks some of it."""
+    with turn:
+        batch = next(batches, None)
+    if batch is None:
+        return None
+    lacking = [(table, [row for row in batch if not table.done[row]]) for table in tables]
+    return [
+        (table, rows, table.encoder.prepare([batch[row] for row in rows]))
+        for table, rows in lacking
+        if rows
+    ]
+
+
+def decoded(
+    split: Split,
+    rows: Sequence[tuple[int, int]],
+    batch_size: int,
+    failures: dict[int, str],
+) -> Iterator[dict[int, Tensor]]:
+    """Images by their table's row, `batch_size` at a time, or fewer where they are large."""
+    batch: dict[int, Tensor] = {}
+    room = BATCH_VALUES
+    for row, at in rows:
         try:
-            if folder:
-                folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
-            file.truncate(num_bytes)
-        except OSError as error:
-            raise cannot_write(folder or tempfile.gettempdir(), error) from error
-        yield file
-
-
-def store_rows(file: IO[bytes], start: int, values: Float[np.ndarray, "b d"]) -> None:
-    """Put rows in their place.
-
-    Raises:
-        UserError: If the disk is full. Writing to a map of the file would end the process instead.
-    """
-    try:
-        file.seek(start * values.itemsize * values.shape[1])
-        left = memoryview(np.ascontiguousarray(values)).cast("B")
-        while left:
-            left = left[file.write(left) :]
-    except OSError as error:
-        raise cannot_write("the embeddings beside the results", error) from error
-
-
-def gather_rows_of_others(file: IO[bytes], mapped: Float[np.ndarray, "n d"]) -> None:
-    """Store what other processes have computed in process 0, chunk by chunk."""
-    rank, step = process_rank(), num_processes()
-    starts = range(0, len(mapped), CHUNK)
-    for turn in range(0, len(starts), step) if step > 1 else ():
-        own = starts[turn + rank : turn + rank + 1]
-        mine = [(start, np.array(mapped[start : start + CHUNK])) for start in own]
-        for start, values in chain.from_iterable(gather_objects(mine)[1:]):
-            store_rows(file, start, values)
-
-
-def embed_chunks(
-    encoder: FrozenEncoder, split: Split, chunks: Sequence[range], batch_size: int
-) -> Iterator[tuple[range, Float[np.ndarray, "b d"]]]:
-    """Each chunk of rows with its embeddings; a batch is prepared while the one before is embedded.
-
-    No batch holds images of two chunks, so that chunks are the same whichever are missing. A GPU is
-    given a batch before the results of the one before are awaited, so that it never waits for us.
-    """
-    on_gpu = encoder.device.type == "cuda"
-    every_batch = chain.from_iterable(batches(split, rows, batch_size) for rows in chunks)
-    preparing = partial(map_ahead, threads=GPU_THREADS) if on_gpu else map
-    encoded = map(encoder.encode, one_ahead(preparing(encoder.prepare, every_batch)))
-    results = one_behind(encoded) if on_gpu else encoded
-    for rows in chunks:
-        parts: list[Float[np.ndarray, "b d"]] = []
-        while sum(map(len, parts)) < len(rows):
-            parts.append(next(results).cpu().numpy())
-        yield rows, np.concatenate(parts)
-
-
-def batches(split: Split, rows: range, batch_size: int) -> Iterator[list[Tensor]]:
-    """The images of some rows, `batch_size` at a time, or fewer where they are large."""
-    batch: list[Tensor] = []
-    values = 0
-    for row in rows:
-        batch.append(split.images[row])
-        values += batch[-1].numel()
-        if len(batch) == batch_size or values >= BATCH_VALUES or row == rows[-1]:
+            batch[row] = split.images[at]
+        except UserError as error:
+            failures[row] = error.problem
+            continue
+        room -= batch[row].numel()
+        if len(batch) == batch_size or room <= 0:
             yield batch
-            batch, values = [], 0
+            batch, room = {}, BATCH_VALUES
+    if batch:
+        yield batch
 
 
-def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items, each made in a thread of its own while the one before is in use."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, items, None)
-            yield item
-
-
-def map_ahead(
-    function: Callable[[Item], Result], items: Iterator[Item], threads: int
-) -> Iterator[Result]:
-    """Like `map`, with as many of the next results being made beside, each in a thread."""
+def prefetch(make: Callable[[], Item | None], threads: int) -> Iterator[Item]:
+    """What `make` returns until it returns None, made ahead in threads."""
     with ThreadPoolExecutor(threads) as pool:
-        coming = deque(pool.submit(function, item) for item in islice(items, threads))
+        coming = deque(pool.submit(make) for _ in range(threads))
         while coming:
-            result = coming.popleft().result()
-            coming.extend(pool.submit(function, item) for item in islice(items, 1))
-            yield result
+            item = coming.popleft().result()
+            if item is not None:
+                coming.append(pool.submit(make))
+                yield item
 
 
 def one_behind(items: Iterator[Item]) -> Iterator[Item]:
@@ -225,27 +294,56 @@ def one_behind(items: Iterator[Item]) -> Iterator[Item]:
         yield cast(Item, item)
 
 
-def chunk_file(cache: Path | None, rows: range) -> Path | None:
-    """Where the cache has a chunk; None without a cache."""
-    return cache / f"{rows.start:09d}.chunk" if cache else None
-
-
-def write_chunk(file: Path, values: Float[np.ndarray, "b d"]) -> None:
-    """Store one chunk: little-endian float32 numbers row by row."""
-    write_sealed(file, values.astype("<f4").tobytes())
-
-
-def read_chunk(file: Path, num_rows: int, embed_dim: int) -> Float[np.ndarray, "b d"] | None:
-    """A finished chunk, or None if there is none or it is damaged."""
-    content = read_sealed(file, 4 * num_rows * embed_dim)
-    if content is None:
+def read_chunk(file: Path, width: int) -> tuple[list[bytes], Float[np.ndarray, "b d"]] | None:
+    """Keys and embeddings of a file of the cache; None if it is damaged."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if archive.testzip():  # before NumPy believes any number in it
+                return None
+        with np.load(file, allow_pickle=False) as arrays:
+            keys, values = arrays["keys"], arrays["embeddings"]
+    except FileNotFoundError:  # another run has removed it
+        return [], np.zeros((0, width), np.float32)
+    except BAD_ARCHIVES:
         return None
-    return np.frombuffer(content, "<f4").astype(np.float32, copy=False).reshape(num_rows, embed_dim)
+    shapes = keys.dtype == np.uint8 and keys.shape == (len(values), 16)
+    if not shapes or values.dtype != np.float32 or values.shape != (len(keys), width):
+        return None
+    return [key.tobytes() for key in keys], values
+
+
+def writable_cache(cache: Path | None, output: Path) -> tuple[Path, str | None]:
+    """The folder for embeddings that all runs share, or one in the output folder with the reason.
+
+    Without a choice it is `ijepa-compare` in $XDG_CACHE_HOME or ~/.cache.
+    """
+    try:
+        chosen = cache or default_cache()
+        chosen.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=chosen):
+            return chosen, None
+    except (OSError, RuntimeError) as error:  # pathlib finds no home folder
+        own = output / ".cache"
+        return own, f"the cache cannot be written ({error}): this run keeps its own in {own}"
+
+
+def default_cache() -> Path:
+    """Where embeddings are kept between runs.
+
+    Raises:
+        RuntimeError: If there is no home folder.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "ijepa-compare"
 
 
 def save_embeddings(path: Path, values: Float[np.ndarray, "n d"], split: Split) -> None:
-    """Write `embeddings` (float32), `indices` and `labels` as one npz without pickles."""
-    write_atomically(
-        path,
-        lambda file: np.savez(file, embeddings=values, indices=split.indices, labels=split.labels),
-    )
+    """Write one npz without pickles: `embeddings` (float32), `indices`, `labels`, `keys`, `paths`.
+
+    `keys` (n x 16, uint8) are the images' (`Split.image_keys`); `paths` exist for folders.
+    """
+    keys = np.frombuffer(b"".join(split.image_keys()), np.uint8).reshape(-1, 16)
+    arrays = {"embeddings": values, "indices": split.indices, "labels": split.labels, "keys": keys}
+    if split.paths is not None:
+        arrays["paths"] = np.array(split.paths)
+    write_atomically(path, lambda file: np.savez(file, **arrays))

@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """A mistake the user can mend; scripts show it as two lines and exit with 1.
+    """A mistake the user can correct; scripts show it as two lines and exit with 1.
 
     Line breaks and control characters, which names from a file may hold, are escaped.
 
     Args:
-        problem: What is wrong, with the offending value; lower case, no full stop.
+        problem: What is wrong, with the offending value; lower case, without a period.
         hint: What to do about it.
     """
 
@@ -23,7 +23,7 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    """At most 1,000 characters on one line that leave a terminal as it is."""
+    """One line of the first 1,000 characters, with those escaped that would move a cursor."""
     shown = text[:1000]
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 

@@ -1,6 +1,6 @@
 """Files that appear whole or not at all, their fingerprints, and caches that notice damage."""
 
-import fcntl
+import errno
 import hashlib
 import os
 import secrets
@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from ijepa.errors import UserError
 
@@ -52,63 +54,56 @@ def cannot_write(place: Path | str, error: OSError) -> UserError:
 
 @contextmanager
 def own_folder(folder: Path) -> Iterator[None]:
-    """Make a folder and keep other runs out of it; what a killed run left unfinished is removed.
-
-    The lock is the kernel's and ends with the process that holds it, however that ends; the file
-    stands for it and names the holder.
+    """Make a folder, keep other runs out of it, and remove what a killed run left unfinished.
 
     Raises:
-        UserError: If it is a file, cannot be made or written, or another run holds it.
+        UserError: If it cannot be made or written, or another run holds it.
     """
     path = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = take_lock(path)
+    except Timeout as error:
+        raise UserError(
+            f"another run is writing to {folder}",
+            hint="wait until it ends, or give another --output-dir; if none is running, delete "
+            f"{path}",
+        ) from error
     except OSError as error:
         raise UserError(
             f"cannot write to {folder}: {error.strerror or error}",
-            hint="give a folder that can be written",
+            hint=f"give a folder that can be written; the file that could not be locked is {path}",
         ) from error
     try:
-        remove_leftovers(folder)
+        for leftover in (*folder.glob(f".*{TEMPORARY}"), *folder.glob(f"hf/.*{TEMPORARY}")):
+            with suppress(OSError):  # another user's
+                leftover.unlink()
         yield
     finally:
         with suppress(OSError):  # the disk may be gone
             path.unlink()
-        os.close(lock)
+        lock.release()
 
 
-def take_lock(path: Path) -> int:
-    """Lock a file and write this process's number into it; closing what is returned unlocks it."""
-    while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The holder before may have removed the file since it was opened here.
-            if os.fstat(lock).st_nlink:
-                os.truncate(lock, 0)
-                os.write(lock, f"process {os.getpid()} on {os.uname().nodename}".encode())
-                return lock
-        except BlockingIOError as error:
-            holder = os.read(lock, 200).decode(errors="replace")
-            os.close(lock)
-            raise UserError(
-                f"another run ({holder}) is writing to {path.parent}",
-                hint="wait until it ends, or give another --output-dir",
-            ) from error
-        except OSError:
-            path.unlink(missing_ok=True)
-            os.close(lock)
+def take_lock(path: Path) -> BaseFileLock:
+    """A held lock: the kernel's, or the file's existence on file systems without such locks.
+
+    Raises:
+        Timeout: If another process holds it.
+        OSError: If the file cannot be made or written.
+    """
+    was_there = path.exists()
+    lock: BaseFileLock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOTSUP, errno.ENOLCK):
             raise
-        os.close(lock)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete the unfinished files of dead runs in an output folder."""
-    for place in (folder, *folder.glob(".cache/*"), folder / "hf"):
-        for leftover in place.glob(f".*{TEMPORARY}"):
-            with suppress(OSError):  # another user's
-                leftover.unlink()
+        if not was_there:  # else it may be the soft lock of another run
+            path.unlink(missing_ok=True)
+        lock = SoftFileLock(path, timeout=0)
+        lock.acquire()
+    return lock
 
 
 def write_text(path: Path, text: str) -> None:

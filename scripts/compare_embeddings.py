@@ -1,104 +1,89 @@
-"""Compare the embeddings of a local I-JEPA encoder and a Hugging Face I-JEPA on the same images."""
+"""Compare the embeddings of two frozen vision encoders on the same images.
+
+By default: a small I-JEPA trained on CIFAR-10 and the Hugging Face ViT-Huge I-JEPA.
+"""
 
 import argparse
 import os
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from ijepa import __version__
+from ijepa.errors import UserError, command_line
+
+if TYPE_CHECKING:
+    from ijepa.data import Split
+    from ijepa.embeddings import Embeddings
+
 BUNDLED = ROOT / "checkpoints_300ep"
 HUB_MODEL = "facebook/ijepa_vith14_1k"
-MANY_IMAGES = 10_000
-"""From this many on a comparison may take over a minute, which is measured before it starts."""
+SLOW_SECONDS = 2.0
+"""A stage that takes longer than this says what it does."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; heavy imports come later so that usage errors are instant."""
-    from ijepa.errors import command_line
-
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add(
-        "--local-checkpoint",
-        type=Path,
-        action="append",
-        help="file of scripts/train_ijepa.py, or a .pth.tar of the I-JEPA authors; given again, "
-        f"other seeds of the same training (default: {BUNDLED.name}/checkpoint_latest.pt)",
-    )
-    add(
-        "--local-weights",
-        choices=["target", "context"],
-        default="target",
-        help="which encoder (default: %(default)s)",
-    )
-    add(
-        "--hf-model",
-        help="hub id or directory; none reports the local model alone (default: "
-        f"{HUB_MODEL}; with --offline the bundled context encoder)",
-    )
-    add(
-        "--output-dir",
-        type=Path,
-        default=Path("comparison_results"),
-        help="for all files (default: %(default)s)",
-    )
-    add(
-        "--max-samples",
-        type=natural,
-        default=2000,
-        help="class-balanced; 0 = the whole split (default: %(default)s)",
-    )
-    add(
-        "--dataset",
-        help="cifar10, digits, or a folder with one sub-folder per class (default: cifar10; with "
-        "--offline digits, unless --data-dir has CIFAR-10)",
-    )
-    add(
-        "--split",
-        choices=["test", "train"],
-        default="test",
-        help="part of the data set (default: %(default)s)",
-    )
-    add(
-        "--data-dir",
-        type=Path,
-        default=Path("data"),
-        help="where CIFAR-10 is or will be put (default: %(default)s)",
-    )
+    # fmt: off
+    add("--local-checkpoint", metavar="SOURCE", action="append",
+        help="first model: a file of train_ijepa.py, of the I-JEPA authors or with a state dict, an "
+        ".npz of an earlier run, a Hugging Face directory or hub id; given again: other seeds of "
+        f"the same training (default: {BUNDLED.name}/checkpoint_latest.pt)")
+    add("--local-weights", choices=["target", "context"], default="target",
+        help="which encoder of that file (default: %(default)s)")
+    add("--local-num-heads", type=positive, metavar="N",
+        help="attention heads, for files that do not record them (default: 64 channels each)")
+    add("--hf-model", metavar="SOURCE",
+        help="second model, of the same kinds; none reports the first model only (default: "
+        f"{HUB_MODEL}; with --offline the bundled {BUNDLED.name}/hf)")
+    add("--hf-revision", metavar="NAME", help="branch, tag or commit of --hf-model; or id@revision")
+    add("--hf-pooling", choices=["mean", "cls"], default="mean",
+        help="of --hf-model: mean over patch tokens, or class token (default: %(default)s)")
+    add("--output-dir", type=path, default=Path("comparison_results"),
+        help="for all files (default: %(default)s)")
+    add("--max-samples", type=natural, default=2000, metavar="N",
+        help="class-balanced; 0 = the whole split (default: %(default)s)")
+    add("--probe-samples", type=natural_or_all, default=0, metavar="N",
+        help="also report kNN and linear-probe accuracy with N images of the train split; "
+        "0 = no probe, all = the whole split (default: 0)")
+    add("--dataset", help="cifar10, digits, or a folder with one subfolder per class (default: "
+        "cifar10; with --offline digits, unless --data-dir has CIFAR-10)")
+    add("--split", choices=["test", "train", "val"], default="test",
+        help="part of the data set (default: %(default)s)")
+    add("--skip-unreadable", action="store_true",
+        help="leave unreadable images out and list them; otherwise they are an error")
+    add("--data-dir", type=path, default=Path("data"),
+        help="where CIFAR-10 is or will be put (default: %(default)s)")
     add("--offline", action="store_true", help="open no socket")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
-    add(
-        "--dtype",
-        choices=["auto", "bfloat16", "float32"],
-        default="auto",
-        help="of matrix products; auto is bfloat16 where the hardware has it (default: auto)",
-    )
-    add(
-        "--batch-size",
-        type=positive,
-        default=64,
-        help="images per forward pass (default: %(default)s)",
-    )
-    add(
-        "--seed",
-        type=seed_number,
-        default=0,
-        help="of the sample, the maps and the intervals (default: %(default)s)",
-    )
-    add(
-        "--no-cache",
-        action="store_true",
-        help="neither read nor keep what an earlier run has finished",
-    )
+    add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto",
+        help="of matrix products; auto: bfloat16 from 100 million parameters on where the hardware "
+        "has it, else float32 (default: auto)")
+    add("--batch-size", type=positive, default=64, metavar="N",
+        help="images per forward pass (default: %(default)s)")
+    add("--seed", type=seed_number, default=0,
+        help="of the sample, the maps and the intervals (default: %(default)s)")
+    add("--cache-dir", type=path, help="where embeddings and maps are kept between runs (default: "
+        "~/.cache/ijepa-compare)")
+    add("--no-cache", action="store_true", help="neither read nor keep embeddings and maps")
+    add("--json", action="store_true", help="print the summary as JSON instead of the table")
+    add("--debug", action="store_true", help="show the traceback behind an error")
+    add("--version", action="version", version=f"ijepa-compare {__version__}")
+    # fmt: on
     args = parser.parse_args(arguments)
     words = sys.argv[1:] if arguments is None else arguments
     try:
@@ -107,22 +92,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(str(error))
     if args.hf_model is None:
         args.hf_model = bundled("hf") if args.offline else HUB_MODEL
-    args.local_checkpoint = args.local_checkpoint or [Path(bundled("checkpoint_latest.pt"))]
+    args.local_checkpoint = args.local_checkpoint or [bundled("checkpoint_latest.pt")]
     return args
 
 
 def bundled(name: str) -> str:
-    """Path of a shipped file, as short as it can be seen from here."""
-    path = BUNDLED / name
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    """The path of a shipped file, relative where it is below the working directory."""
+    path, here = BUNDLED / name, Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def seed_number(text: str) -> int:
-    """Parse a seed that every library takes."""
-    value = natural(text)
-    if value >= 2**32:
-        raise argparse.ArgumentTypeError(f"must be below 2**32, got {value}")
-    return value
+def path(text: str) -> Path:
+    """Parse a path; `~` is the home folder."""
+    return Path(text).expanduser()
 
 
 def natural(text: str) -> int:
@@ -135,306 +117,363 @@ def natural(text: str) -> int:
 
 def positive(text: str) -> int:
     """Parse a whole number from 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if (value := natural(text)) == 0:
+        raise argparse.ArgumentTypeError("must be at least 1, got 0")
     return value
 
 
-class Stopwatch:
-    """Seconds of each stage."""
+def natural_or_all(text: str) -> int | None:
+    """Parse a whole number from 0; None for `all`."""
+    return None if text == "all" else natural(text)
 
-    def __init__(self) -> None:
+
+def seed_number(text: str) -> int:
+    """Parse a seed that every library takes."""
+    if (value := natural(text)) >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be below 2**32, got {value}")
+    return value
+
+
+class Stages:
+    """Times the stages of a run. A slow stage says on stderr what it does."""
+
+    def __init__(self, talks: bool) -> None:
+        self.talks = talks
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time the body of a `with` statement."""
+    def __call__(self, name: str, doing: str) -> Iterator[None]:
+        """Time the body of a `with` statement; after two seconds print what it does."""
         began = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - began, 3)
+        timer = threading.Timer(SLOW_SECONDS, print, [f"{doing} ..."], {"file": sys.stderr})
+        timer.daemon = True
+        if self.talks:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            self.seconds[name] = round(time.perf_counter() - began, 3)
 
 
-def load_images(args: argparse.Namespace) -> Any:
-    """The class-balanced sample to compare on."""
-    from ijepa.data import balanced_sample, load_split
-    from ijepa.errors import UserError
+class Lines:
+    """A progress bar for logs: a plain line every ten seconds."""
+
+    def __init__(self, total: int, desc: str, initial: int = 0, unit: str = "images") -> None:
+        self.total, self.done, self.text, self.unit = total, initial, desc, unit
+        self.next = time.monotonic() + SLOW_SECONDS
+
+    def __enter__(self) -> "Lines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, count: int = 1) -> None:
+        """Count finished items."""
+        self.done += count
+        if time.monotonic() >= self.next:
+            self.next = time.monotonic() + 10
+            say(f"{self.text}: {self.done:,} of {self.total:,} {self.unit}")
+
+
+def say(text: str) -> None:
+    """Print a line on stderr."""
+    print(text, file=sys.stderr)
+
+
+def make_progress(talks: bool) -> Any:
+    """A maker of progress bars like tqdm's: plain lines where stderr is no terminal."""
+    from tqdm import tqdm
+
+    if not talks:
+        return partial(tqdm, disable=True)
+    return partial(tqdm, delay=SLOW_SECONDS, unit=" images") if sys.stderr.isatty() else Lines
+
+
+def load_images(args: argparse.Namespace) -> "Split":
+    """The class-balanced sample to compare on; bad headers are found before any model is loaded."""
+    from ijepa.data import balanced_sample, find_unreadable, load_split
+    from ijepa.embeddings import UnreadableImages
 
     dataset = args.dataset
     if dataset is None:
-        present = (args.data_dir / "cifar-10-batches-py").is_dir()
+        present = any(args.data_dir.glob("cifar-10-*"))
         dataset = "digits" if args.offline and not present else "cifar10"
     split = load_split(dataset, args.data_dir, args.split, args.offline)
     sample = balanced_sample(split, args.max_samples, args.seed)
-    if len(sample) < 4 or len(set(sample.labels.tolist())) < 2:
+    if failures := find_unreadable(sample):
+        if not args.skip_unreadable:
+            raise UnreadableImages(failures, len(sample))
+        sample = sample.without(failures)
+    num_classes = len(set(sample.labels.tolist()))
+    if len(sample) < 4 or num_classes < 2:
         raise UserError(
-            f"{len(sample)} images are too few to compare", hint="raise --max-samples (at least 4)"
+            f"{len(sample)} images of {num_classes} classes are too few to compare",
+            hint="give at least 4 images of 2 classes: raise --max-samples or check --dataset",
         )
     return sample
 
 
 def load_encoders(args: argparse.Namespace, device: Any, cache: Path | None) -> list[Any]:
-    """The local encoder, the other one if asked for, the two references, and other seeds."""
-    from ijepa import encoders
-    from ijepa.checkpoint import load_checkpoint
-    from ijepa.devices import choose_dtype
+    """The models, the references that show what a number is worth, and other training seeds."""
+    from ijepa.encoders import load_encoder, pixel_encoder, random_encoder
 
-    dtype = choose_dtype(args.dtype, device)
-    local, *others = (
-        encoders.load_local_encoder(path, args.local_weights, device, dtype)
-        for path in args.local_checkpoint
+    common = {"device": device, "dtype": args.dtype, "offline": args.offline, "cache": cache}
+    file = {"weights": args.local_weights, "num_heads": args.local_num_heads}
+    local, *seeds = (
+        load_encoder(source, "local", **file, **common) for source in args.local_checkpoint
     )
-    check_seeds(local, others)
-    checkpoint = load_checkpoint(args.local_checkpoint[0], args.local_weights)
-    normalization = (checkpoint.mean, checkpoint.std)
+    check_seeds(local, seeds)
     loaded = [local]
     if args.hf_model != "none":
-        facts = cache and cache / "models"
-        loaded.append(
-            encoders.load_huggingface_encoder(args.hf_model, device, dtype, args.offline, facts)
-        )
-    random = encoders.random_encoder(checkpoint.config, normalization, args.seed, device, dtype)
-    seeds = [replace(other, name=f"local_{row}") for row, other in enumerate(others, start=2)]
-    return [*loaded, encoders.pixel_encoder(), random, *seeds]
+        chosen = {"revision": args.hf_revision, "pooling": args.hf_pooling}
+        loaded.append(load_encoder(args.hf_model, "hf", **chosen, **common))
+    loaded.append(pixel_encoder())
+    if random := random_encoder(local, args.seed):
+        loaded.append(random)
+    return [*loaded, *(replace(seed, name=f"local_{row}") for row, seed in enumerate(seeds, 2))]
 
 
-def check_seeds(local: Any, others: list[Any]) -> None:
+def check_seeds(local: Any, seeds: list[Any]) -> None:
     """Raise UserError unless the checkpoints can be several seeds of one training."""
-    from ijepa.errors import UserError
-
     seen = {local.description["sha256"]}
-    for other in others:
-        source = other.description["source"]
-        if other.description["sha256"] in seen:
+    for other in seeds:
+        source, sha256 = other.description["source"], other.description["sha256"]
+        if sha256 in seen:
             raise UserError(
                 f"checkpoint {source} is given twice",
                 hint="every --local-checkpoint must be another seed of the same training",
             )
-        seen.add(other.description["sha256"])
+        seen.add(sha256)
         for key in ("parameters", "input_size", "epochs"):
-            if other.description[key] != local.description[key]:
+            found, expected = other.description.get(key), local.description.get(key)
+            if found != expected:
                 raise UserError(
-                    f"checkpoint {source} has {key} {other.description[key]}, the first has "
-                    f"{local.description[key]}",
+                    f"checkpoint {source} has {key} {found}, the first has {expected}",
                     hint="give checkpoints of the same training that differ in their seed",
                 )
 
 
 def extract_all(
-    args: argparse.Namespace, loaded: list[Any], split: Any, split_hash: str, cache: Path | None
-) -> dict[str, Any]:
-    """Embed the sample with every encoder, through the cache unless it is off."""
-    from functools import partial
+    args: argparse.Namespace, loaded: list[Any], split: "Split", cache: Path | None, talks: bool
+) -> tuple["Split", dict[str, "Embeddings"]]:
+    """Embed the images with every encoder; unreadable images are left out where they may be."""
+    from ijepa.embeddings import UnreadableImages, extract
 
-    from tqdm import tqdm
-
-    from ijepa.embeddings import cache_folder, extract
-    from ijepa.parallel import process_rank
-
-    first = process_rank() == 0
-    progress = partial(tqdm, unit=" images", delay=2, file=sys.stderr, disable=not first)
-    results = {}
-    for encoder in loaded:
-        folder = cache_folder(cache, encoder, split_hash) if cache else None
-        old = folder and not folder.exists() and list(folder.parent.glob(f"{encoder.name}-*"))
-        if old and first:
-            print(
-                f"cached {encoder.name} embeddings are of other weights, settings or images: "
-                "computing anew",
-                file=sys.stderr,
-            )
-        result = extract(encoder, split, args.batch_size, folder, progress, args.output_dir)
-        if result.damaged:
-            print(
-                f"{len(result.damaged)} cached chunks of {encoder.name} embeddings were damaged "
-                f"and computed anew: {', '.join(map(str, result.damaged[:3]))}",
-                file=sys.stderr,
-            )
-        results[encoder.name] = result
-    return results
-
-
-def compare_run(args: argparse.Namespace) -> None:
-    """Images, encoders, embeddings, comparison, report: the whole line of data."""
-    watch = Stopwatch()
-    cache = None if args.no_cache else args.output_dir / ".cache"
-    with watch.stage("import"):
-        import torch
-
-        from ijepa.data import fingerprint
-        from ijepa.devices import choose_device
-        from ijepa.markdown import caveats, console_table, headline_lines
-        from ijepa.narrative import table
-        from ijepa.parallel import (
-            first_process_first,
-            join_processes,
-            leave_processes,
-            process_rank,
-        )
-        from ijepa.projections import make_maps
-        from ijepa.report import write_report
-
-        # A process whose chunks are all in the cache waits for those that compute theirs.
-        device = join_processes(choose_device(args.device), "gloo", timedelta(days=7))
-    with watch.stage("load_images"), first_process_first():
-        split = load_images(args)
-    with watch.stage("load_models"), first_process_first():
-        loaded = load_encoders(args, device, cache)
-    with watch.stage("extract"):
-        split_hash = fingerprint(split)
-        results = extract_all(args, loaded, split, split_hash, cache)
-        reports = process_rank() == 0
-        leave_processes()
-    if not reports:
-        return
-    with watch.stage("compare"):
-        models, comparison, pairs_device = compare_all(results, split, args.seed, device)
-    with watch.stage("project"):
-        maps = make_maps(models, split.labels, args.seed, cache and cache / "maps")
-    with watch.stage("write"):
-        facts = describe_run(args, watch, loaded, results, split, split_hash)
-        facts["run"]["torch_threads"] = torch.get_num_threads()
-        facts["run"]["pairs_device"] = pairs_device
-        notes = caveats(comparison, facts, maps, one_training=both_bundled(loaded))
-        written = write_report(args.output_dir, comparison, split, facts, notes, maps)
-    print(console_table(table(comparison)))
-    for line in headline_lines(comparison):
-        print(line)
-    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in watch.seconds.items())
-    print(f"wrote {len(written)} files to {args.output_dir} ({stages})")
-
-
-def compare_all(
-    results: dict[str, Any], split: Any, seed: int, device: Any
-) -> tuple[dict[str, Any], Any, str]:
-    """The embeddings of the models that are compared, all that was found, and on which device."""
-    import torch
-
-    from ijepa.comparison import compare
-    from ijepa.devices import choose_pairs_device
-    from ijepa.errors import UserError
-
-    values = {name: result.values for name, result in results.items()}
-    models = {name: values[name] for name in ("local", "hf") if name in values}
-    references = {name: values[name] for name in ("pixels", "random_weights")}
-    seeds = [values[name] for name in values if name not in {*models, *references}]
-    widest = max(X.shape[1] for X in values.values())
-    chosen = choose_pairs_device(device, len(split), widest)
-    announce_wait(models, references, len(split.classes), chosen)
+    options = {"cache": cache, "batch_size": args.batch_size, "progress": make_progress(talks)}
     try:
-        return models, compare(models, references, split.labels, seed, seeds, chosen), chosen
-    except torch.OutOfMemoryError as error:
-        hint = "wait until nothing else uses it, give a smaller --max-samples, or --device cpu"
-        raise UserError(f"{chosen} has too little free memory for all pairs", hint=hint) from error
+        results = extract(loaded, split, **options)
+    except UnreadableImages as error:
+        if not args.skip_unreadable:
+            raise
+        split = split.without(error.failures)
+        results = extract(loaded, split, **options)
+    for name, result in results.items():
+        if result.damaged:
+            say(
+                f"{len(result.damaged)} cached files of {name} embeddings were damaged; their "
+                f"images were embedded again: {', '.join(map(str, result.damaged[:3]))}"
+            )
+    return split, results
 
 
-def announce_wait(
-    models: dict[str, Any], references: dict[str, Any], num_classes: int, device: str
-) -> None:
-    """Say how long all pairs of images will take where nobody would wait for them."""
-    from ijepa.comparison import pairwise_seconds
+def load_bank(args: argparse.Namespace, split: "Split") -> "tuple[Split | None, list[str]]":
+    """The labeled images for the probe, and what to know of them; None where there are none."""
+    import numpy as np
 
-    n = len(models["local"])
-    if n < MANY_IMAGES:
+    from ijepa.data import load_split
+    from ijepa.probe import select_bank
+
+    if args.probe_samples == 0:
+        return None, []
+    try:
+        train = load_split(split.name, args.data_dir, "train", args.offline)
+        if train.split != "train":
+            raise UserError(f"{split.name} has no train split", hint="")
+    except UserError as error:
+        return None, [f"There is no probe: {error.problem}."]
+    # Classes are matched by name; those that are not compared get numbers of their own.
+    number = {name: row for row, name in enumerate((*split.classes, *train.classes))}
+    number |= {name: row for row, name in enumerate(split.classes)}
+    labels = np.array([number[name] for name in train.classes])[train.labels]
+    rows, excluded = select_bank(
+        labels, train.image_keys(), set(split.image_keys()), args.probe_samples, args.seed
+    )
+    note = f"The probe's bank leaves out {excluded} training images that are also compared."
+    bank = replace(train.take(rows), labels=labels[rows])
+    return bank, [note] if excluded else []
+
+
+def announce_wait(bank: "Split", results: dict[str, "Embeddings"]) -> None:
+    """Say how long embedding a bank will take where that is over a minute."""
+    for name, result in results.items():
+        if result.images_per_second and len(bank) / result.images_per_second > 60:
+            minutes = len(bank) / result.images_per_second / 60
+            say(f"embedding {len(bank):,} bank images with {name} takes about {minutes:.0f} min")
+
+
+def run(args: argparse.Namespace, talks: bool) -> None:
+    """Images, encoders, embeddings, comparison, report: the whole line of data."""
+    stages = Stages(talks)
+    with stages("import", "importing the libraries"):
+        from ijepa.comparison import compare
+        from ijepa.devices import choose_device
+        from ijepa.distributed import first_process_first, join_processes, leave_processes
+        from ijepa.distributed import process_rank
+        from ijepa.embeddings import writable_cache
+        from ijepa.narrative import console_table, headline_lines, table
+        from ijepa.report import caveats, summary_json, write_report
+        from ijepa.probe import probe as measure_probe
+        from ijepa.projections import make_maps
+
+        # A process whose images are all in the cache waits for those that compute theirs.
+        device = join_processes(choose_device(args.device), "gloo", timedelta(days=7))
+    cache, note = (None, None) if args.no_cache else writable_cache(args.cache_dir, args.output_dir)
+    if note and talks:
+        say(note)
+    with stages("load_images", "reading the images"), first_process_first():
+        split = load_images(args)
+    with stages("load_models", "loading the models"), first_process_first():
+        loaded = load_encoders(args, device, cache)
+    with stages("extract", "embedding the images"):
+        split, results = extract_all(args, loaded, split, cache, talks)
+    with stages("extract_bank", "embedding the probe's bank"):
+        bank, bank_notes = load_bank(args, split)
+        if bank is not None:
+            announce_wait(bank, results)
+            models = [one for one in loaded if not one.name.startswith("local_")]
+            bank, bank_results = extract_all(args, models, bank, cache, talks)
+        rank = process_rank()
+        leave_processes()
+    if rank > 0:
         return
-    seconds = pairwise_seconds(models, references, num_classes, device)
-    if seconds > 60:
-        wait = f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.0f} hours"
-        print(
-            f"comparing all pairs of {n:,} images will take about {wait}; "
-            "--max-samples compares fewer",
-            file=sys.stderr,
+    progress = make_progress(talks)
+    X = {name: result.values for name, result in results.items()}
+    models = {name: X[name] for name in ("local", "hf") if name in X}
+    references = {name: X[name] for name in ("pixels", "random_weights") if name in X}
+    seeds = [X[name] for name in X if name.startswith("local_")]
+    names = {one.name: one.description["short_name"] for one in loaded if one.name in models}
+    with stages("compare", "comparing all pairs of images"):
+        found = compare(
+            models, references, split.labels, args.seed, seeds, str(device), names, progress
         )
+    probe = None
+    if bank is not None:
+        with stages("probe", "fitting the probes"):
+            banks = {name: result.values for name, result in bank_results.items()}
+            queries = {name: X[name] for name in banks}
+            probe = measure_probe(banks, queries, bank.labels, split.labels, args.seed, progress)
+    with stages("project", "making the maps"):
+        maps = make_maps(models, split.labels, args.seed, cache and cache / "maps")
+    with stages("write", "drawing and writing the report"):
+        facts = describe_run(args, stages, loaded, results, split)
+        notes = [*split.notes, *([note] if note else []), *bank_notes]
+        notes = caveats(found, facts, maps, notes, both_bundled(loaded))
+        written = write_report(args.output_dir, found, split, facts, notes, maps, probe)
+    if args.json:
+        print(summary_json(args.output_dir / "metrics.json"), end="")
+    else:
+        print(console_table(table(found)))
+        print("\n".join(headline_lines(found)))
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in stages.seconds.items())
+    say(f"{len(written)} files in {args.output_dir} ({seconds})")
+    say(f"open {args.output_dir / 'report.html'}")
 
 
 def describe_run(
     args: argparse.Namespace,
-    watch: Stopwatch,
+    stages: Stages,
     loaded: list[Any],
-    results: Any,
-    split: Any,
-    split_hash: str,
+    results: dict[str, "Embeddings"],
+    split: "Split",
 ) -> dict[str, Any]:
-    """The provenance parts of metrics.json."""
-    from ijepa.errors import git_commit
-    from ijepa.report import versions
+    """What metrics.json says of the run, the data and the models, beyond the numbers."""
+    import hashlib
 
-    counts = [int((split.labels == label).sum()) for label in range(len(split.classes))]
+    import torch
+
+    from ijepa.data import duplicates
+
+    keys = split.image_keys()
+    copies = dict(zip(("images", "with_two_labels"), duplicates(keys, split.labels), strict=True))
+    device = next((str(one.device) for one in loaded if hasattr(one, "device")), "cpu")
     return {
         "run": {
             "command": args.command,
             "seed": args.seed,
-            "seconds": watch.seconds,
-            "versions": versions(),
-            "device": loaded[0].device.type,
-            "dtype": loaded[0].description["dtype"],
-            "git_commit": git_commit(),
+            "seconds": stages.seconds,
+            "device": torch.device(device).type,
+            "dtype": loaded[0].description.get("dtype"),
+            "torch_threads": torch.get_num_threads(),
+            "pairs_device": device,
         },
-        "dataset": {
-            "name": split.name,
-            "split": split.split,
-            "n": len(split),
-            "per_class": counts,
-            "classes": list(split.classes),
-            "sha256": split_hash,
-        },
+        "dataset": {"sha256": hashlib.sha256(b"".join(keys)).hexdigest(), "duplicates": copies},
         "models": {
-            encoder.name: {
-                **encoder.description,
-                "embedding_dim": encoder.embed_dim,
-                "images_per_second": results[encoder.name].images_per_second,
-                "from_cache": results[encoder.name].from_cache,
+            one.name: {
+                **one.description,
+                "embedding_dim": one.embed_dim,
+                "images_per_second": results[one.name].images_per_second,
+                "from_cache": results[one.name].from_cache,
             }
-            for encoder in loaded
-            if encoder.name not in ("pixels", "random_weights")
+            for one in loaded
+            if one.name in ("local", "hf")
         },
     }
 
 
 def both_bundled(loaded: list[Any]) -> bool:
     """Whether the two sides are the bundled checkpoint and the bundled export."""
-    sources = [Path(encoder.description["source"]).resolve() for encoder in loaded[:2]]
+    sources = [Path(one.description["source"]).resolve() for one in loaded[:2]]
     return sources == [BUNDLED / "checkpoint_latest.pt", BUNDLED / "hf"]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compare; 0 done, 1 a mistake the user can mend, 2 wrong usage, 130 interrupted."""
-    args = parse_arguments(arguments)
-    from ijepa.errors import UserError
+    """Compare; 0 done, 1 a user error, 2 wrong usage, 130 interrupted."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, Path(os.devnull).open("w"))
+    try:
+        args = parse_arguments(arguments)
+    except FileNotFoundError:
+        say("error: the working directory no longer exists\nhint: change to a folder that exists")
+        return 1
+    # Figures need no display; a notebook's backend may not even import outside of it.
+    os.environ["MPLBACKEND"] = "agg"
+    # torchvision asks for a folder for compiled code when it is imported. Without this it would
+    # look up the user's name, over a socket on some systems.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
     from ijepa.files import own_folder
 
-    # Importing torchvision asks for a folder for compiled code, of which there is none here. It
-    # would look up the user's name, over a socket on some systems, and make one.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
     try:
-        # Of torchrun's processes the first holds the folder for all.
-        first = os.environ.get("RANK", "0") == "0"
         with own_folder(args.output_dir) if first else nullcontext():
-            compare_run(args)
+            run(args, talks=first)
+    except UserError as error:
+        if args.debug:
+            traceback.print_exc()
+        say(f"error: {error.problem}\nhint: {error.hint}")
+        return 1
     except ModuleNotFoundError as error:
-        print(
-            f"error: the package {error.name} is not installed\n"
-            "hint: run make setup, then use .venv/bin/python",
-            file=sys.stderr,
-        )
+        say(f"error: the package {error.name} is not installed")
+        say("hint: run make setup, then use .venv/bin/python")
         return 1
     except MemoryError:
-        print("error: out of memory\nhint: lower --max-samples or --batch-size", file=sys.stderr)
-        return 1
-    except UserError as error:
-        print(f"error: {error.problem}\nhint: {error.hint}", file=sys.stderr)
+        say("error: out of memory\nhint: lower --max-samples or --batch-size")
         return 1
     except KeyboardInterrupt:
-        kept = "" if args.no_cache else "; finished embeddings are kept, run again to go on"
-        print(f"interrupted{kept}", file=sys.stderr)
+        kept = "" if args.no_cache else "; finished embeddings are kept, run again to continue"
+        say(f"interrupted{kept}")
         return 130
     return 0
 
 
 if __name__ == "__main__":
     code = main()
-    # Not by the interpreter's way out, which takes 2 s to collect the objects of the libraries and
-    # which a thread of gloo aborts that still lets go of what it sent.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:  # the reader has left, as `head` does
+            pass
+    # Interpreter shutdown takes seconds to collect the objects of the libraries.
     os._exit(code)

@@ -1,24 +1,27 @@
 import hashlib
 import os
 import pickle
-from concurrent.futures import ThreadPoolExecutor
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from sklearn.datasets import load_digits as sklearn_digits
 from torchvision.datasets import CIFAR10
 
 from ijepa.data import (
-    FolderImages,
     Split,
     balanced_rows,
     balanced_sample,
+    doubtful_pixels,
+    duplicates,
+    find_unreadable,
     fingerprint,
     load_split,
+    load_unlabeled,
     read_image,
     shrink,
 )
@@ -112,6 +115,23 @@ def test_cifar_that_cannot_be_downloaded_is_a_user_error(tmp_path, monkeypatch):
         load_split("cifar10", tmp_path, "test", offline=False)
 
 
+def test_a_cifar_archive_is_unpacked_offline_unless_it_is_damaged(tmp_path, monkeypatch):
+    pixels, _ = write_cifar(tmp_path / "made", 3, monkeypatch)
+    archive = tmp_path / CIFAR10.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(tmp_path / "made" / CIFAR10.base_folder, CIFAR10.base_folder)
+    with pytest.raises(UserError, match="--offline"):
+        load_split("cifar10", tmp_path, "test", offline=True)  # it has not the right checksum
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    split = load_split("cifar10", tmp_path, "test", offline=True)
+    assert (split.images.reshape(3, 3072).numpy() == pixels["test_batch"]).all()
+
+
+def test_cifar_has_no_validation_split(tmp_path):
+    with pytest.raises(UserError, match="no split 'val'"):
+        load_split("cifar10", tmp_path, "val", offline=True)
+
+
 # --- digits
 
 
@@ -123,7 +143,7 @@ def test_digits_are_scikit_learns_scans_in_their_order():
     assert split.classes == tuple("0123456789")
     np.testing.assert_array_equal(split.labels, bunch.target)
     np.testing.assert_array_equal(split.indices, np.arange(1797))
-    assert (split.images == split.images[:, :1]).all()  # grey
+    assert (split.images == split.images[:, :1]).all()  # gray
     scans = torch.from_numpy(bunch.images * 255 / 16).round()[:, None]
     # With antialias PyTorch's bicubic kernel is Pillow's, which rounds to bytes after each axis.
     wide = F.interpolate(scans, (8, 32), mode="bicubic", antialias=True).round().clamp(0, 255)
@@ -140,66 +160,241 @@ def test_digits_have_no_splits():
 # --- folders
 
 
-def test_a_folder_is_read_in_sorted_order_without_what_is_hidden_or_no_image(make_image_folder):
-    folder = make_image_folder({"zebra": 2, "ant": 3, ".cache": 2})
-    for name in ("._000.png", "notes.txt", "model.pt"):
-        (folder / "ant" / name).write_text("no image")
-    (folder / "README.md").write_text("beside the classes")
+def folder_of(tmp_path, *names):
+    """Files of these names, each a different small image if its suffix is one of an image."""
+    for number, name in enumerate(names):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix.lower() == ".png":
+            Image.new("RGB", (4, 5), (number, 1, 2)).save(path)
+        else:
+            path.write_text("no image")
+    return str(tmp_path)
+
+
+def load(folder, split="test"):
+    return load_split(str(folder), NOWHERE, split, offline=True)
+
+
+def writable_suffixes():
+    Image.init()
+    formats = set(Image.SAVE) & set(Image.OPEN) | {"MPO"}
+    refused = {"EPS", "PDF", "WMF", "BUFR", "GRIB", "HDF5"}
+    return sorted(s for s, f in Image.registered_extensions().items() if f in formats - refused)
+
+
+@pytest.mark.filterwarnings("ignore:IM image format:DeprecationWarning")
+def test_every_format_that_pillow_opens_counts_whatever_the_case_of_its_suffix(tmp_path):
+    suffixes = writable_suffixes()
+    assert {".tif", ".bmp", ".gif", ".jfif", ".jpe", ".avif", ".ppm", ".webp"} < set(suffixes)
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    for suffix in suffixes:
+        kind = Image.registered_extensions()[suffix]
+        image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+        mode = {"BLP": "P", "MSP": "1", "XBM": "1", "PALM": "P"}.get(kind, "RGB")
+        image.convert(mode).save(tmp_path / "a" / f"x{suffix}", kind)
+        image.convert(mode).save(tmp_path / "b" / f"x{suffix.upper()}", kind)
+    split = load(tmp_path)
+    assert len(split) == 2 * len(suffixes) == len(list(tmp_path.rglob("x.*")))
+    assert split.notes == ()
+    assert find_unreadable(split) == []
+    for row in range(len(split)):
+        assert len(split.images[row]) == 3, split.paths[row]
+
+
+def test_what_is_left_out_is_counted_with_its_reason(tmp_path):
+    used = ["a/1.png", "a/deep/er/2.PNG", "b/.png/../x y.png", "b/z.png"]
+    unused = {
+        "files of other kinds": [
+            *("a/notes.txt", "a/movie.mp4", "a/scan.pdf", "a/scan.eps", "a/photo.heic"),
+            *("b/labels.csv", "b/more.zip", "b/README", "b/deep/model.pt", "empty class/x.txt"),
+        ],
+        "files outside the class folders": ["README.md", "9.png"],
+        "hidden files and files of the system": [
+            *("a/._1.png", "a/Thumbs.db", ".DS_Store", ".ipynb_checkpoints/1.png"),
+            *("__MACOSX/a/1.png", "b/@eaDir/1.png", "lost+found/1.png"),
+        ],
+        "empty class folders": ["empty class"],
+    }
+    folder_of(
+        tmp_path, *used, *(x for files in unused.values() for x in files if x[:7] != "empty c")
+    )
+    folder_of(tmp_path, "empty class/x.txt")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    split = load(tmp_path)
+    assert split.classes == ("a", "b")
+    assert split.paths == ("a/1.png", "a/deep/er/2.PNG", "b/x y.png", "b/z.png")
+    (note,) = split.notes
+    for reason, files in unused.items():
+        assert f"{len(files)} {reason} (" in note
+    assert "1 links to a folder above (1 loop)" in note
+    assert all(word in note for word in (".heic", "__MACOSX", "1 empty class"))
+
+
+def test_files_are_found_at_any_depth_and_in_the_order_of_names(make_image_folder):
+    folder = make_image_folder({"zebra": 2, "ant": 3})
     Image.new("RGB", (5, 4)).save(folder / "ant" / "0000.JPG", "JPEG")
-    split = load_split(str(folder), folder, "test", offline=True)
+    (folder / "ant" / "000b").mkdir()
+    (folder / "ant" / "001.png").rename(folder / "ant" / "000b" / "z.png")
+    (folder / "zebra" / "link.png").symlink_to(folder / "ant" / "000.png")
+    split = load(folder)
     assert split.classes == ("ant", "zebra")
-    assert split.labels.tolist() == [0, 0, 0, 0, 1, 1]
-    assert split.indices.tolist() == list(range(6))
-    assert split.split == "all"
-    assert [path.name for path in split.images.paths] == [
-        *("000.png", "0000.JPG", "001.png", "002.png"),
-        *("000.png", "001.png"),
-    ]
-    shapes = [tuple(split.images[row].shape) for row in range(len(split))]
-    assert shapes == [(3, 13, 14), (3, 4, 5), (3, 13, 14), (3, 13, 14), (3, 12, 14), (3, 12, 14)]
+    assert split.labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert split.indices.tolist() == list(range(7))
+    assert split.paths == (
+        *("ant/000.png", "ant/0000.JPG", "ant/000b/z.png", "ant/002.png"),
+        *("zebra/000.png", "zebra/001.png", "zebra/link.png"),
+    )
+    assert [file.relative_to(folder).as_posix() for file in split.images.files] == [*split.paths]
+    keys = split.image_keys()
+    assert keys[6] == keys[0]
+    assert duplicates(keys, split.labels) == (2, 2)
+    assert duplicates(keys, np.zeros(7, int)) == (2, 0)
+    assert duplicates(keys[:6], split.labels[:6]) == (0, 0)
 
 
-def test_a_folder_with_the_split_inside_is_read_there(make_image_folder):
-    folder = make_image_folder({"test/a": 1, "test/b": 2, "train/a": 3, "train/b": 1})
-    assert load_split(str(folder), folder, "test", offline=True).labels.tolist() == [0, 1, 1]
-    train = load_split(str(folder), folder, "train", offline=True)
-    assert (train.split, train.labels.tolist()) == ("train", [0, 0, 0, 1])
+@pytest.mark.parametrize("train", ["train", "Train", "TRAIN"])
+@pytest.mark.parametrize("val", ["val", "valid", "Validation"])
+def test_a_folder_of_nothing_but_splits_is_read_at_the_chosen_one(tmp_path, train, val):
+    names = [f"{train}/a/1.png", f"{train}/b/2.png", f"{train}/b/3.png", f"{val}/a/4.png"]
+    folder = folder_of(tmp_path, *names, f"{val}/b/5.png", "README.md", ".DS_Store")
+    split = load(folder, "train")
+    assert (split.split, split.classes, split.labels.tolist()) == ("train", ("a", "b"), [0, 1, 1])
+    assert split.paths[0] == f"{train}/a/1.png"
+    assert "1 .md" in split.notes[0]
+    assert load(folder, "val").labels.tolist() == [0, 1]
+    with pytest.raises(UserError, match=f"it has {train}, {val}|it has {val}, {train}") as caught:
+        load(folder, "test")
+    assert "--split" in caught.value.hint
 
 
-def test_rows_taken_from_a_folder_keep_their_images_labels_and_indices(make_image_folder):
-    folder = make_image_folder({"a": 3, "b": 3})
-    split = load_split(str(folder), folder, "test", offline=True)
-    rows = np.array([4, 1])
-    part = split.take(rows)
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (["train/1.png", "bus/2.png"], ("bus", "train")),
+        (["train/1.png", "test/2.png"], ("test", "train")),
+        (["train/x/1.png", "car/x/2.png"], ("car", "train")),
+        (["train/x/1.png", "train/0.png", "test/2.png"], ("test", "train")),
+    ],
+)
+def test_classes_may_have_names_of_splits(tmp_path, names, classes):
+    split = load(folder_of(tmp_path, *names), "train")
+    assert (split.classes, split.split) == (classes, "all")
+
+
+def test_rows_taken_from_a_folder_keep_everything(make_image_folder):
+    split = load(make_image_folder({"a": 3, "b": 3}))
+    part = split.take(np.array([4, 1]))
     assert (part.labels.tolist(), part.indices.tolist()) == ([1, 0], [4, 1])
+    assert part.paths == ("b/001.png", "a/001.png")
+    assert part.image_keys() == [split.image_keys()[row] for row in (4, 1)]
     assert all(torch.equal(part.images[new], split.images[old]) for new, old in enumerate([4, 1]))
-    assert part.take(np.array([1])).indices.tolist() == [1]
 
 
-@pytest.mark.parametrize("counts", [{}, {"only": 3}])
-def test_fewer_than_two_classes_are_a_user_error(tmp_path, make_image_folder, counts):
-    folder = make_image_folder(counts) if counts else tmp_path
-    with pytest.raises(UserError, match=rf"has {len(counts)} class folders, need at least 2"):
-        load_split(str(folder), tmp_path, "test", offline=True)
+@pytest.mark.parametrize(
+    ("names", "words", "hint"),
+    [
+        ([], "0 class folders", "FOLDER/CLASS"),
+        (["only/1.png", "only/2.png", "none/x.heic"], r"1 class folders .*'only'", ".heic"),
+        (["1.png", "labels.csv"], "0 class folders", "1 .png"),
+        (["images/1.png", "labels/1.txt"], "1 class folders", "images and labels"),
+        (["images/1.png", "masks/2.png"], "images.*masks", "images and labels"),
+    ],
+)
+def test_a_folder_without_two_classes_is_refused_with_what_it_holds(tmp_path, names, words, hint):
+    with pytest.raises(UserError, match=words) as caught:
+        load(folder_of(tmp_path, *names))
+    assert hint in caught.value.hint
 
 
-def test_a_class_without_images_is_named(make_image_folder):
-    folder = make_image_folder({"full": 2, "empty": 0})
-    (folder / "empty" / "list.txt").write_text("")
-    with pytest.raises(UserError, match=r"empty' has no images"):
-        load_split(str(folder), folder, "test", offline=True)
+def test_masks_next_to_images_are_noted(tmp_path):
+    split = load(folder_of(tmp_path, "a/1.png", "a/1_mask.png", "b/x y.png", "b/who_seg.png"))
+    assert len(split) == 4
+    assert split.notes == ("1 files look like masks of other images, but count as images",)
 
 
-def test_an_unknown_data_set_lists_the_known_ones(tmp_path):
-    with pytest.raises(UserError, match="unknown data set 'cifar-11'") as caught:
-        load_split("cifar-11", tmp_path, "test", offline=True)
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        ("cifar-11", "unknown data set.*cifar-11"),
+        ("/no/such", "^no such folder: '/no/such'"),
+        ("~/no/such", "no such folder: '~/no/such'"),
+    ],
+)
+def test_an_unknown_data_set_is_refused_with_the_known_ones(dataset, words):
+    with pytest.raises(UserError, match=words) as caught:
+        load(dataset)
     assert "cifar10, digits" in caught.value.hint
+
+
+def test_a_file_is_no_data_set_and_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder_of(tmp_path, "set/a/1.png", "set/b/2.png", "set.zip")
+    assert len(load("~/set")) == 2
+    with pytest.raises(UserError, match=r"set\.zip' is a file") as caught:
+        load("~/set.zip")
+    assert "unpack" in caught.value.hint
+    with pytest.raises(UserError, match=str(tmp_path / "data")):
+        load_split("cifar10", Path("~/data"), "test", offline=True)
+
+
+def test_names_are_kept_and_only_those_that_are_not_utf8_refused(tmp_path):
+    names = ("e\u0301", "\u00e9", "a b", "<script>", "\u540d\u524d", "x\ry")
+    split = load(folder_of(tmp_path, *(f"{name}/1.png" for name in names)))
+    assert split.classes == tuple(sorted(names))
+    odd = os.fsdecode(b"\xff.png")
+    (tmp_path / "a b" / odd).write_bytes((tmp_path / "a b" / "1.png").read_bytes())
+    assert "a b/\\xff.png" in load(tmp_path).paths
+    (tmp_path / "a b").rename(tmp_path / os.fsdecode(b"\xff"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        load(tmp_path)
+
+
+def test_images_without_classes_are_found_flat_and_nested(tmp_path):
+    folder_of(tmp_path, "2.png", "deep/er/1.png", "x.txt", "train/1.png")
+    split = load_unlabeled(tmp_path)
+    assert (split.classes, split.labels.tolist()) == ((), [0, 0, 0])
+    assert split.paths == ("2.png", "deep/er/1.png", "train/1.png")
+    assert split.notes == ("not used: 1 files of other kinds (1 .txt)",)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="no images"):
+        load_unlabeled(tmp_path / "none")
+
+
+def test_all_files_without_a_valid_header_are_found_before_any_is_decoded(tmp_path):
+    folder_of(tmp_path, "a/1.png", "a/2.png", "b/3.png", "b/4.png")
+    (tmp_path / "a" / "empty.jpg").touch()
+    (tmp_path / "a" / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "a" / "self.jpg").symlink_to(tmp_path / "a" / "self.jpg")
+    (tmp_path / "b" / "text.tif").write_text("plain text")
+    os.mkfifo(tmp_path / "b" / "pipe.png")
+    split = load(tmp_path)
+    failures = find_unreadable(split)
+    assert {split.paths[row] for row, _ in failures} == {
+        *("a/empty.jpg", "a/gone.jpg", "a/self.jpg", "b/text.tif", "b/pipe.png")
+    }
+    assert all(split.paths[row] in reason for row, reason in failures)
+
+
+def test_twelve_bit_data_and_several_frames_are_noted(tmp_path):
+    frames = [Image.new("L", (4, 4), color) for color in (1, 99)]
+    for name, largest in (("a", 4095), ("b", 4096)):
+        (tmp_path / name).mkdir()
+        deep = np.linspace(0, largest, 16).astype(np.uint16).reshape(4, 4)
+        Image.fromarray(deep).save(tmp_path / name / "deep.png")
+        frames[0].save(tmp_path / name / "x.gif", save_all=True, append_images=frames[1:])
+    several, dark = doubtful_pixels(load(tmp_path))
+    assert several.startswith("2 of 4 files looked at hold several frames")
+    assert dark.startswith("1 of 4 files looked at are 16-bit gray")
+    assert doubtful_pixels(load("digits")) == ()
 
 
 # --- decoding
 
 
-def grey_ramp():
+def gray_ramp():
     return np.linspace(0, 255, 20 * 16).astype(np.uint8).reshape(20, 16)
 
 
@@ -208,19 +403,19 @@ def stored_mode(path):
         return image.mode
 
 
-def test_grey_is_the_same_in_all_channels_and_lossless(tmp_path):
-    Image.fromarray(grey_ramp()).save(tmp_path / "grey.png")
-    image = read_image(tmp_path / "grey.png")
+def test_gray_is_the_same_in_all_channels_and_lossless(tmp_path):
+    Image.fromarray(gray_ramp()).save(tmp_path / "gray.png")
+    image = read_image(tmp_path / "gray.png")
     assert image.dtype == torch.uint8
     for channel in range(3):
-        np.testing.assert_array_equal(image[channel], grey_ramp())
+        np.testing.assert_array_equal(image[channel], gray_ramp())
 
 
-def test_sixteen_bit_grey_keeps_its_upper_byte(tmp_path):
-    deep = grey_ramp().astype(np.uint16) * 256 + 255
+def test_sixteen_bit_gray_keeps_its_upper_byte(tmp_path):
+    deep = gray_ramp().astype(np.uint16) * 256 + 255
     Image.fromarray(deep).save(tmp_path / "deep.png")
     assert stored_mode(tmp_path / "deep.png").startswith("I;16")
-    np.testing.assert_array_equal(read_image(tmp_path / "deep.png")[1], grey_ramp())
+    np.testing.assert_array_equal(read_image(tmp_path / "deep.png")[1], gray_ramp())
 
 
 def test_transparency_shows_white_behind(tmp_path):
@@ -235,7 +430,7 @@ def test_transparency_shows_white_behind(tmp_path):
         np.testing.assert_allclose(seen, pixels[..., :3] * alpha + 255 * (1 - alpha), atol=1)
 
 
-def test_grey_with_transparency_shows_white_behind(tmp_path):
+def test_gray_with_transparency_shows_white_behind(tmp_path):
     pixels = np.array([[[10, 0], [10, 255], [10, 51]]], np.uint8)
     Image.fromarray(pixels, "LA").save(tmp_path / "la.png")
     seen = read_image(tmp_path / "la.png")
@@ -255,20 +450,10 @@ def test_a_palette_with_a_transparent_entry_shows_white_there(tmp_path, transpar
     ]
 
 
-def test_a_colour_declared_transparent_shows_white(tmp_path):
+def test_a_color_declared_transparent_shows_white(tmp_path):
     image = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
     image.save(tmp_path / "key.png", transparency=(1, 2, 3))
     assert read_image(tmp_path / "key.png")[:, 0].T.tolist() == [[255, 255, 255], [4, 5, 6]]
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "jpeg", "webp", "png"])
-def test_every_format_decodes_to_nearly_the_same_colours(tmp_path, suffix):
-    pixels = np.zeros((32, 32, 3), np.uint8)
-    pixels[:16], pixels[16:] = (220, 40, 60), (30, 90, 200)
-    Image.fromarray(pixels).save(tmp_path / f"image.{suffix}", quality=95)
-    seen = read_image(tmp_path / f"image.{suffix}").permute(1, 2, 0).numpy()
-    assert abs(seen[2:14].astype(int) - pixels[2:14]).max() <= 6
-    assert abs(seen[18:30].astype(int) - pixels[18:30]).max() <= 6
 
 
 def test_cmyk_becomes_rgb(tmp_path):
@@ -312,55 +497,62 @@ def test_exif_orientation_turns_images_upright(tmp_path, orientation, mode):
     np.testing.assert_array_equal(read_image(tmp_path / "turned.png").permute(1, 2, 0), expected)
 
 
-@pytest.mark.parametrize("content", [b"", b"plain text", b"\x89PNG\r\n\x1a\n" + b"\0" * 30])
-def test_a_file_that_is_no_image_is_named(tmp_path, content):
-    (tmp_path / "odd name.png").write_bytes(content)
-    with pytest.raises(UserError, match=r"cannot read image .*odd name\.png'") as caught:
-        read_image(tmp_path / "odd name.png")
-    assert "remove" in caught.value.hint
-
-
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
 def test_a_truncated_image_is_named(tmp_path, suffix):
     path = tmp_path / f"cut.{suffix}"
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(UserError, match="cannot read image"):
+    with pytest.raises(UserError, match="cut"):
         read_image(path)
 
 
-@pytest.mark.parametrize("kind", ["EPS", "GIF", "TIFF", "PPM", "SVG"])
-def test_other_formats_are_refused_whatever_their_name(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["EPS", "SVG", "TGA"])
+def test_documents_and_rare_formats_under_another_suffix_are_refused(tmp_path, kind):
     path = tmp_path / "named.png"
     if kind == "SVG":
         path.write_text('<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>')
     else:
         Image.new("RGB", (9, 9)).save(path, format=kind)
-    with pytest.raises(UserError, match="not a PNG, JPEG or WebP image"):
+    with pytest.raises(UserError, match=r"not an image.*named\.png"):
         read_image(path)
 
 
-def test_a_pipe_is_never_read(tmp_path):
-    os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(UserError, match="cannot read image"):
-        read_image(tmp_path / "pipe.png")
+def test_sixteen_bit_values_of_other_formats_keep_their_upper_byte_and_floats_are_refused(tmp_path):
+    deep = gray_ramp().astype(np.uint16) * 256 + 255
+    for name in ("deep.tif", "deep.pgm", "deep.jp2"):
+        Image.fromarray(deep).save(tmp_path / name)
+        np.testing.assert_array_equal(read_image(tmp_path / name)[1], gray_ramp())
+    Image.fromarray(deep.astype(np.float32)).save(tmp_path / "float.tif")
+    Image.fromarray(deep.astype(np.int32)).save(tmp_path / "long.tif")
+    for name in ("float.tif", "long.tif"):
+        with pytest.raises(UserError, match="32-bit"):
+            read_image(tmp_path / name)
 
 
-def held():
-    """Bytes of this process's own memory."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("RssAnon:")[1].split()[0])
+def test_profiles_and_texts_above_pillows_limit_do_not_hide_an_image(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text("x", "y" * 2_000_000, zip=True)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "profile.png", icc_profile=bytes(2_000_000), exif=exif)
+    image.save(tmp_path / "text.png", pnginfo=texts, exif=exif)
+    for name in ("profile.png", "text.png"):
+        with pytest.raises(ValueError, match="too large"), Image.open(tmp_path / name) as opened:
+            opened.load()
+        seen = read_image(tmp_path / name).permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(seen, pixels[::-1, ::-1])
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell")
-def test_a_thread_keeps_no_memory_of_a_large_image(tmp_path):
-    Image.new("RGBA", (5000, 5000), (200, 10, 10, 128)).save(tmp_path / "x.png", compress_level=1)
-    before = held()
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(read_image, tmp_path / "x.png").result().shape == (3, 5000, 5000)
-    # The thread lets go of its result a moment after it is asked for.
-    assert held() - before < 100e6
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_photo_of_108_megapixels_is_read_and_an_enormous_one_refused_by_its_header(tmp_path):
+    Image.new("L", (12_000, 9_000), 7).save(tmp_path / "large.png")
+    assert read_image(tmp_path / "large.png").shape == (3, 9_000, 12_000)
+    (tmp_path / "bomb.ppm").write_bytes(b"P5 20000 20000 255\n")
+    with pytest.raises(UserError, match="exceeds limit"):
+        read_image(tmp_path / "bomb.ppm")
 
 
 def test_a_large_image_is_shrunk_for_looking_and_a_small_one_is_left():
@@ -370,19 +562,6 @@ def test_a_large_image_is_shrunk_for_looking_and_a_small_one_is_left():
     means = image.float().reshape(3, 20, 2, 10, 2).mean(dim=(2, 4)).numpy()
     assert np.abs(shrink(image, 20) - means).max() <= 0.5
     assert shrink(torch.zeros(3, 1, 900, dtype=torch.uint8), 30).shape == (3, 1, 30)
-
-
-def test_an_image_that_vanished_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"gone\.png"):
-        read_image(tmp_path / "gone.png")
-
-
-def test_an_enormous_image_is_refused(tmp_path, monkeypatch):
-    # Pillow only warns up to twice its limit.
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 80)
-    Image.new("L", (9, 9)).save(tmp_path / "bomb.png")
-    with pytest.raises(UserError, match="could be decompression bomb"):
-        read_image(tmp_path / "bomb.png")
 
 
 # --- sampling
@@ -444,50 +623,6 @@ def test_every_image_of_a_class_can_be_drawn():
 def test_zero_or_enough_samples_mean_the_whole_split(max_samples):
     split = tensor_split(np.arange(12) % 3, 3)
     assert balanced_sample(split, max_samples, seed=0) is split
-
-
-# --- fingerprints
-
-
-def test_a_fingerprint_changes_with_a_pixel_an_index_and_the_order():
-    split = tensor_split([0, 1, 0], 2)
-    pixel = split.images.clone()
-    pixel[2, 1, 0, 1] += 1
-    variants = [
-        split,
-        Split("made", "all", split.classes, pixel, split.labels, split.indices),
-        Split("made", "all", split.classes, split.images, split.labels, split.indices + 1),
-        Split("made", "all", split.classes, split.images.flip(0), split.labels, split.indices),
-        split.take(np.array([2, 1, 0])),
-        split.take(np.array([0, 1])),
-        Split(
-            "made",
-            "all",
-            split.classes,
-            split.images.reshape(3, 3, 1, 4),
-            split.labels,
-            split.indices,
-        ),
-    ]
-    assert len({fingerprint(one) for one in variants}) == len(variants)
-
-
-def test_a_fingerprint_depends_on_pixels_alone_not_on_where_they_lie(make_image_folder):
-    folder = make_image_folder({"a": 1, "b": 1})
-    split = load_split(str(folder), folder, "test", offline=True)
-    assert isinstance(split.images, FolderImages)
-    paths = [path.rename(path.with_name(f"new{path.name}")) for path in split.images.paths]
-    renamed = Split(
-        "else", "x", split.classes, FolderImages(tuple(paths)), split.labels, split.indices
-    )
-    assert fingerprint(renamed) == fingerprint(
-        load_split(str(folder), folder, "test", offline=True)
-    )
-    expected = hashlib.sha256(np.arange(2).astype("<i8").tobytes())
-    for path in paths:
-        pixels = np.asarray(Image.open(path)).transpose(2, 0, 1)
-        expected.update(np.array(pixels.shape, "<i8").tobytes() + pixels.tobytes())
-    assert fingerprint(renamed) == expected.hexdigest()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7])

@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import hashlib
 import os
 import stat
@@ -140,45 +141,46 @@ with own_folder(Path(sys.argv[1])):
 """
 
 
-def test_a_second_run_is_told_who_holds_the_folder_until_that_one_is_dead(tmp_path):
+def test_a_second_run_is_refused_with_the_name_of_the_lock_until_the_first_is_dead(tmp_path):
     root = Path(__file__).parents[1]
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "mine\n"
-        held = pytest.raises(UserError, match=f"process {holder.pid} ")
-        with held as caught, own_folder(tmp_path):
+        with pytest.raises(UserError, match="another run") as caught, own_folder(tmp_path):
             pass
-        assert "--output-dir" in caught.value.hint
+        assert str(tmp_path / LOCK) in caught.value.hint
         with own_folder(tmp_path / "other"):
             pass
         holder.kill()
-    assert (tmp_path / LOCK).exists()
     with own_folder(tmp_path):
         pass
     assert not (tmp_path / LOCK).exists()
 
 
-def test_a_disk_that_is_full_from_the_start_leaves_no_lock(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+def test_a_file_system_without_locks_is_locked_by_the_existence_of_the_file(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
 
-    monkeypatch.setattr(os, "write", full)
-    with pytest.raises(UserError, match="No space left"), own_folder(tmp_path / "out"):
-        pass
-    assert list((tmp_path / "out").iterdir()) == []
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    for _ in range(2):
+        with own_folder(tmp_path):
+            assert (tmp_path / LOCK).read_text().startswith(str(os.getpid()))
+            with pytest.raises(UserError, match="another run"), own_folder(tmp_path):
+                pass
+            assert (tmp_path / LOCK).exists()
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_unfinished_files_of_dead_runs_are_removed_and_nothing_else(tmp_path):
     kept = [tmp_path / ".mine.tmp", tmp_path / "sub" / f".x{TEMPORARY}", tmp_path / f"x{TEMPORARY}"]
-    places = (tmp_path, tmp_path / ".cache" / "local-1", tmp_path / "hf")
-    gone = [place / f".metrics.json.0123{TEMPORARY}" for place in places]
+    gone = [place / f".metrics.json.0123{TEMPORARY}" for place in (tmp_path, tmp_path / "hf")]
     for path in (*kept, *gone):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     with own_folder(tmp_path):
         pass
     assert [path.exists() for path in kept] == [True] * 3
-    assert [path.exists() for path in gone] == [False] * 3
+    assert [path.exists() for path in gone] == [False] * 2
 
 
 def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
