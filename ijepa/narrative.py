@@ -40,7 +40,7 @@ TOO_FEW = "With fewer than six images there are no five nearest neighbours to ju
 SIGNIFICANT = 0.05
 INTERVALS = (
     "Brackets hold 95 % intervals over images: from stratified half-samples for silhouette and "
-    "precision, from a block jackknife for variance and effective rank."
+    "precision, from influence functions for variance and effective rank."
 )
 
 
@@ -103,7 +103,9 @@ def summary(comparison: Comparison) -> dict[str, dict[str, float | int]]:
     }
     if "hf" in result:
         result["ratio"] = {
-            metric: ratio(float(result["local"][metric]), float(result["hf"][metric]))
+            metric: comparison.differences[metric]["ratio"].value
+            if metric in comparison.differences
+            else ratio(float(result["local"][metric]), float(result["hf"][metric]))
             for metric in ROWS
         }
     return result
@@ -174,7 +176,7 @@ def retrieval_finding(comparison: Comparison) -> str:
     ]
     return text + (
         f" Image by image the HF model does better on {facts['wins']}, as well on {facts['ties']} "
-        f"and worse on {facts['losses']} (sign-flip p = {facts['sign_flip_p']:.2g}). The nearest "
+        f"and worse on {facts['losses']} (p = {facts['p']:.2g}). The nearest "
         f"neighbour alone is right for {first[0]} with the local and {first[1]} with the HF model "
         f"(exact McNemar p = {comparison.differences['precision_at_1']['mcnemar_p']:.2g})."
     )

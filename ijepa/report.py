@@ -28,7 +28,7 @@ from ijepa.narrative import summary
 from ijepa.page import page
 from ijepa.projections import Maps, TsneProjection, project_pca, project_tsne_cached
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_POINTS = 5000
 """Images on a map at most; beyond that t-SNE takes minutes and a map shows a blot."""
 CSV_ROWS = 10_000

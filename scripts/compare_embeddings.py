@@ -19,8 +19,6 @@ BUNDLED = ROOT / "checkpoints_300ep"
 HUB_MODEL = "facebook/ijepa_vith14_1k"
 FULL_EPOCHS = 300
 """What the bundled checkpoint is meant to have."""
-MANY_IMAGES = 10_000
-"""From this many on a comparison may take over a minute, which is measured before it starts."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -293,7 +291,12 @@ def caveats(comparison: Any, loaded: list[Any], maps: Any) -> list[str]:
                 "a ViT-Huge: this run compares the two encoders of one training",
             )
     if not comparison.num_halves:
-        notes.append("fewer than 20 images in a class: no intervals")
+        notes.append("no class of at least 20 images, or a single class: no intervals")
+    elif comparison.small_classes:
+        notes.append(
+            f"{comparison.small_classes} classes have fewer than 20 images: they are whole in all "
+            "half-samples and have no intervals of their own"
+        )
     notes += map_caveats(maps, n)
     for name, analysis in comparison.analyses.items():
         rank = comparison.metrics[name]["effective_rank"]
@@ -407,43 +410,26 @@ def compare_all(
     results: dict[str, Any], split: Any, seed: int, device: Any
 ) -> tuple[dict[str, Any], Any, str]:
     """The embeddings of the models that are compared, all that was found, and on which device."""
+    from functools import partial
+
     import torch
+    from tqdm import tqdm
 
     from ijepa.comparison import compare
-    from ijepa.devices import choose_pairs_device
     from ijepa.errors import UserError
 
     values = {name: result.values for name, result in results.items()}
     models = {name: values[name] for name in ("local", "hf") if name in values}
     references = {name: values[name] for name in ("pixels", "random_weights")}
     seeds = [values[name] for name in values if name not in {*models, *references}]
-    widest = max(X.shape[1] for X in values.values())
-    chosen = choose_pairs_device(device, len(split), widest)
-    announce_wait(models, references, len(split.classes), chosen)
+    chosen = str(device) if device.type == "cuda" else "cpu"
+    progress = partial(tqdm, unit=" images", delay=2, file=sys.stderr)
     try:
-        return models, compare(models, references, split.labels, seed, seeds, chosen), chosen
+        found = compare(models, references, split.labels, seed, seeds, chosen, progress=progress)
+        return models, found, chosen
     except torch.OutOfMemoryError as error:
         hint = "wait until nothing else uses it, give a smaller --max-samples, or --device cpu"
         raise UserError(f"{chosen} has too little free memory for all pairs", hint=hint) from error
-
-
-def announce_wait(
-    models: dict[str, Any], references: dict[str, Any], num_classes: int, device: str
-) -> None:
-    """Say how long all pairs of images will take where nobody would wait for them."""
-    from ijepa.comparison import pairwise_seconds
-
-    n = len(models["local"])
-    if n < MANY_IMAGES:
-        return
-    seconds = pairwise_seconds(models, references, num_classes, device)
-    if seconds > 60:
-        wait = f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.0f} hours"
-        print(
-            f"comparing all pairs of {n:,} images will take about {wait}; "
-            "--max-samples compares fewer",
-            file=sys.stderr,
-        )
 
 
 def describe_run(
@@ -455,9 +441,9 @@ def describe_run(
     split_hash: str,
 ) -> dict[str, Any]:
     """The provenance parts of metrics.json."""
-    from ijepa.comparison import MUTUAL_K
+    from ijepa.metrics import KNN_K, TEMPERATURE
     from ijepa.provenance import git_commit
-    from ijepa.uncertainty import NUM_BLOCKS, NUM_HALVES
+    from ijepa.uncertainty import LEVEL, MUTUAL_K, NUM_HALVES
 
     counts = [int((split.labels == label).sum()) for label in range(len(split.classes))]
     return {
@@ -491,9 +477,9 @@ def describe_run(
         "settings": {
             "similarity": "cosine",
             "silhouette": "euclidean, true labels",
-            "knn": {"k": 20, "temperature": 0.07, "leave_one_out": True},
+            "knn": {"k": KNN_K, "temperature": TEMPERATURE, "leave_one_out": True},
             "mutual_k": MUTUAL_K,
-            "intervals": {"level": 0.95, "halves": NUM_HALVES, "jackknife_blocks": NUM_BLOCKS},
+            "intervals": {"level": LEVEL, "halves": NUM_HALVES, "spectrum": "influence functions"},
             "tsne": {"pca": 50, "seed": args.seed},
         },
     }

@@ -23,7 +23,6 @@ ORDER = [
     "model",
     "masking",
     "muon",
-    "gpu_pairs",
     "metrics",
     "agreement",
     "uncertainty",
@@ -59,9 +58,9 @@ BORDERS = {
     "transformers": {"huggingface"},
     "tqdm": set(),
 }
-# Tensors end where embeddings begin: what comes after knows arrays alone.
+# Tensors end where embeddings begin; only pairs of images, in metrics, are computed by torch.
 ARRAYS_ALONE = {
-    *("metrics", "agreement", "uncertainty", "projections", "plots", "comparison"),
+    *("agreement", "uncertainty", "projections", "plots", "comparison"),
     *("narrative", "markdown", "markup", "charts", "class_charts", "figures", "explorer", "page"),
 }
 

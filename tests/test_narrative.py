@@ -173,7 +173,7 @@ def test_retrieval_tells_the_tests_of_the_record(pair):
     facts = pair.differences["precision_at_5"]
     text = retrieval_finding(pair)
     assert f"better on {facts['wins']}, as well on {facts['ties']} and worse on" in text
-    assert f"sign-flip p = {facts['sign_flip_p']:.2g}" in text
+    assert f"(p = {facts['p']:.2g})" in text
     assert f"McNemar p = {pair.differences['precision_at_1']['mcnemar_p']:.2g}" in text
 
 
