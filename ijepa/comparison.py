@@ -1,13 +1,13 @@
 """From the embeddings of the same images by one or two models to one record of numbers.
 
+Each model's embeddings become one `Analysis`, in `analyze`; the rest puts records side by side.
 `METRICS` is the table of single-model numbers: a new one is a function of an `Analysis` and a line.
-Differences are always hf - local. Where a class has too few images for halves there is no interval.
+Differences are always hf - local. Where no class has enough images for halves there is no interval.
 """
 
-import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,12 @@ from ijepa.agreement import (
     linear_cka,
     mcnemar_exact_p,
     mutual_knn,
-    sign_flip_p,
+    mutual_knn_of_classes,
     similarity_spearman,
 )
 from ijepa.metrics import (
+    NAN,
+    all_pairs,
     chance_precision,
     covariance_spectrum,
     effective_rank,
@@ -30,103 +32,141 @@ from ijepa.metrics import (
     explained_variance,
     hubness,
     knn_correct,
-    mean_silhouettes,
     num_components,
     participation_ratio,
     precision_at_k,
+    principal_scores,
     silhouette_samples,
     validate_embeddings,
 )
 from ijepa.uncertainty import (
-    KNN_K,
+    LIST_LENGTH,
+    MUTUAL_K,
     NUM_HALVES,
+    Deviations,
     Estimate,
-    NeighborLists,
-    can_halve,
+    NeighborHalves,
+    class_average,
     estimate,
     half_deviations,
     half_samples,
-    jackknife_blocks,
-    list_neighbors,
-    mutual_knn_halves,
+    most_confused,
     neighbor_halves,
     overall,
+    small_classes,
     spectrum_deviations,
+    student_p,
 )
 
-NAN = float("nan")
-MUTUAL_K = 10
-PROBE = 2048
-"""Images whose pairs tell the time of all: a tile of similarities, four of distances."""
-GPU_PROBE = 2**14
-"""The same on a GPU: its tiles are larger, and fewer images would tell its pauses alone."""
 MODEL_NAMES = {"local": "Local model", "hf": "HF model"}
 """What the models are called where no other name is given."""
 HEADLINES = ("variance_10pc", "variance_50pc", "silhouette", "precision_at_5")
 """The rows of the table, after the embedding dimension."""
 
+Progress = Callable[..., Any]
+"""Makes a progress bar like `tqdm(total=..., desc=...)`."""
+
 
 @dataclass(frozen=True)
 class Analysis:
-    """One model's embeddings with what several metrics share."""
+    """One model's embeddings with all that several metrics and intervals share."""
 
-    lists: NeighborLists
+    name: str
+    embeddings: Float[np.ndarray, "n d"]
     labels: Int[np.ndarray, " n"]
+    neighbors: Int[np.ndarray, "n m"]
+    """Nearest neighbors of each image, best first."""
+    similarities: Float[np.ndarray, "n m"]
+    """Cosine similarities of the nearest neighbors."""
     eigenvalues: Float[np.ndarray, " rank"]
     silhouettes: dict[str, Float[np.ndarray, " n"]]
     """Per image, by distance: `euclidean` and `cosine`."""
-
-    @property
-    def embeddings(self) -> Float[np.ndarray, "n d"]:
-        """The embeddings themselves."""
-        return self.lists.embeddings
-
-    @property
-    def neighbors(self) -> Int[np.ndarray, "n m"]:
-        """Nearest neighbors of each image, best first."""
-        return self.lists.neighbors
-
-    @property
-    def similarities(self) -> Float[np.ndarray, "n m"]:
-        """Cosine similarities of the nearest neighbors."""
-        return self.lists.similarities
+    halves: NeighborHalves | None
+    """None where there are no intervals."""
+    class_deviations: Deviations
+    """By class, of the metrics of neighbors."""
+    deviations: Deviations
+    """Of all metrics that have an interval."""
 
     def precisions(self, k: int) -> Float[np.ndarray, " n"]:
-        """Precision@k of each image; NaN where there are fewer than k other images."""
-        if k > self.lists.neighbors.shape[1]:
+        """Precision@k of each image; NaN for fewer than k others, or no two images of a class."""
+        if k > self.neighbors.shape[1]:
             return np.full(len(self.labels), NAN)
-        return precision_at_k(self.lists.neighbors, self.labels, k)
+        return precision_at_k(self.neighbors, self.labels, k)
 
     def first_is_right(self) -> Bool[np.ndarray, " n"]:
-        """Whether the nearest neighbour of each image has its class."""
+        """Whether the nearest neighbor of each image has its class."""
         return self.precisions(1) == 1
 
     def knn_correct(self) -> Bool[np.ndarray, " n"]:
         """Whether the vote of the 20 nearest others (or all, if fewer) names the right class."""
-        k = min(KNN_K, self.lists.neighbors.shape[1])
-        return knn_correct(self.lists.neighbors, self.lists.similarities, self.labels, k)
+        return knn_correct(self.neighbors, self.similarities, self.labels)
 
     def hubness(self) -> tuple[float, float, float]:
         """Skew, maximum and share of anti-hubs of the 10-NN lists."""
-        if self.lists.neighbors.shape[1] < 10:
+        if self.neighbors.shape[1] < 10:
             return NAN, NAN, NAN
-        found = hubness(self.lists.neighbors, 10)
+        found = hubness(self.neighbors, 10)
         return found.skew, float(found.maximum), found.anti_hub_share
 
 
-def analyze(
-    X: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], name: str, device: str = "cpu"
+def analyze(  # noqa: PLR0913
+    X: Float[np.ndarray, "n d"],
+    labels: Int[np.ndarray, " n"],
+    name: str,
+    halves: Bool[np.ndarray, "B n"] | None = None,
+    reference: bool = False,
+    device: str = "cpu",
+    progress: Progress | None = None,
 ) -> Analysis:
-    """Search neighbours and compute spectrum and silhouettes once.
+    """Everything that is computed from one model's embeddings.
+
+    Args:
+        X: The embeddings.
+        labels: Class of each row.
+        name: Of the model, for errors and the progress bar.
+        halves: On which statistics are repeated for the intervals; None for no intervals.
+        reference: Whether only precision@k and kNN accuracy need intervals.
+        device: Where all pairs of images are compared, as in `ijepa.metrics.all_pairs`.
+        progress: See `Progress`.
 
     Raises:
         UserError: If a row is not finite or has zero length; names the model and the image.
     """
     validate_embeddings(X, name)
+    bar = partial(progress, desc=f"pairs {name}") if progress else None
+    on_halves = None if reference else halves
+    pairs = all_pairs(X, min(LIST_LENGTH, len(X) - 1), labels, on_halves, device, bar)
+    found = None
+    class_deviations: dict[str, Float[np.ndarray, "r C"]] = {}
+    deviations: dict[str, Float[np.ndarray, " r"]] = {}
+    if halves is not None:
+        found = neighbor_halves(pairs.neighbors, pairs.similarities, labels, halves)
+        class_deviations |= {key: half_deviations(v) for key, v in found.values.items()}
+        deviations |= {key: overall(v, labels) for key, v in class_deviations.items()}
+    if on_halves is None:
+        eigenvalues = covariance_spectrum(X)
+    else:
+        for key, metric in (("silhouette", "euclidean"), ("silhouette_cosine", "cosine")):
+            deviations[key] = half_deviations(pairs.half_silhouettes[metric])
+        eigenvalues, scores = principal_scores(X)
+        deviations |= spectrum_deviations(eigenvalues, scores)
     silhouettes = {
-        metric: silhouette_samples(X, labels, metric, device) for metric in ("euclidean", "cosine")
+        "euclidean": pairs.silhouettes,
+        "cosine": silhouette_samples(X, labels, "cosine"),
     }
-    return Analysis(list_neighbors(X, device), labels, covariance_spectrum(X), silhouettes)
+    return Analysis(
+        name=name,
+        embeddings=X,
+        labels=labels,
+        neighbors=pairs.neighbors,
+        similarities=pairs.similarities,
+        eigenvalues=eigenvalues,
+        silhouettes=silhouettes,
+        halves=found,
+        class_deviations=class_deviations,
+        deviations=deviations,
+    )
 
 
 def share_of_variance(a: Analysis, k: int) -> float:
@@ -140,6 +180,11 @@ def components_for(a: Analysis, share: float) -> float:
     return float(num_components(a.eigenvalues, share)) if a.eigenvalues.sum() > 0 else NAN
 
 
+def knn_accuracy(a: Analysis) -> float:
+    """Share of right votes; NaN where no class has two images."""
+    return float(a.knn_correct().mean()) if chance_precision(a.labels) > 0 else NAN
+
+
 METRICS: dict[str, Callable[[Analysis], float]] = {
     "variance_10pc": lambda a: share_of_variance(a, 10),
     "variance_50pc": lambda a: share_of_variance(a, 50),
@@ -147,12 +192,12 @@ METRICS: dict[str, Callable[[Analysis], float]] = {
     "components_90": lambda a: components_for(a, 0.90),
     "components_95": lambda a: components_for(a, 0.95),
     "silhouette": lambda a: float(a.silhouettes["euclidean"].mean()),
-    "silhouette_cosine": lambda a: float(np.nanmean(a.silhouettes["cosine"])),
+    "silhouette_cosine": lambda a: float(a.silhouettes["cosine"].mean()),
     "precision_at_1": lambda a: float(a.precisions(1).mean()),
     "precision_at_5": lambda a: float(a.precisions(5).mean()),
     "precision_at_10": lambda a: float(a.precisions(10).mean()),
     "precision_at_20": lambda a: float(a.precisions(20).mean()),
-    "knn_accuracy": lambda a: float(a.knn_correct().mean()),
+    "knn_accuracy": knn_accuracy,
     "effective_rank": lambda a: effective_rank_of_spectrum(a.eigenvalues),
     "effective_rank_uncentered": lambda a: effective_rank(a.embeddings, centered=False),
     "participation_ratio": lambda a: participation_ratio(a.eigenvalues, len(a.labels)),
@@ -162,65 +207,9 @@ METRICS: dict[str, Callable[[Analysis], float]] = {
 }
 
 
-def measure(analysis: Analysis) -> dict[str, float]:
-    """Every metric of the table."""
-    return {name: metric(analysis) for name, metric in METRICS.items()}
-
-
-@dataclass(frozen=True)
-class Resampling:
-    """The parts of the images on which all models of a run are measured again."""
-
-    halves: Bool[np.ndarray, "B n"]
-    blocks: Int[np.ndarray, " n"]
-
-
-def resample(labels: Int[np.ndarray, " n"], seed: int) -> Resampling | None:
-    """Halves and blocks drawn by the seed; None where a class has too few images."""
-    if not can_halve(labels):
-        return None
-    return Resampling(half_samples(labels, NUM_HALVES, seed), jackknife_blocks(labels, seed))
-
-
-Deviations = Mapping[str, Float[np.ndarray, " r *_"]]
-"""By metric, for `estimate`, also by class; empty where there are no intervals."""
-
-
-def class_deviations(a: Analysis, parts: Resampling | None) -> Deviations:
-    """Deviations by class of the metrics of neighbours."""
-    if parts is None:
-        return {}
-    on_halves = neighbor_halves(a.lists, a.labels, parts.halves)
-    return {name: half_deviations(values) for name, values in on_halves.items()}
-
-
-def deviations(a: Analysis, by_class: Deviations, parts: Resampling | None) -> Deviations:
-    """Deviations of all metrics that have an interval."""
-    if parts is None:
-        return {}
-    silhouettes = {
-        name: half_deviations(
-            mean_silhouettes(a.embeddings, a.labels, parts.halves, metric, a.lists.device)
-        )
-        for name, metric in (("silhouette", "euclidean"), ("silhouette_cosine", "cosine"))
-    }
-    neighbors = {name: overall(values, a.labels) for name, values in by_class.items()}
-    return neighbors | silhouettes | spectrum_deviations(a.embeddings, parts.blocks)
-
-
-def paired_deviations(
-    analyses: Mapping[str, Analysis], by_class: Mapping[str, Deviations], parts: Resampling | None
-) -> Deviations:
-    """Deviations by class of hf - local in P@5 and of what the models have in common."""
-    if parts is None:
-        return {}
-    local, hf = (analyses[name] for name in ("local", "hf"))
-    on_halves = mutual_knn_halves(local.lists, hf.lists, local.labels, parts.halves, MUTUAL_K)
-    metric = "precision_at_5"
-    return {
-        metric: by_class["hf"][metric] - by_class["local"][metric],
-        "mutual_knn": half_deviations(on_halves),
-    }
+def measure(a: Analysis) -> dict[str, Estimate]:
+    """Every metric of the table, with an interval where there is one."""
+    return {name: estimate(metric(a), a.deviations.get(name)) for name, metric in METRICS.items()}
 
 
 @dataclass(frozen=True)
@@ -251,12 +240,16 @@ class Comparison:
     per_class: list[dict[str, Any]]
     class_precision: dict[str, list[Estimate]]
     """By model: precision@5 of each class that occurs, in the order of the labels."""
+    rankings: dict[str, dict[str, Any]]
+    """By model: which classes come first, and how often the halves repeat it."""
     agreement: dict[str, Any]
     mutual: Float[np.ndarray, " n"] | None
     """Share of common 10-NN per image."""
     chance_precision: float
     seeds: dict[str, SeedSpread]
     """By metric, over several trainings of the local model; empty for one."""
+    small_classes: int
+    """Classes too small for halves: kept whole in all of them, and without own intervals."""
     num_halves: int
     """0 where the images are too few for intervals."""
     seed: int
@@ -270,132 +263,90 @@ def compare(  # noqa: PLR0913
     other_seeds: Sequence[Float[np.ndarray, "n _"]] = (),
     device: str = "cpu",
     names: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Measure one model or two, and the references, on the same images.
 
     Args:
         embeddings: `local` and perhaps `hf`, rows in the same order.
-        references: Embeddings that show what a number means, such as raw pixels.
+        references: Embeddings that show what a number means, such as raw pixels; may be empty.
         labels: Class of each row.
-        seed: Of the halves and of the permutation tests.
+        seed: Of the halves, the permutations and the pairs that are correlated.
         other_seeds: Embeddings by other trainings of the local model.
-        device: Where all pairs of images are looked at, as in `ijepa.metrics`.
+        device: "cpu" or the CUDA device on which all pairs of images are compared.
         names: Short names of the models.
+        progress: See `Progress`.
 
     Raises:
         ValueError: If the numbers of rows differ.
         UserError: If embeddings are not finite or zero.
     """
-    others = [("other_seeds", X) for X in other_seeds]
-    for name, X in [*embeddings.items(), *references.items(), *others]:
+    seeds = {f"local_{row}": X for row, X in enumerate(other_seeds, start=2)}
+    for name, X in [*embeddings.items(), *references.items(), *seeds.items()]:
         if len(X) != len(labels):
             raise ValueError(f"{name} has {len(X)} rows for {len(labels)} labels")
-    parts = resample(labels, seed)
-    analyses = {name: analyze(X, labels, name, device) for name, X in embeddings.items()}
-    values = {name: measure(a) for name, a in analyses.items()}
-    by_class = {name: class_deviations(a, parts) for name, a in analyses.items()}
-    deviating = {name: deviations(a, by_class[name], parts) for name, a in analyses.items()}
-    for name, X in references.items():
-        reference = analyze(X, labels, name, device)
-        values[name], by_class[name] = measure(reference), class_deviations(reference, parts)
-    paired = len(analyses) == 2
-    pair = paired_deviations(analyses, by_class, parts) if paired else {}
+    halves = half_samples(labels, NUM_HALVES, seed)
+    found = {
+        name: analyze(
+            X,
+            labels,
+            name,
+            halves if name not in seeds else None,
+            name in references,
+            device,
+            progress,
+        )
+        for name, X in {**embeddings, **references, **seeds}.items()
+    }
+    values = {name: measure(a) for name, a in found.items()}
+    analyses = {name: found[name] for name in embeddings}
+    pair = [analyses["local"], analyses["hf"]] if "hf" in analyses else []
+    mutual = mutual_per_image(*pair) if pair else None
+    shared = mutual_deviations(*pair, halves) if pair and halves is not None else None
     return Comparison(
         analyses=analyses,
         names={name: (names or MODEL_NAMES)[name] for name in analyses},
-        metrics={
-            name: {
-                metric: with_interval(value, deviating[name].get(metric))
-                for metric, value in values[name].items()
-            }
-            for name in analyses
-        },
+        metrics={name: values[name] for name in analyses},
         references={
-            name: {"embedding_dim": float(X.shape[1]), **values[name]}
+            name: {"embedding_dim": float(X.shape[1])}
+            | {metric: one.value for metric, one in values[name].items()}
             for name, X in references.items()
         },
-        gains={name: gain(values, by_class, labels, name) for name in references},
-        differences=differences(analyses, values, deviating, seed) if paired else {},
-        per_class=per_class(analyses, pair, seed) if paired else [],
-        class_precision={name: class_precision(a, by_class[name]) for name, a in analyses.items()},
-        agreement=agreement(analyses, pair, seed) if paired else {},
-        mutual=mutual_per_image(analyses) if paired else None,
+        gains={name: gain(found["local"], found[name]) for name in references},
+        differences=differences(*pair, values) if pair else {},
+        per_class=per_class(*pair, mutual, shared) if pair else [],
+        class_precision={name: class_precision(a) for name, a in analyses.items()},
+        rankings={name: ranking(a) for name, a in analyses.items()},
+        agreement=agreement(*pair, mutual, shared, seed) if pair else {},
+        mutual=mutual,
         chance_precision=chance_precision(labels),
-        seeds=seed_spread(values["local"], other_seeds, labels, device),
-        num_halves=len(parts.halves) if parts else 0,
+        seeds=seed_spread([values["local"], *(values[name] for name in seeds)]),
+        small_classes=len(small_classes(labels)),
+        num_halves=0 if halves is None else len(halves),
         seed=seed,
     )
 
 
-def pairwise_seconds(
-    embeddings: Mapping[str, Float[np.ndarray, "n _"]],
-    references: Mapping[str, Float[np.ndarray, "n _"]],
-    num_classes: int,
-    device: str = "cpu",
-) -> float:
-    """Seconds that `compare` will need for all pairs of images here, from those of a few.
-
-    Neighbours and silhouettes of n images cost a n + b n^2, which two small n tell; the rest of a
-    comparison is soon less than that.
-    """
-    few = min(PROBE if device == "cpu" else GPU_PROBE, len(embeddings["local"]) // 2)
-    generator = np.random.default_rng(0)
-
-    def seconds(n: int) -> float:
-        labels, halves = np.arange(n) % num_classes, generator.random((NUM_HALVES, n)) < 0.5
-        began = time.perf_counter()
-        for name, X in {**references, **embeddings}.items():
-            list_neighbors(X[:n], device)
-            silhouette_samples(X[:n], labels, device=device)
-            if name in embeddings:
-                mean_silhouettes(X[:n], labels, halves, device=device)
-        return time.perf_counter() - began
-
-    seconds(few)  # the first time is slower
-    once, twice = seconds(few), seconds(2 * few)
-    curved = min(max(twice / 2 - once, 0.0), once)
-    times = len(embeddings["local"]) / few
-    return (once - curved) * times + curved * times**2
-
-
-def gain(
-    values: Mapping[str, Mapping[str, float]],
-    by_class: Mapping[str, Deviations],
-    labels: Int[np.ndarray, " n"],
-    reference: str,
-) -> Estimate:
-    """P@5 of the local model less that of a reference, on the same images."""
-    metric = "precision_at_5"
-    change = None
-    if metric in by_class["local"]:
-        change = overall(by_class["local"][metric] - by_class[reference][metric], labels)
-    return with_interval(values["local"][metric] - values[reference][metric], change)
-
-
-def seed_spread(
-    local: Mapping[str, float],
-    other_seeds: Sequence[Float[np.ndarray, "n _"]],
-    labels: Int[np.ndarray, " n"],
-    device: str,
-) -> dict[str, SeedSpread]:
+def seed_spread(trainings: Sequence[Mapping[str, Estimate]]) -> dict[str, SeedSpread]:
     """Spread of every metric over trainings; kept apart from the intervals over images."""
-    if not other_seeds:
+    if len(trainings) < 2:
         return {}
-    trainings = [local]
-    for row, X in enumerate(other_seeds, start=2):
-        trainings.append(measure(analyze(X, labels, f"local_{row}", device)))
-    columns = {metric: [numbers[metric] for numbers in trainings] for metric in METRICS}
+    columns = {metric: [one[metric].value for one in trainings] for metric in METRICS}
     return {
         metric: SeedSpread(values, float(np.mean(values)), float(np.std(values, ddof=1)))
         for metric, values in columns.items()
     }
 
 
-def with_interval(value: float, deviating: Float[np.ndarray, " r"] | None) -> Estimate:
-    """The estimate of a value; without usable deviations its interval is NaN."""
-    if deviating is None or not math.isfinite(value) or not np.isfinite(deviating).all():
-        return Estimate(value, NAN, (NAN, NAN))
-    return estimate(value, deviating)
+def change(first: Deviations, second: Deviations, metric: str) -> Float[np.ndarray, "..."] | None:
+    """Deviations of the second model's metric less the first one's; None without intervals."""
+    return second[metric] - first[metric] if metric in first else None
+
+
+def gain(local: Analysis, reference: Analysis) -> Estimate:
+    """P@5 of the local model less that of a reference, on the same images."""
+    value = float(local.precisions(5).mean() - reference.precisions(5).mean())
+    return estimate(value, change(reference.deviations, local.deviations, "precision_at_5"))
 
 
 def ratio(local: float, hf: float) -> float:
@@ -403,131 +354,183 @@ def ratio(local: float, hf: float) -> float:
     return local / hf if hf > 0 and local >= 0 else NAN
 
 
-def changes(
-    values: Mapping[str, Mapping[str, float]], deviating: Mapping[str, Deviations]
+def differences(
+    local: Analysis, hf: Analysis, values: Mapping[str, Mapping[str, Estimate]]
 ) -> dict[str, dict[str, Any]]:
-    """Take hf - local and local / hf of every metric."""
+    """Take hf - local and local / hf of every metric; for P@5 and P@1 also tests."""
     result: dict[str, dict[str, Any]] = {}
     for metric in METRICS:
-        local, hf = (values[name][metric] for name in ("local", "hf"))
-        quotient = ratio(local, hf)
-        change = relative = None
-        if metric in deviating["local"]:
-            change = deviating["hf"][metric] - deviating["local"][metric]
+        ours, theirs = values["local"][metric], values["hf"][metric]
+        quotient, relative = ratio(ours.value, theirs.value), None
+        if theirs.ci95[0] <= 0:  # a quotient by what may be 0 says nothing
+            quotient = NAN
+        elif metric in local.deviations:
             # A quotient changes with its parts as its derivative says: the delta method.
-            relative = (deviating["local"][metric] - quotient * deviating["hf"][metric]) / hf
+            relative = local.deviations[metric] - quotient * hf.deviations[metric]
+            relative = relative / theirs.value
+        changed = change(local.deviations, hf.deviations, metric)
         result[metric] = {
-            "estimate": with_interval(hf - local, change),
-            "ratio": with_interval(quotient, relative),
+            "estimate": estimate(theirs.value - ours.value, changed),
+            "ratio": estimate(quotient, relative),
         }
+    changed = change(local.deviations, hf.deviations, "precision_at_5")
+    result["precision_at_5"] |= paired_precision(local.precisions(5), hf.precisions(5), changed)
+    if np.isfinite(local.precisions(1)).all():
+        p = mcnemar_exact_p(local.first_is_right(), hf.first_is_right())
+        result["precision_at_1"]["mcnemar_p"] = p
     return result
 
 
-def differences(
-    analyses: Mapping[str, Analysis],
-    values: Mapping[str, Mapping[str, float]],
-    deviating: Mapping[str, Deviations],
-    seed: int,
-) -> dict[str, dict[str, Any]]:
-    """Changes of every metric; for P@5 and P@1 also tests on single images."""
-    result = changes(values, deviating)
-    precisions = [analyses[name].precisions(5) for name in ("local", "hf")]
-    result["precision_at_5"] |= precision_tests(*precisions, seed)
-    first = [analyses[name].first_is_right() for name in ("local", "hf")]
-    result["precision_at_1"]["mcnemar_p"] = mcnemar_exact_p(*first)
-    return result
-
-
-def precision_tests(
-    local: Float[np.ndarray, " n"], hf: Float[np.ndarray, " n"], seed: int
+def paired_precision(
+    local: Float[np.ndarray, " n"],
+    hf: Float[np.ndarray, " n"],
+    deviations: Float[np.ndarray, " r"] | None,
 ) -> dict[str, Any]:
-    """Sign-flip p and the images on which hf wins, ties and loses; nothing without five others."""
+    """p-value of no difference and the images on which hf wins, ties and loses; or nothing."""
     if not np.isfinite(local).all():
         return {}
     return {
-        "sign_flip_p": sign_flip_p(hf - local, seed=seed),
+        "p": student_p(float((hf - local).mean()), deviations),
         "wins": int((hf > local).sum()),
         "ties": int((hf == local).sum()),
         "losses": int((hf < local).sum()),
     }
 
 
+def columns(
+    deviations: Float[np.ndarray, "r C"] | None, labels: Int[np.ndarray, " n"]
+) -> list[Float[np.ndarray, " r"] | None]:
+    """Deviations of each class; None without intervals or where it is too small to be halved."""
+    classes = np.unique(labels)
+    if deviations is None:
+        return [None] * len(classes)
+    small = np.isin(classes, small_classes(labels))
+    return [None if one else column for one, column in zip(small, deviations.T, strict=True)]
+
+
 def per_class(
-    analyses: Mapping[str, Analysis], pair: Deviations, seed: int
+    local: Analysis,
+    hf: Analysis,
+    mutual: Float[np.ndarray, " n"] | None,
+    shared: Float[np.ndarray, "r C"] | None,
 ) -> list[dict[str, Any]]:
     """By class: P@5 of both models, difference, tests and mutual kNN; p-values also after Holm."""
-    labels = analyses["local"].labels
-    local, hf = (analyses[name].precisions(5) for name in ("local", "hf"))
-    if not np.isfinite(local).all():
+    labels, precisions = local.labels, [a.precisions(5) for a in (local, hf)]
+    if not np.isfinite(precisions[0]).all():
         return []
-    first = [analyses[name].first_is_right() for name in ("local", "hf")]
-    mutual = mutual_per_image(analyses)
+    changed = change(local.class_deviations, hf.class_deviations, "precision_at_5")
+    intervals = zip(columns(changed, labels), columns(shared, labels), strict=True)
     rows = []
-    for column, label in enumerate(np.unique(labels)):
+    for label, (deviations, of_mutual) in zip(np.unique(labels), intervals, strict=True):
         own = labels == label
-        change = float((hf[own] - local[own]).mean())
+        ours, theirs = (values[own] for values in precisions)
         common = NAN if mutual is None else float(mutual[own].mean())
-        deviating = {metric: values[:, column] for metric, values in pair.items()}
         rows.append(
             {
                 "label": int(label),
                 "n": int(own.sum()),
-                "local": float(local[own].mean()),
-                "hf": float(hf[own].mean()),
-                "difference": with_interval(change, deviating.get("precision_at_5")),
-                **precision_tests(local[own], hf[own], seed),
-                "mcnemar_p": mcnemar_exact_p(first[0][own], first[1][own]),
-                "mutual_knn": with_interval(common, deviating.get("mutual_knn")),
+                "local": float(ours.mean()),
+                "hf": float(theirs.mean()),
+                "difference": estimate(float((theirs - ours).mean()), deviations),
+                **paired_precision(ours, theirs, deviations),
+                "mcnemar_p": mcnemar_exact_p(local.first_is_right()[own], hf.first_is_right()[own]),
+                "mutual_knn": estimate(common, of_mutual),
             }
         )
-    for test, corrected in (("sign_flip_p", "holm_p"), ("mcnemar_p", "mcnemar_holm_p")):
+    for test, corrected in (("p", "holm_p"), ("mcnemar_p", "mcnemar_holm_p")):
         for row, p in zip(rows, holm(np.array([row[test] for row in rows])), strict=True):
             row[corrected] = float(p)
     return rows
 
 
-def class_precision(a: Analysis, by_class: Deviations) -> list[Estimate]:
+def class_precision(a: Analysis) -> list[Estimate]:
     """P@5 of each class that occurs."""
     precision = a.precisions(5)
-    rows = []
-    for column, label in enumerate(np.unique(a.labels)):
-        deviating = by_class["precision_at_5"][:, column] if by_class else None
-        rows.append(with_interval(float(precision[a.labels == label].mean()), deviating))
-    return rows
+    deviations = columns(a.class_deviations.get("precision_at_5"), a.labels)
+    return [
+        estimate(float(precision[a.labels == label].mean()), column)
+        for label, column in zip(np.unique(a.labels), deviations, strict=True)
+    ]
 
 
-def mutual_per_image(analyses: Mapping[str, Analysis]) -> Float[np.ndarray, " n"] | None:
+def ranking(a: Analysis) -> dict[str, Any]:
+    """The purest class and the most frequent confusions, and how often the halves repeat them.
+
+    The share of halves is that of the same class, and of the same confusions in any order; NaN
+    without halves. Empty where precision@5 is not defined.
+    """
+    precision = a.precisions(5)
+    if not np.isfinite(precision).all():
+        return {}
+    classes, codes = np.unique(a.labels, return_inverse=True)
+    purest = int(class_average(precision, codes).argmax())
+    confused = most_confused(codes, codes[a.neighbors[:, :5]], np.ones(5))
+    same = same_pairs = NAN
+    if a.halves is not None:
+        on_halves = a.halves.values["precision_at_5"].argmax(axis=1)
+        same = float((on_halves == purest).mean())
+        pairs = {pair[:2] for pair in confused}
+        same_pairs = float(np.mean([found == pairs for found in a.halves.confused]))
+    return {
+        "purest_class": {"label": int(classes[purest]), "share_of_halves": same},
+        "confusions": [
+            {"from": int(classes[row]), "to": int(classes[column]), "share": share}
+            for row, column, share in confused
+        ],
+        "confusions_share_of_halves": same_pairs,
+    }
+
+
+def mutual_per_image(local: Analysis, hf: Analysis) -> Float[np.ndarray, " n"] | None:
     """Share of common 10-NN of each image; None for fewer than 11 images."""
-    lists = [analyses[name].lists.neighbors for name in ("local", "hf")]
+    lists = [local.neighbors, hf.neighbors]
     return mutual_knn(*lists, MUTUAL_K) if lists[0].shape[1] >= MUTUAL_K else None
 
 
-def agreement(analyses: Mapping[str, Analysis], pair: Deviations, seed: int) -> dict[str, Any]:
-    """How alike the two models see the images, each number beside its chance level."""
-    local, hf = (analyses[name] for name in ("local", "hf"))
-    labels = local.labels
-    n, counts = len(labels), np.bincount(labels)
-    mutual = mutual_per_image(analyses)
-    common = overall(pair["mutual_knn"], labels) if pair else None
-    class_only = np.minimum(MUTUAL_K / np.maximum(counts - 1, 1), 1.0)[labels].mean()
-    null = cka_null(local.embeddings, hf.embeddings, labels, seed=seed)
+def mutual_deviations(
+    local: Analysis, hf: Analysis, halves: Bool[np.ndarray, "B n"]
+) -> Float[np.ndarray, "r C"]:
+    """Deviations of mutual kNN by class."""
+    codes = np.unique(local.labels, return_inverse=True)[1]
+    lists = zip(local.halves.first, hf.halves.first, halves, strict=True)
+    return half_deviations(
+        np.array(
+            [class_average(mutual_knn(a, b, MUTUAL_K // 2), codes[keep]) for a, b, keep in lists]
+        )
+    )
+
+
+def agreement(
+    local: Analysis,
+    hf: Analysis,
+    mutual: Float[np.ndarray, " n"] | None,
+    shared: Float[np.ndarray, "r C"] | None,
+    seed: int,
+) -> dict[str, Any]:
+    """How alike the two models see the images, each number next to its chance level."""
+    labels, n = local.labels, len(local.labels)
+    X, Y = local.embeddings, hf.embeddings
+    common = None if shared is None else overall(shared, labels)
+    same = [a.precisions(MUTUAL_K) for a in (local, hf)]
+    cka, null = linear_cka(X, Y), cka_null(X, Y, labels, seed=seed)
     return {
-        "mutual_knn": with_interval(NAN if mutual is None else float(mutual.mean()), common),
+        "mutual_knn": estimate(NAN if mutual is None else float(mutual.mean()), common),
         "mutual_knn_chance": MUTUAL_K / (n - 1) if n > MUTUAL_K else NAN,
-        "mutual_knn_class_only": float(class_only) if n > MUTUAL_K else NAN,
-        "cka": linear_cka(local.embeddings, hf.embeddings),
-        "cka_class_demeaned": linear_cka(local.embeddings, hf.embeddings, labels),
+        "mutual_knn_class_only": mutual_knn_of_classes(*same, labels, MUTUAL_K),
+        "cka": cka,
+        "cka_class_demeaned": linear_cka(X, Y, labels),
         "cka_null_p99": float(np.quantile(null, 0.99)),
-        "similarity_spearman": similarity_spearman(local.embeddings, hf.embeddings),
+        "cka_null_p": float((1 + (null >= cka).sum()) / (1 + len(null))) if cka == cka else NAN,
+        "similarity_spearman": similarity_spearman(X, Y, seed),
     }
 
 
 def neighbor_confusion(
     analysis: Analysis, num_classes: int, k: int = 5
 ) -> Float[np.ndarray, "C C"]:
-    """Share of the k nearest neighbours of each class (row) that belong to each class (column)."""
-    k = min(k, analysis.lists.neighbors.shape[1])
-    found = analysis.labels[analysis.lists.neighbors[:, :k]]
+    """Share of the k nearest neighbors of each class (row) that belong to each class (column)."""
+    k = min(k, analysis.neighbors.shape[1])
+    found = analysis.labels[analysis.neighbors[:, :k]]
     counts = np.zeros((num_classes, num_classes))
     np.add.at(counts, (np.repeat(analysis.labels, k), found.ravel()), 1)
     return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)

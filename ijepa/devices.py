@@ -14,12 +14,6 @@ from ijepa.errors import UserError
 
 SMALL = 100_000_000
 """Parameters from which on a network is worth rounding to bfloat16."""
-GPU_PAIRS_FROM = 20_000
-"""Images whose pairs take a processor half a minute or more."""
-FULL_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
-"""Compute capabilities of GPUs that are fast at float64; on others it is slower than processors."""
-TILES = 2**32
-"""Bytes that tiles of pairs take on a GPU, with room to spare."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -48,20 +42,6 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"device {name!r} is not available", hint=f"choose auto or one of: {known}")
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return torch.device(name)
-
-
-def choose_pairs_device(device: torch.device, num_images: int, width: int) -> str:
-    """Where all pairs of embeddings are looked at: many on a GPU that is fast and has room.
-
-    Few stay on the processor, so that their last digits depend on no GPU.
-    """
-    if device.type != "cuda" or num_images < GPU_PAIRS_FROM:
-        return "cpu"
-    if torch.cuda.get_device_capability(device) not in FULL_FLOAT64:
-        return "cpu"
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
-    return str(device) if 4 * num_images * width + TILES < free else "cpu"
 
 
 def choose_dtype(name: str, device: torch.device, num_parameters: int | None = None) -> torch.dtype:

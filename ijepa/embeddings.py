@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 from jaxtyping import Float
-from torch import Tensor, distributed
+from torch import Tensor
 
 from ijepa.data import Split
 from ijepa.encoders import FrozenEncoder

@@ -137,7 +137,7 @@ def test_hover_shows_an_image_with_its_neighbours_in_both_models(opened, example
             "tiles => tiles.map((tile) => tile.textContent)"
         )
         shown = [int(re.search(r"image (\d+)", word)[1]) for word in words]
-        assert shown == example.split.indices[analysis.lists.neighbors[row, :5]].tolist()
+        assert shown == example.split.indices[analysis.neighbors[row, :5]].tolist()
         right = sum("right class" in word for word in words)
         assert right == round(5 * analysis.precisions(5)[row])
         assert ink(page, name) > 0

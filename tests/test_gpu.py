@@ -12,7 +12,7 @@ from ijepa.checkpoint import read_torch_file, save_checkpoint
 from ijepa.devices import choose_device
 from ijepa.encoders import load_encoder
 from ijepa.graphs import Graphs
-from ijepa.metrics import mean_silhouettes, nearest_neighbors, silhouette_samples
+from ijepa.metrics import all_pairs
 from ijepa.model import VisionTransformer
 from ijepa.runs import NORMALIZATION, evaluate
 from ijepa.training import TrainConfig, init_state, learning_rate, train
@@ -127,15 +127,16 @@ def test_embeddings_are_those_of_the_cpu(tmp_path, tiny_vit, images, dtype, tole
     assert (ours - expected).abs().max() < tolerance * expected.abs().max()
 
 
-def test_neighbors_and_silhouettes_are_those_of_the_cpu(monkeypatch):
-    monkeypatch.setattr("ijepa.gpu_pairs.SIDE", 1000)
+def test_neighbors_and_silhouettes_are_those_of_the_cpu():
     device, labels = str(choose_device("cuda")), np.arange(3000) % 7
     rng = np.random.default_rng(0)
     X = rng.normal(size=(3000, 64)) + rng.normal(size=(7, 64))[labels]
     X = np.concatenate([X[:2000], X[:1000]]).astype(np.float32)  # some twice
-    halves = rng.random((4, 3000)) < 0.5
-    for one, other in zip(nearest_neighbors(X, 64, device), nearest_neighbors(X, 64), strict=True):
-        assert np.isclose(one, other, rtol=0, atol=1e-6).mean() > 0.99
-    for measure, rows in ((silhouette_samples, ()), (mean_silhouettes, (halves,))):
-        found, expected = (measure(X, labels, *rows, device=one) for one in (device, "cpu"))
-        np.testing.assert_allclose(found, expected, atol=1e-9)
+    halves = rng.random((2, 3000)) < 0.5
+    halves = np.stack([halves, ~halves], axis=1).reshape(4, 3000)
+    found, expected = (all_pairs(X, 64, labels, halves, one) for one in (device, "cpu"))
+    assert (found.neighbors == expected.neighbors).mean() > 0.99
+    np.testing.assert_allclose(found.similarities, expected.similarities, atol=2e-6)
+    np.testing.assert_allclose(found.silhouettes, expected.silhouettes, atol=1e-5)
+    for metric, means in expected.half_silhouettes.items():
+        np.testing.assert_allclose(found.half_silhouettes[metric], means, atol=1e-6)

@@ -191,7 +191,7 @@ def test_neighbours_precision_and_agreement_are_those_of_the_comparison(make_pag
     facts, rows = data_of(page.html), page.maps.rows
     assert facts["points"] == len(rows) == 30
     for model in facts["models"]:
-        lists = page.comparison.analyses[model["key"]].lists
+        lists = page.comparison.analyses[model["key"]]
         found = np.array(facts["index"])[np.array(model["neighbors"])]
         np.testing.assert_array_equal(found, page.split.indices[lists.neighbors[rows, :5]])
         labels = np.array(facts["label"])
@@ -208,7 +208,7 @@ def test_cosines_are_kept_with_the_decimals_that_are_printed(make_page, monkeypa
     monkeypatch.setattr("ijepa.explorer.similarity_digits", lambda _: 4)
     page = make_page(n=30, shown=30)
     for model in data_of(page.html)["models"]:
-        lists = page.comparison.analyses[model["key"]].lists
+        lists = page.comparison.analyses[model["key"]]
         expected = lists.similarities[page.maps.rows, :5]
         np.testing.assert_allclose(model["similarities"], expected, atol=6e-5)
         assert model["digits"] == 4

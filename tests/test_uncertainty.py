@@ -3,9 +3,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 from scipy import stats
-from sklearn import metrics as sklearn_metrics
 
-from ijepa import agreement, metrics, uncertainty
+from ijepa import metrics, uncertainty
 
 
 def two_models(n=200, d=12, e=20, num_classes=5, seed=0):
@@ -39,16 +38,20 @@ def test_every_image_is_kept_about_half_of_the_time():
     assert np.abs(together[~np.eye(63, dtype=bool)] - 0.25).max() < 0.12
 
 
-@pytest.mark.parametrize(
-    ("counts", "possible"),
-    [((20, 20), True), ((19, 20), False), ((19, 500), False), ((20, 22), True), ((90,), False)],
-)
-def test_small_classes_have_no_halves(counts, possible):
+def test_small_classes_are_whole_in_every_half():
+    labels = np.repeat([3, 1, 8, 4], [20, 19, 33, 1])
+    halves = uncertainty.half_samples(labels, 10)
+    assert uncertainty.small_classes(labels).tolist() == [1, 4]
+    small = np.isin(labels, [1, 4])
+    assert halves[:, small].all()
+    np.testing.assert_array_equal(halves[1::2, ~small], ~halves[::2, ~small])
+    assert set(halves[:, ~small].sum(axis=1).tolist()) <= {26, 27}
+
+
+@pytest.mark.parametrize("counts", [(19, 19), (90,), (1, 1, 1)])
+def test_one_class_and_nothing_but_small_classes_have_no_halves(counts):
     labels = np.repeat(np.arange(len(counts)), counts)
-    assert uncertainty.can_halve(labels) is possible
-    if not possible:
-        with pytest.raises(ValueError, match="halves need 2 classes of at least 20 images"):
-            uncertainty.half_samples(labels)
+    assert uncertainty.half_samples(labels) is None
 
 
 def test_halves_come_in_pairs():
@@ -64,6 +67,27 @@ def test_estimate_is_a_t_interval_of_root_mean_square_deviations(count):
     assert estimate.se == pytest.approx(np.linalg.norm(deviations) / np.sqrt(count))
     expected = stats.t.interval(0.95, count - 1, loc=5.0, scale=estimate.se)
     assert estimate.ci95 == pytest.approx(expected)
+
+
+def test_without_finite_deviations_there_is_no_interval():
+    for value, deviations in ((0.5, None), (np.nan, np.ones(9)), (0.5, np.array([1, np.nan]))):
+        found = uncertainty.estimate(value, deviations)
+        assert found.value is value
+        assert np.isnan([found.se, *found.ci95, uncertainty.student_p(value, deviations)]).all()
+
+
+def test_p_is_below_five_percent_where_the_interval_leaves_out_zero():
+    deviations = np.random.default_rng(0).normal(size=100)
+    for value in np.linspace(-4, 4, 41):
+        low, high = uncertainty.estimate(value, deviations).ci95
+        p = uncertainty.student_p(value, deviations)
+        assert (p < 0.05) == (low > 0 or high < 0)
+    sample = np.random.default_rng(1).normal(0.3, 1, size=50)
+    same = (sample - sample.mean()) / np.sqrt(49)
+    expected = stats.ttest_1samp(sample, 0).pvalue
+    assert uncertainty.student_p(sample.mean(), same) == pytest.approx(expected)
+    assert uncertainty.student_p(0.0, np.zeros(9)) == 1
+    assert uncertainty.student_p(0.1, np.zeros(9)) == 0
 
 
 def test_deviations_of_a_mean_over_all_halves_give_its_textbook_standard_error():
@@ -90,153 +114,109 @@ def test_deviations_of_a_statistic_of_pairs_double_its_variance_where_single_hal
     assert single / variance == pytest.approx(3, rel=0.15)
 
 
-@pytest.mark.parametrize("list_length", [64, 12])
-def test_neighbor_statistics_of_halves_count_every_kept_image_twice(monkeypatch, list_length):
-    # Lists of 12 leave fewer than 10 in a half, so that each half must be searched by itself.
-    monkeypatch.setattr(uncertainty, "LIST_LENGTH", list_length)
-    X, Y, labels = two_models()
-    labels = 10 - 2 * labels
-    halves = uncertainty.half_samples(labels, 4)
-    lists = [uncertainty.list_neighbors(Z) for Z in (X, Y)]
-    ours = uncertainty.neighbor_halves(lists[0], labels, halves)
-    mutual = uncertainty.mutual_knn_halves(*lists, labels, halves)
-    for half, keep in enumerate(halves):
-        neighbors, similarities = (
-            np.repeat(found, 2, axis=1) for found in metrics.nearest_neighbors(X[keep], 10)
-        )
-        other = metrics.nearest_neighbors(Y[keep], 5)[0]
-        expected = {
-            f"precision_at_{k}": metrics.precision_at_k(neighbors, labels[keep], k)
-            for k in (1, 5, 10, 20)
-        }
-        expected["knn_accuracy"] = metrics.knn_correct(neighbors, similarities, labels[keep])
-        common = [len({*a} & {*b}) / 5 for a, b in zip(neighbors[:, :10], other, strict=True)]
-        for column, label in enumerate(np.unique(labels)):
-            own = labels[keep] == label
-            for name, scores in expected.items():
-                assert ours[name][half, column] == pytest.approx(scores[own].mean())
-            assert mutual[half, column] == pytest.approx(np.array(common)[own].mean())
-
-
 def test_the_overall_mean_weighs_classes_by_their_images():
     labels = np.repeat([7, 2, 5], [30, 10, 20])
     scores = np.random.default_rng(0).random(60)
     codes = np.unique(labels, return_inverse=True)[1]
-    by_class = uncertainty.class_means(scores, codes)
+    by_class = uncertainty.class_average(scores, codes)
     assert by_class == pytest.approx([scores[labels == label].mean() for label in (2, 5, 7)])
     assert uncertainty.overall(by_class[None], labels) == pytest.approx([scores.mean()])
 
 
-def test_neighbors_within_a_half_are_positions_among_the_kept_images():
+def test_neighbors_within_a_half_are_those_of_the_kept_images_only():
     X, _, _ = two_models(60)
     keep = np.arange(60) % 3 > 0
-    neighbors, similarities = uncertainty.neighbors_within(uncertainty.list_neighbors(X), keep, 5)
-    expected, expected_similarities = metrics.nearest_neighbors(X[keep], 5)
-    np.testing.assert_array_equal(neighbors, expected)
-    np.testing.assert_allclose(similarities, expected_similarities, atol=1e-6)
+    found = uncertainty.neighbors_within(*metrics.nearest_neighbors(X, 59), keep, 5)
+    expected, similarities = metrics.nearest_neighbors(X[keep], 5)
+    np.testing.assert_array_equal(found[0], np.flatnonzero(keep)[expected])
+    np.testing.assert_allclose(found[1], similarities, atol=2e-6)
 
 
-@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_silhouettes_of_halves_equal_scikit_learn(metric):
+def test_a_list_that_ends_early_repeats_its_last_kept_neighbor():
+    neighbors, near = np.array([[1, 3], [0, 3], [0, 1], [1, 0]]), np.ones((4, 2), np.float32)
+    keep = np.array([True, True, False, True])
+    found = uncertainty.neighbors_within(neighbors, near, keep, 3)[0]
+    assert found.tolist() == [[1, 3, 3], [0, 3, 3], [1, 0, 0]]
+
+
+def test_neighbor_statistics_of_halves_count_every_kept_image_twice():
     X, _, labels = two_models()
+    labels = 10 - 2 * labels
     halves = uncertainty.half_samples(labels, 4)
-    expected = [
-        sklearn_metrics.silhouette_score(X[keep].astype(float), labels[keep], metric=metric)
-        for keep in halves
-    ]
-    ours = metrics.mean_silhouettes(X, labels, halves, metric)
-    np.testing.assert_allclose(ours, expected, atol=1e-7)
+    found = uncertainty.neighbor_halves(*metrics.nearest_neighbors(X, 64), labels, halves)
+    for half, keep in enumerate(halves):
+        own = labels[keep]
+        nearest = metrics.nearest_neighbors(X[keep], 10)
+        neighbors, similarities = (np.repeat(one, 2, axis=1) for one in nearest)
+        expected = {
+            f"precision_at_{k}": metrics.precision_at_k(neighbors, own, k) for k in (1, 5, 10, 20)
+        }
+        expected["knn_accuracy"] = metrics.knn_correct(neighbors, similarities, own)
+        for column, label in enumerate(np.unique(labels)):
+            for name, scores in expected.items():
+                mean = scores[own == label].mean()
+                assert found.values[name][half, column] == pytest.approx(mean)
+        first = np.flatnonzero(keep)[nearest[0][:, :5]]
+        np.testing.assert_array_equal(found.first[half], first)
+        codes = np.unique(own, return_inverse=True)[1]
+        confused = uncertainty.most_confused(codes, codes[neighbors[:, :5]], np.ones(5))
+        assert found.confused[half] == {pair[:2] for pair in confused}
 
 
-def test_jackknife_blocks_balance_sizes_and_classes_and_are_reproducible():
-    labels = np.random.default_rng(0).permutation(np.repeat([4, 0, 9], [60, 93, 35]))
-    blocks = uncertainty.jackknife_blocks(labels, seed=1)
-    for kept, count in (
-        (labels > -1, 188),
-        (labels == 4, 60),
-        (labels == 0, 93),
-        (labels == 9, 35),
-    ):
-        sizes = np.bincount(blocks[kept], minlength=30)
-        assert sizes.min() >= count // 30
-        assert sizes.max() <= count // 30 + 1
-    np.testing.assert_array_equal(blocks, uncertainty.jackknife_blocks(labels, seed=1))
-    assert (blocks != uncertainty.jackknife_blocks(labels, seed=2)).any()
+def test_the_most_confused_classes_are_counted_by_a_loop():
+    codes = np.array([0, 0, 1, 1, 2, 2])
+    others = np.array([[0, 1], [2, 1], [1, 0], [1, 1], [2, 2], [2, 2]])
+    found = uncertainty.most_confused(codes, others, np.array([2.0, 1.0]))
+    assert found == [(0, 1, 2 / 6), (0, 2, 2 / 6), (1, 0, 1 / 6)]
+    assert uncertainty.most_confused(codes, codes[:, None], np.ones(1)) == []
+
+
+def influences(X):
+    return uncertainty.spectrum_deviations(*metrics.principal_scores(X))
 
 
 @pytest.mark.parametrize("width", [12, 60, 300])
-def test_spectrum_errors_are_those_of_a_jackknife_that_starts_anew_without_each_block(width):
-    X, _, labels = two_models(90, width)
+def test_spectrum_errors_are_close_to_those_of_the_jackknife(width):
+    X, _, _ = two_models(120, width)
     X = X * np.arange(1, width + 1, dtype=np.float32) ** -1.5
-    blocks = uncertainty.jackknife_blocks(labels)
     left = []
-    for block in range(30):
-        spectrum = metrics.covariance_spectrum(X[blocks != block])
+    for image in range(120):
+        others = np.delete(X, image, axis=0)
+        spectrum = metrics.covariance_spectrum(others)
         shares = [metrics.explained_variance(spectrum, k) for k in (10, 50)]
-        left.append([*shares, metrics.effective_rank(X[blocks != block])])
-    left = np.array(left)
-    expected = np.sqrt(29 / 30 * np.square(left - left.mean(axis=0)).sum(axis=0))
-    ours = uncertainty.spectrum_deviations(X, blocks)
+        left.append([*shares, metrics.effective_rank(others)])
+    expected = np.sqrt(119 * np.var(left, axis=0))
+    ours = influences(X)
     assert list(ours) == ["variance_10pc", "variance_50pc", "effective_rank"]
     errors = [uncertainty.estimate(0.0, deviations).se for deviations in ours.values()]
-    assert errors == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    assert errors == pytest.approx(expected, rel=0.25, abs=1e-12)
+
+
+def test_each_influence_is_the_derivative_by_the_weight_of_its_image():
+    X = two_models(90, 7)[0].astype(np.float64) * np.arange(1, 8) ** -1.0
+    deviations = influences(X.astype(np.float32))["effective_rank"]
+    for image in (0, 17, 89):
+        ranks = []
+        for step in (-1e-4, 1e-4):
+            weights = np.full(90, (1 - step) / 90)
+            weights[image] += step
+            values = np.linalg.eigvalsh(np.cov(X.T, aweights=weights, ddof=0))
+            ranks.append(metrics.effective_rank_of_spectrum(values))
+        derivative = (ranks[1] - ranks[0]) / 2e-4
+        assert deviations[image] * np.sqrt(90) == pytest.approx(derivative, rel=1e-3, abs=1e-5)
 
 
 def test_an_effective_rank_bounded_by_the_number_of_images_has_no_error():
-    X, _, labels = two_models(60, 200)
+    X, _, _ = two_models(60, 200)
     assert metrics.effective_rank(X) > 30
-    found = uncertainty.spectrum_deviations(X, uncertainty.jackknife_blocks(labels))
-    assert np.isnan(found["effective_rank"]).all()
-    assert np.isfinite(found["variance_10pc"]).all()
+    assert np.isnan(influences(X)["effective_rank"]).all()
+    assert np.isfinite(influences(X)["variance_10pc"]).all()
 
 
 def test_explained_variance_at_full_rank_has_no_error_and_constants_have_no_value():
-    X, _, labels = two_models()
-    blocks = uncertainty.jackknife_blocks(labels)
-    found = uncertainty.spectrum_deviations(X, blocks)["variance_50pc"]
-    assert np.abs(found).max() < 1e-12
-    constant = uncertainty.spectrum_deviations(np.full((200, 4), 0.1, np.float32), blocks)
+    assert np.abs(influences(two_models()[0])["variance_50pc"]).max() < 1e-6
+    constant = influences(np.full((200, 4), 0.1, np.float32))
     assert all(np.isnan(values).all() for values in constant.values())
-
-
-def test_a_model_against_itself_differs_by_exactly_nothing():
-    X, _, labels = two_models()
-    halves = uncertainty.half_samples(labels, 20)
-    blocks = uncertainty.jackknife_blocks(labels)
-    first, second = (uncertainty.list_neighbors(X.copy()) for _ in range(2))
-    per_image = [metrics.precision_at_k(lists.neighbors, labels, 5) for lists in (first, second)]
-    correct = [
-        metrics.knn_correct(lists.neighbors, lists.similarities, labels)
-        for lists in (first, second)
-    ]
-    pairs = [uncertainty.neighbor_halves(lists, labels, halves) for lists in (first, second)]
-    pairs = [values | uncertainty.spectrum_deviations(X.copy(), blocks) for values in pairs]
-    for name in pairs[0]:
-        difference = uncertainty.estimate(0.0, (pairs[1][name] - pairs[0][name]).ravel())
-        assert difference == uncertainty.Estimate(0.0, 0.0, (0.0, 0.0))
-    assert agreement.sign_flip_p(per_image[1] - per_image[0]) == 1
-    assert agreement.mcnemar_exact_p(*correct) == 1
-    mutual = uncertainty.mutual_knn_halves(first, second, labels, halves)
-    deviations = uncertainty.half_deviations(uncertainty.overall(mutual, labels))
-    assert uncertainty.estimate(1.0, deviations).ci95 == (1.0, 1.0)
-    assert agreement.linear_cka(X, X.copy()) == pytest.approx(1, abs=1e-12)
-    assert agreement.similarity_spearman(X, X.copy()) == pytest.approx(1, abs=1e-12)
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_agreement_interval_of_two_unrelated_models_contains_chance(seed):
-    generator = np.random.default_rng(seed)
-    labels = np.arange(300) % 3
-    lists = [
-        uncertainty.list_neighbors(generator.normal(size=(300, d)).astype(np.float32))
-        for d in (16, 40)
-    ]
-    value = float(agreement.mutual_knn(lists[0].neighbors, lists[1].neighbors).mean())
-    halves = uncertainty.half_samples(labels, 60)
-    on_halves = uncertainty.mutual_knn_halves(*lists, labels, halves)
-    deviations = uncertainty.half_deviations(uncertainty.overall(on_halves, labels))
-    low, high = uncertainty.estimate(value, deviations).ci95
-    assert low <= 10 / 299 <= high
 
 
 def test_standard_errors_match_the_spread_over_fresh_samples():
@@ -247,18 +227,18 @@ def test_standard_errors_match_the_spread_over_fresh_samples():
     values, errors = [], []
     for _ in range(60):
         X = (centers[labels] + scales * generator.normal(size=(160, 10))).astype(np.float32)
-        lists = uncertainty.list_neighbors(X)
         halves = uncertainty.half_samples(labels, 40)
-        blocks = uncertainty.jackknife_blocks(labels)
-        neighbors = uncertainty.neighbor_halves(lists, labels, halves)
-        on_halves = [uncertainty.overall(neighbors[f"precision_at_{k}"], labels) for k in (1, 20)]
-        on_halves.append(metrics.mean_silhouettes(X, labels, halves))
+        pairs = metrics.all_pairs(X, 64, labels, halves)
+        found = uncertainty.neighbor_halves(pairs.neighbors, pairs.similarities, labels, halves)
+        on_halves = [
+            uncertainty.overall(found.values[f"precision_at_{k}"], labels) for k in (1, 20)
+        ]
+        on_halves.append(pairs.half_silhouettes["euclidean"])
         deviations = [uncertainty.half_deviations(half) for half in on_halves]
-        deviations.append(uncertainty.spectrum_deviations(X, blocks)["effective_rank"])
-        precisions = [metrics.precision_at_k(lists.neighbors, labels, k).mean() for k in (1, 20)]
-        silhouette = metrics.silhouette_samples(X, labels).mean()
-        values.append([*precisions, silhouette, metrics.effective_rank(X)])
+        deviations.append(influences(X)["effective_rank"])
+        precisions = [metrics.precision_at_k(pairs.neighbors, labels, k).mean() for k in (1, 20)]
+        values.append([*precisions, pairs.silhouettes.mean(), metrics.effective_rank(X)])
         errors.append([uncertainty.estimate(0.0, one).se for one in deviations])
     ratio = np.mean(errors, axis=0) / np.std(values, axis=0, ddof=1)
-    # 60 samples know their deviation to 9 %.
+    # 60 samples know their deviation to 9%.
     assert (np.abs(ratio - 1) < 0.3).all(), ratio
