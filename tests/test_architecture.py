@@ -27,6 +27,7 @@ ORDER = [
     "metrics",
     "agreement",
     "uncertainty",
+    "probe",
     "projections",
     "plots",
     "checkpoint",
