@@ -7,10 +7,14 @@ Dimension key: n images, d and e widths of the two embeddings, k neighbors.
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import stats
+from scipy.cluster.hierarchy import cophenet, linkage
+from scipy.spatial.distance import pdist, squareform
 
 from ijepa.metrics import NAN, class_means, unit_rows
 
@@ -190,3 +194,62 @@ def holm(p_values: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
     adjusted = np.full(len(p_values), NAN)
     adjusted[order] = np.minimum(np.maximum.accumulate(p_values[order] * factors), 1.0)
     return adjusted
+
+
+def class_groups(
+    embeddings: Mapping[str, Float[np.ndarray, "n _"]],
+    labels: Int[np.ndarray, " n"],
+    seed: int = 0,
+    num_permutations: int = 1000,
+) -> dict[str, Any] | None:
+    """Which classes each model holds for alike, and how well two models agree on it.
+
+    Average linkage of the class means, less their mean, by 1 - cosine similarity. Of each model
+    `merges` are the pairs of groups of labels in the order in which they become one, with the
+    distance at which they do, and `top` the last two groups. For two models `cophenetic` is the
+    correlation over pairs of classes of the distances at which they join, Sokal and Rohlf 1962,
+    https://doi.org/10.2307/1217208, in [-1, 1], and `p` the share of 1 + `num_permutations` orders
+    of the classes of one model that agree as well or better. None for fewer than 3 classes or
+    where a class mean has no direction.
+    """
+    classes, codes = np.unique(labels, return_inverse=True)
+    if len(classes) < 3:
+        return None
+    groups: dict[str, Any] = {}
+    heights = []
+    for name, X in embeddings.items():
+        means = class_means(X, codes)
+        distances = pdist(means - means.mean(axis=0), "cosine")
+        if not np.isfinite(distances).all():
+            return None
+        tree = linkage(distances, "average")
+        clusters, merges = [[int(label)] for label in classes], []
+        for left, right, height, _ in tree:
+            pair = sorted(sorted(clusters[int(side)]) for side in (left, right))
+            clusters.append(pair[0] + pair[1])
+            merges.append([*pair, float(height)])
+        groups[name] = {"merges": merges, "top": merges[-1][:2]}
+        heights.append(cophenet(tree))
+    if len(heights) == 2:
+        groups["cophenetic"], groups["p"] = permuted_correlation(*heights, seed, num_permutations)
+    return groups
+
+
+def permuted_correlation(
+    a: Float[np.ndarray, " p"], b: Float[np.ndarray, " p"], seed: int, num_permutations: int
+) -> tuple[float, float]:
+    """Correlation of the distances of all pairs, with its p-value when b's classes are shuffled.
+
+    NaN where all pairs of a model are equally far.
+    """
+    a, square = a - a.mean(), squareform(b - b.mean())
+    scale = float(np.linalg.norm(a) * np.linalg.norm(b - b.mean()))
+    if scale < 1e-12:
+        return float("nan"), float("nan")
+    observed = float(a @ (b - b.mean())) / scale
+    generator, as_large = np.random.default_rng(seed), 0
+    for _ in range(num_permutations):
+        order = generator.permutation(len(square))
+        shuffled = squareform(square[np.ix_(order, order)], checks=False)
+        as_large += float(a @ shuffled) / scale >= observed - 1e-12
+    return observed, (1 + as_large) / (1 + num_permutations)

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from ijepa.agreement import (
     cka_null,
+    class_groups,
     holm,
     linear_cka,
     mcnemar_exact_p,
@@ -242,6 +243,8 @@ class Comparison:
     """By model: precision@5 of each class that occurs, in the order of the labels."""
     rankings: dict[str, dict[str, Any]]
     """By model: which classes come first, and how often the halves repeat it."""
+    class_groups: dict[str, Any]
+    """Which classes each model holds for alike; empty for fewer than three classes."""
     agreement: dict[str, Any]
     mutual: Float[np.ndarray, " n"] | None
     """Share of common 10-NN per image."""
@@ -317,6 +320,7 @@ def compare(  # noqa: PLR0913
         per_class=per_class(*pair, mutual, shared) if pair else [],
         class_precision={name: class_precision(a) for name, a in analyses.items()},
         rankings={name: ranking(a) for name, a in analyses.items()},
+        class_groups=class_groups(embeddings, labels, seed) or {},
         agreement=agreement(*pair, mutual, shared, seed) if pair else {},
         mutual=mutual,
         chance_precision=chance_precision(labels),

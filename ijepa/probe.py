@@ -1,0 +1,462 @@
+"""What a vote of neighbors and a linear map find in embeddings, with a bank of training images.
+
+The protocol of most papers: a bank of labeled images, other images as queries, and the share of the
+queries that are given their class. Nothing is chosen on the queries. Every random part is drawn
+once for all models, so that their differences are paired.
+
+Intervals hold for new queries, given this bank. A bank of fewer than `ENOUGH` images is itself a
+draw that matters: complementary halves of it then add its part, as in McCarthy 1969,
+"Pseudo-Replication: Half Samples", Review of the International Statistical Institute 37.
+
+Dimension key: N images of the bank, n queries, d width, r principal axes, C classes, B banks (the
+whole one, then both halves of each pair), R draws of a few images.
+"""
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+from scipy.optimize import minimize
+from scipy.special import ndtri, stdtrit
+from scipy.stats import binomtest
+
+from ijepa.agreement import holm, mcnemar_exact_p
+from ijepa.data import balanced_rows
+from ijepa.metrics import row_blocks, validate_embeddings
+from ijepa.uncertainty import Estimate
+
+KS = (20, 10, 100, 200)
+"""Numbers of neighbors; the first is the headline."""
+TEMPERATURE = 0.07
+L2_GRID = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+"""Penalties per image, strongest first: each fit starts from the one before."""
+PIXEL_COMPONENTS = 512
+ENOUGH = 2000
+"""Images of a bank from which on another bank would change less than other queries."""
+NUM_PAIRS = 10
+FEW_IMAGES = (1, 10)
+NUM_DRAWS = 20
+MEASURES = {"knn": f"knn_{KS[0]}", "linear": "linear"}
+_NORMAL, _BANK_T = float(ndtri(0.975)), float(stdtrit(NUM_PAIRS - 1, 0.975))
+
+Bank = Float[np.ndarray, "N d"]
+Queries = Float[np.ndarray, "n d"]
+BankLabels = Int[np.ndarray, " N"]
+QueryLabels = Int[np.ndarray, " n"]
+Keep = Bool[np.ndarray, " N"]
+Weights = Float[np.ndarray, "r+1 C"]
+"""Of logistic regression; the last row are the offsets."""
+Scores = Bool[np.ndarray, "B n"]
+"""Which queries are given their class with each bank."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Accuracies in [0, 1] with intervals. Differences are hf - local, gains local - reference."""
+
+    bank_images: int
+    query_images: int
+    seed: int
+    bank_in_intervals: bool
+    """Whether intervals hold for other banks of this size too, or only for this bank."""
+    models: dict[str, dict[str, Any]]
+    """By model: `knn` by k, `linear`, the chosen `l2`, `held_out_accuracy` by l2, `few_shot`."""
+    differences: dict[str, Any]
+    gains: dict[str, dict[str, Any]]
+    per_class: list[dict[str, Any]]
+    """By class of the queries and measure: accuracy of each model and the difference."""
+    notes: list[str]
+    """What was capped or left out, one sentence each."""
+    correct: dict[str, dict[str, Bool[np.ndarray, " n"]]] = field(repr=False)
+    """By model and measure, which queries are given their class."""
+
+    def record(self) -> dict[str, Any]:
+        """Everything as plain data, without the numbers of single queries."""
+        return asdict(replace(self, correct={}))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One model's answers by measure: with the whole bank and its halves, and with few images."""
+
+    scores: dict[str, Scores]
+    few: dict[int, dict[str, Bool[np.ndarray, "R n"]]]
+    chosen: dict[str, Any]
+
+
+def probe(
+    banks: Mapping[str, Float[np.ndarray, "N _"]],
+    queries: Mapping[str, Float[np.ndarray, "n _"]],
+    bank_labels: BankLabels,
+    query_labels: QueryLabels,
+    seed: int,
+    progress: Callable[..., Any] | None = None,
+) -> Probe:
+    """Measure kNN and a linear probe of each model.
+
+    Args:
+        banks: Embeddings of the bank, by model: `local`, `hf` and references. Those of `pixels` are
+            reduced to the first principal components of the bank.
+        queries: Embeddings of the queries by the same models.
+        bank_labels: Class of each row of the bank.
+        query_labels: Class of each query, numbered like those of the bank.
+        seed: Of the held-out tenth, the half-banks and the draws.
+        progress: Makes a progress bar like `tqdm(total=..., desc=...)`.
+
+    Raises:
+        ValueError: The models or the numbers of rows do not match.
+        UserError: Embeddings are not finite or zero.
+    """
+    if banks.keys() != queries.keys():
+        raise ValueError(f"banks of {[*banks]} for queries of {[*queries]}")
+    for arrays, labels in ((banks, bank_labels), (queries, query_labels)):
+        for name, X in arrays.items():
+            if len(X) != len(labels) or not len(X):
+                raise ValueError(f"{name} has {len(X)} rows for {len(labels)} labels")
+            validate_embeddings(X, name)
+    codes = np.unique(bank_labels, return_inverse=True)[1]
+    parts = draw_parts(codes, seed)
+    found = {}
+    total = len(banks) * len(query_labels)
+    with progress(total=total, desc="probe") if progress else nullcontext() as bar:
+        for name, X in banks.items():
+            own = X, queries[name]
+            reduced = principal_components(*own) if name == "pixels" else own
+            found[name] = answer(*reduced, bank_labels, query_labels, *parts)
+            if bar is not None:
+                bar.update(len(query_labels))
+    paired = {"local", "hf"} <= found.keys()
+    references = sorted(found.keys() - {"local", "hf"}) if "local" in found else []
+    return Probe(
+        bank_images=len(codes),
+        query_images=len(query_labels),
+        seed=seed,
+        bank_in_intervals=bool(parts[1]),
+        models={name: summary(answers) for name, answers in found.items()},
+        differences=change(found["hf"], found["local"]) if paired else {},
+        gains={name: change(found["local"], found[name]) for name in references},
+        per_class=per_class(found, query_labels),
+        notes=notes(codes, int((~np.isin(query_labels, bank_labels)).sum())),
+        correct={
+            name: {measure: answers.scores[key][0] for measure, key in MEASURES.items()}
+            for name, answers in found.items()
+        },
+    )
+
+
+def notes(codes: BankLabels, num_missing: int) -> list[str]:
+    """What was capped or left out."""
+    n, counts = len(codes), np.bincount(codes)
+    found = []
+    if num_missing:
+        found.append(f"{num_missing} queries have a class that the bank lacks and count as wrong.")
+    if capped := ", ".join(str(k) for k in sorted(KS) if k > n):
+        found.append(f"k = {capped} exceeds the bank and means all of its {n} images.")
+    if skipped := ", ".join(str(size) for size in FEW_IMAGES if size > counts.min()):
+        found.append(f"A class has {counts.min()} images in the bank: no draws of {skipped}.")
+    if counts.max() < 2:
+        found.append(
+            f"No class has two images in the bank: the L2 penalty is {L2_GRID[0]:g} without a "
+            "choice, and the intervals leave out what another bank would change."
+        )
+    elif n < ENOUGH and (singles := int((counts < 2).sum())):
+        found.append(f"{singles} classes have one image, which both halves of the bank keep.")
+    return found
+
+
+def draw_parts(codes: BankLabels, seed: int) -> tuple[Keep, list[Keep], dict[int, list[Keep]]]:
+    """A tenth to choose on, halves of a small bank, and draws of a few images of each class.
+
+    Classes have their share of each part. A single image of a class is in both halves and is not
+    held out.
+    """
+    generator, counts = np.random.default_rng(seed), np.bincount(codes)
+
+    def ranks() -> BankLabels:
+        """Place of each image in a random order of its class."""
+        order = np.lexsort((generator.random(len(codes)), codes))
+        places = np.empty(len(codes), np.int64)
+        places[order] = np.arange(len(codes)) - (np.cumsum(counts) - counts)[codes[order]]
+        return places
+
+    held_out = ranks() < np.maximum(counts // 10, counts > 1)[codes]
+    orders = [ranks() for _ in range(NUM_DRAWS)]
+    sizes = [size for size in FEW_IMAGES if size <= counts.min()]
+    halves, single = [], (counts == 1)[codes]
+    for _ in range(NUM_PAIRS if len(codes) < ENOUGH and counts.max() > 1 else 0):
+        # Classes of odd size round up in either half.
+        first = (ranks() + generator.integers(0, 2, len(counts))[codes]) % 2 == 0
+        halves += [first | single, ~first | single]
+    return held_out, halves, {size: [order < size for order in orders] for size in sizes}
+
+
+def answer(  # noqa: PLR0913
+    X: Bank,
+    Q: Queries,
+    bank_labels: BankLabels,
+    query_labels: QueryLabels,
+    held_out: Keep,
+    halves: list[Keep],
+    draws: dict[int, list[Keep]],
+) -> Answers:
+    """What one model answers with every bank."""
+    classes, codes = np.unique(bank_labels, return_inverse=True)
+    linear, chosen = linear_answers(X, codes, Q, held_out)
+
+    def of(keep: Keep, ks: Sequence[int], l2: float) -> list[QueryLabels]:
+        part = X[keep], codes[keep], Q
+        return [linear_answers(*part, l2=l2)[0], *knn_answers(*part, ks)]
+
+    def scores(answers: list[list[QueryLabels]], ks: Sequence[int]) -> dict[str, Scores]:
+        right = (classes[np.array(answers)] == query_labels).swapaxes(0, 1)
+        return dict(zip(["linear", *(f"knn_{k}" for k in ks)], right, strict=True))
+
+    # Each image of a half counts for two.
+    half_ks = [k // 2 for k in KS]
+    on_halves = [of(keep, half_ks, chosen["l2"]) for keep in halves]
+    return Answers(
+        scores([[linear, *knn_answers(X, codes, Q, KS)], *on_halves], KS),
+        {
+            size: scores([of(keep, KS[:1], L2_GRID[0]) for keep in banks], KS[:1])
+            for size, banks in draws.items()
+        },
+        chosen,
+    )
+
+
+def knn_answers(X: Bank, codes: BankLabels, Q: Queries, ks: Sequence[int]) -> list[QueryLabels]:
+    """For each k the class of each query by the vote of its k nearest by cosine, or all if fewer.
+
+    A vote weighs exp(similarity / 0.07): the rule of DINO's evaluation, Caron et al. 2021,
+    https://arxiv.org/abs/2104.14294. Ties go to the lowest class.
+    """
+
+    def unit(rows: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "m d"]:
+        lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+        # Centered pixels may be zeros, which have no direction.
+        return rows / np.where(lengths > 0, lengths, 1)
+
+    bank, num_classes, most = unit(X), codes.max() + 1, min(max(ks), len(X))
+    answers: list[list[QueryLabels]] = [[] for _ in ks]
+    for rows in row_blocks(len(Q), len(X) + X.shape[1]):
+        similarities = unit(Q[rows]) @ bank.T
+        # By index before the stable sort by similarity: ties go to the first image.
+        top = np.sort(np.argpartition(-similarities, most - 1, axis=1)[:, :most], axis=1)
+        found = np.take_along_axis(similarities, top, axis=1)
+        order = np.argsort(-found, axis=1, kind="stable")
+        top, found = (np.take_along_axis(values, order, axis=1) for values in (top, found))
+        # exp((s - 1) / T) changes no order and cannot overflow.
+        weights = np.exp((found.astype(np.float64) - 1) / TEMPERATURE)
+        cells = codes[top] + num_classes * np.arange(len(top))[:, None]
+        for k, blocks in zip(ks, answers, strict=True):
+            cast = cells[:, :k].ravel(), weights[:, :k].ravel()
+            votes = np.bincount(*cast, minlength=num_classes * len(top))
+            blocks.append(votes.reshape(-1, num_classes).argmax(axis=1))
+    return [np.concatenate(blocks) for blocks in answers]
+
+
+def principal_components(
+    X: Bank, Q: Queries
+) -> tuple[Float[np.ndarray, "N r"], Float[np.ndarray, "n r"]]:
+    """Bank and queries on the first `PIXEL_COMPONENTS` principal axes of the bank."""
+    mean = X.mean(axis=0, dtype=np.float64).astype(np.float32)
+    centered = X - mean
+    axes = principal_axes(centered)[1][:, :PIXEL_COMPONENTS]
+    return centered @ axes, (Q - mean) @ axes
+
+
+def principal_axes(X: Bank) -> tuple[Float[np.ndarray, " r"], Float[np.ndarray, "d r"]]:
+    """Variances of centered rows along their min(N, d) principal axes, descending; the axes."""
+    if len(X) < X.shape[1]:
+        lengths, axes = np.linalg.svd(X, full_matrices=False)[1:]
+        return np.square(lengths) / len(X), axes.T
+    variances, axes = np.linalg.eigh((X.T @ X / len(X)).astype(np.float64))
+    return np.maximum(variances, 0)[::-1], axes[:, ::-1].astype(np.float32)
+
+
+def linear_answers(
+    X: Bank, codes: BankLabels, Q: Queries, held_out: Keep | None = None, l2: float = L2_GRID[0]
+) -> tuple[QueryLabels, dict[str, Any]]:
+    """Class of each query by multinomial logistic regression on standardized columns.
+
+    With a part to hold out, the penalty is the one of `L2_GRID` whose fit to the rest is most
+    accurate there; ties go to the stronger one. The answers come from a fit to the whole bank.
+
+    Returns:
+        The answers; the penalty `l2` and, by penalty, `held_out_accuracy`.
+    """
+    mean = X.mean(axis=0, dtype=np.float64).astype(np.float32)
+    Z, W = X - mean, Q - mean
+    scale = np.sqrt(np.square(Z).mean(axis=0, dtype=np.float64)).astype(np.float32)
+    # A constant column holds the rounding error of its mean.
+    scale[scale <= 1e-6 * np.abs(mean)] = np.inf
+    Z /= scale
+    variances, axes = principal_axes(Z)
+    # A rotation changes no L2 penalty, and with a scale for each axis L-BFGS needs few steps.
+    Z, W = Z @ axes, (W / scale) @ axes
+    accuracy, solutions, weights = {}, {}, np.zeros((Z.shape[1] + 1, codes.max() + 1))
+    if held_out is not None and held_out.any():
+        fitted, own = Z[~held_out], codes[~held_out]
+        for l2 in L2_GRID:
+            solutions[l2] = weights = fit(fitted, own, l2, weights, variances)
+            found = (Z[held_out] @ weights[:-1] + weights[-1]).argmax(axis=1)
+            accuracy[l2] = float((found == codes[held_out]).mean())
+        l2 = max(accuracy, key=accuracy.__getitem__)
+    weights = fit(Z, codes, l2, solutions.get(l2, weights), variances)
+    answers = (W @ weights[:-1] + weights[-1]).argmax(axis=1)
+    return answers, {"l2": l2, "held_out_accuracy": accuracy}
+
+
+def fit(
+    Z: Float[np.ndarray, "m r"],
+    codes: Int[np.ndarray, " m"],
+    l2: float,
+    start: Weights,
+    variances: Float[np.ndarray, " r"],
+) -> Weights:
+    """Minimum of the mean cross-entropy plus l2 / 2 times the squared weights without offsets.
+
+    scikit-learn's `LogisticRegression` with C = 1 / (l2 m), by L-BFGS.
+    """
+    # About the inverse root of the curvature along each axis.
+    scale = np.append(1 / np.sqrt(0.1 * variances + l2), 1.0)[:, None]
+
+    def objective(flat: Float[np.ndarray, " p"]) -> tuple[float, Float[np.ndarray, " p"]]:
+        weights = flat.reshape(start.shape) * scale
+        slopes, offsets = weights[:-1].astype(np.float32), weights[-1].astype(np.float32)
+        loss, gradient = 0.0, np.zeros_like(weights)
+        for rows in row_blocks(len(Z), 8 * sum(weights.shape)):
+            logits = Z[rows] @ slopes + offsets
+            logits -= logits.max(axis=1, keepdims=True)
+            own = np.arange(len(logits)), codes[rows]
+            loss -= float(logits[own].sum(dtype=np.float64))
+            np.exp(logits, out=logits)
+            totals = logits.sum(axis=1, keepdims=True)
+            loss += float(np.log(totals).sum(dtype=np.float64))
+            logits /= totals
+            logits[own] -= 1
+            gradient[:-1] += Z[rows].T @ logits
+            gradient[-1] += logits.sum(axis=0)
+        gradient /= len(Z)
+        gradient[:-1] += l2 * weights[:-1]
+        penalty = l2 / 2 * float(np.square(weights[:-1]).sum())
+        return loss / len(Z) + penalty, (gradient * scale).ravel()
+
+    options = {"maxiter": 1000, "ftol": 1e-6, "gtol": 1e-5}
+    first = (start / scale).ravel()
+    found = minimize(objective, first, jac=True, method="L-BFGS-B", options=options)
+    return found.x.reshape(start.shape) * scale
+
+
+def summary(answers: Answers) -> dict[str, Any]:
+    """The accuracies of one model."""
+    knn = {k: accuracy(answers.scores[f"knn_{k}"]) for k in sorted(KS)}
+    linear = accuracy(answers.scores["linear"])
+    few = {
+        size: {measure: over_draws(scores[key]) for measure, key in MEASURES.items()}
+        for size, scores in answers.few.items()
+    }
+    return {"knn": knn, "linear": linear, **answers.chosen, "few_shot": few}
+
+
+def change(first: Answers, second: Answers) -> dict[str, Any]:
+    """First less second, by measure, with the whole bank and on the same draws."""
+    few = {
+        size: {m: over_draws(few[key] * 1.0 - second.few[size][key]) for m, key in MEASURES.items()}
+        for size, few in first.few.items()
+    }
+    by_measure = {m: (first.scores[key], second.scores[key]) for m, key in MEASURES.items()}
+    return {m: difference(*pair) for m, pair in by_measure.items()} | {"few_shot": few}
+
+
+def bank_se(means: Float[np.ndarray, " B"]) -> float:
+    """The bank's part of a standard error: root mean square of half the differences of halves."""
+    halves = (means[1::2] - means[2::2]) / 2
+    return float(np.sqrt(np.square(halves).mean())) if len(halves) else 0.0
+
+
+def accuracy(scores: Scores) -> Estimate:
+    """With Wilson's interval, each side widened by the bank's part."""
+    n, means = scores.shape[1], scores.mean(axis=1)
+    value, bank = float(means[0]), bank_se(means)
+    wilson = binomtest(int(scores[0].sum()), n).proportion_ci(method="wilson")
+    low = max(0.0, value - float(np.hypot(value - wilson.low, _BANK_T * bank)))
+    high = min(1.0, value + float(np.hypot(wilson.high - value, _BANK_T * bank)))
+    return Estimate(value, float(np.sqrt(value * (1 - value) / n + bank**2)), (low, high))
+
+
+def difference(first: Scores, second: Scores) -> dict[str, Any]:
+    """First less second on the same queries; McNemar's p is exact for this bank."""
+    means = first.mean(axis=1) - second.mean(axis=1)
+    wins, losses = int((first[0] & ~second[0]).sum()), int((second[0] & ~first[0]).sum())
+    n, value, bank = first.shape[1], float(means[0]), bank_se(means)
+    images = np.sqrt(((wins + losses) / n - value**2) / n)
+    margin, se = (float(np.hypot(z * images, t * bank)) for z, t in ((_NORMAL, _BANK_T), (1, 1)))
+    return {
+        "estimate": Estimate(value, se, (value - margin, value + margin)),
+        "wins": wins,
+        "losses": losses,
+        "mcnemar_p": mcnemar_exact_p(first[0], second[0]),
+    }
+
+
+def over_draws(scores: Shaped[np.ndarray, "R n"]) -> dict[str, Any]:
+    """Mean over draws and queries; its variance is the sum of those over draws and over queries."""
+    num_draws, n = scores.shape
+    mean, sd = float(scores.mean()), float(scores.mean(axis=1).std(ddof=1))
+    parts = scores.mean(axis=0).std() / np.sqrt(n), sd / np.sqrt(num_draws)
+    margin = float(np.hypot(_NORMAL * parts[0], stdtrit(num_draws - 1, 0.975) * parts[1]))
+    estimate = Estimate(mean, float(np.hypot(*parts)), (mean - margin, mean + margin))
+    return {"estimate": estimate, "sd": sd}
+
+
+def per_class(found: Mapping[str, Answers], labels: QueryLabels) -> list[dict[str, Any]]:
+    """Accuracies and differences by class of the queries; p-values also after Holm."""
+    paired = {"local", "hf"} <= found.keys()
+    rows: list[dict[str, Any]] = []
+    for label in np.unique(labels):
+        own = labels == label
+        row: dict[str, Any] = {"label": int(label), "n": int(own.sum())}
+        for measure, key in MEASURES.items():
+            scores = {name: answers.scores[key][:, own] for name, answers in found.items()}
+            row[measure] = {name: accuracy(one) for name, one in scores.items()}
+            if paired:
+                row[measure]["difference"] = difference(scores["hf"], scores["local"])
+        rows.append(row)
+    for measure in MEASURES if paired else ():
+        changes = [row[measure]["difference"] for row in rows]
+        corrected = holm(np.array([one["mcnemar_p"] for one in changes]))
+        for one, p in zip(changes, corrected, strict=True):
+            one["holm_p"] = float(p)
+    return rows
+
+
+def select_bank(
+    labels: BankLabels,
+    keys: Sequence[bytes],
+    compared: Collection[bytes],
+    max_samples: int,
+    seed: int,
+) -> tuple[Int[np.ndarray, " m"], int]:
+    """Rows for a bank with equal shares of the classes, and how many images it must not have.
+
+    Images whose key is among those compared are left out before the draw. Banks of one seed are
+    nested: a smaller one is part of every larger one. 0 samples mean all.
+    """
+    compared = frozenset(compared)
+    rows = np.array([row for row, key in enumerate(keys) if key not in compared], np.int64)
+    num_classes = int(labels.max()) + 1
+    chosen = balanced_rows(labels[rows], num_classes, max_samples or len(rows), seed)
+    return rows[chosen], len(keys) - len(rows)
+
+
+def expected_seconds(embed: Callable[[Sequence[Any]], Any], batch: Sequence[Any], n: int) -> float:
+    """Seconds that n images will take, from those of a batch after a first one to warm up."""
+    embed(batch)
+    began = time.perf_counter()
+    embed(batch)
+    return (time.perf_counter() - began) * n / len(batch)

@@ -1,0 +1,336 @@
+import json
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
+
+from ijepa import probe as probes
+from ijepa.errors import UserError
+from ijepa.probe import KS, L2_GRID, probe, select_bank
+
+
+def clouds(n, d=12, num_classes=3, noise=1.6, seed=0, offset=2.0):
+    generator = np.random.default_rng(seed)
+    centers = np.random.default_rng(99).normal(size=(num_classes, d))
+    labels = np.arange(n) % num_classes
+    points = offset + centers[labels] + noise * generator.normal(size=(n, d))
+    return points.astype(np.float32), labels
+
+
+def two_models(num_bank, num_queries, num_classes=3, noises=(1.6, 2.0)):
+    names = ("local", "hf")
+    banks = {
+        name: clouds(num_bank, num_classes=num_classes, noise=noise, seed=row)[0]
+        for row, (name, noise) in enumerate(zip(names, noises, strict=True))
+    }
+    queries = {
+        name: clouds(num_queries, num_classes=num_classes, noise=noise, seed=10 + row)[0]
+        for row, (name, noise) in enumerate(zip(names, noises, strict=True))
+    }
+    labels = [np.arange(n) % num_classes for n in (num_bank, num_queries)]
+    return banks, queries, *labels
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Scans with offsets and unequal scales, as embeddings have them."""
+    X, y = load_digits(return_X_y=True)
+    generator = np.random.default_rng(0)
+    X = X @ (generator.normal(size=(64, 48)) * np.logspace(0, -2, 48)) + generator.normal(size=48)
+    return train_test_split(X.astype(np.float32), y, test_size=0.4, random_state=0)
+
+
+@pytest.fixture(scope="module")
+def digits_probe(digits):
+    X, Q, y, q = digits
+    return probe({"local": X}, {"local": Q}, y, q, 0)
+
+
+def votes(distances):
+    return np.exp((1 - distances) / probes.TEMPERATURE)
+
+
+@pytest.mark.parametrize("k", KS)
+def test_knn_accuracy_is_that_of_scikit_learn(digits, digits_probe, k):
+    X, Q, y, q = digits
+    neighbors = KNeighborsClassifier(k, weights=votes, metric="cosine", algorithm="brute")
+    expected = neighbors.fit(X, y).predict(Q)
+    assert digits_probe.models["local"]["knn"][k].value == pytest.approx((expected == q).mean())
+    if k == KS[0]:
+        np.testing.assert_array_equal(digits_probe.correct["local"]["knn"], expected == q)
+
+
+@pytest.mark.parametrize("l2", L2_GRID[:4])
+def test_linear_accuracy_is_that_of_scikit_learn_at_the_same_penalty(digits, l2):
+    X, Q, y, q = digits
+    scaler = StandardScaler().fit(X)
+    regression = LogisticRegression(C=1 / (l2 * len(X)), max_iter=5000, tol=1e-6)
+    expected = regression.fit(scaler.transform(X), y).score(scaler.transform(Q), q)
+    answers = probes.linear_answers(X, y, Q, l2=l2)[0]
+    # 0.2 points, or one of the 719 queries.
+    assert (answers == q).mean() == pytest.approx(expected, abs=0.002)
+
+
+def test_the_fit_is_the_minimum_that_scikit_learn_finds():
+    X, y = clouds(300, d=5)
+    Z = StandardScaler().fit_transform(X).astype(np.float32)
+    start, variances = np.zeros((6, 3)), np.ones(5)
+    weights = probes.fit(Z, y, 1e-3, start, variances)
+    regression = LogisticRegression(C=1 / (1e-3 * 300), max_iter=5000, tol=1e-8).fit(Z, y)
+    # A common shift of all offsets changes no probability.
+    offsets = weights[-1] - weights[-1].mean()
+    np.testing.assert_allclose(weights[:-1].T, regression.coef_, atol=0.02)
+    expected = regression.intercept_ - regression.intercept_.mean()
+    np.testing.assert_allclose(offsets, expected, atol=0.02)
+
+
+def test_the_penalty_is_chosen_on_a_tenth_of_the_bank(digits, digits_probe):
+    X, _, y, _ = digits
+    held_out = probes.draw_parts(y, 0)[0]
+    counts = np.bincount(y)
+    np.testing.assert_array_equal(np.bincount(y[held_out]), counts // 10)
+    scaler, found = StandardScaler().fit(X), digits_probe.models["local"]
+    Z = scaler.transform(X)
+    for l2, accuracy in found["held_out_accuracy"].items():
+        regression = LogisticRegression(C=1 / (l2 * (~held_out).sum()), max_iter=5000)
+        expected = regression.fit(Z[~held_out], y[~held_out]).score(Z[held_out], y[held_out])
+        # One of the hundred images held out.
+        assert accuracy == pytest.approx(expected, abs=1.01 / held_out.sum())
+    best = max(found["held_out_accuracy"].values())
+    assert found["l2"] == max(
+        l2 for l2, accuracy in found["held_out_accuracy"].items() if accuracy == best
+    )
+
+
+def test_scale_offset_rotation_and_constant_columns_change_no_linear_answer(digits):
+    X, Q, y, _ = digits
+    expected = probes.linear_answers(X, y, Q, l2=1e-3)[0]
+    scale = np.logspace(-1, 1, X.shape[1])
+    constant = [np.hstack([scale * Z + 3, np.full((len(Z), 1), 7.1)]) for Z in (X, Q)]
+    X2, Q2 = (Z.astype(np.float32) for Z in constant)
+    assert (probes.linear_answers(X2, y, Q2, l2=1e-3)[0] == expected).mean() > 0.997
+
+
+def test_pixels_are_reduced_on_the_bank_alone(digits):
+    X, Q, _, _ = digits
+    reduced, queries = probes.principal_components(X, Q)
+    pca = PCA(min(X.shape)).fit(X)
+    for found, Z in ((reduced, X), (queries, Q)):
+        expected = pca.transform(Z)
+        signs = np.sign((found * expected).sum(axis=0))
+        np.testing.assert_allclose(found[:, :20] * signs[:20], expected[:, :20], atol=1e-2)
+    wide = clouds(30, d=700)[0]
+    assert probes.principal_components(wide, wide[:4])[1].shape == (4, 30)
+
+
+def test_wilson_intervals_and_paired_tests_of_a_large_bank():
+    probed = probe(*two_models(2001, 300), 0)
+    local, hf = (probed.correct[name]["linear"] for name in ("local", "hf"))
+    found = probed.models["local"]["linear"]
+    assert found.ci95 == pytest.approx(proportion_confint(local.sum(), 300, method="wilson"))
+    assert found.se == pytest.approx(np.sqrt(local.mean() * (1 - local.mean()) / 300))
+    assert not probed.bank_in_intervals
+    change = probed.differences["linear"]
+    gains = hf.astype(float) - local
+    assert change["estimate"].value == pytest.approx(gains.mean())
+    assert change["estimate"].se == pytest.approx(gains.std() / np.sqrt(300))
+    assert (change["wins"], change["losses"]) == ((gains > 0).sum(), (gains < 0).sum())
+    table = [[0, change["wins"]], [change["losses"], 0]]
+    assert change["mcnemar_p"] == pytest.approx(mcnemar(table, exact=True).pvalue)
+
+
+def test_a_small_bank_widens_the_intervals():
+    banks, queries, *labels = two_models(60, 300)
+    probed = probe(banks, queries, *labels, 0)
+    assert probed.bank_in_intervals
+    found, correct = probed.models["local"]["linear"], probed.correct["local"]["linear"]
+    wilson = proportion_confint(correct.sum(), 300, method="wilson")
+    assert found.ci95[0] < wilson[0]
+    assert found.ci95[1] > wilson[1]
+    pairs = probes.draw_parts(labels[0], 0)[1]
+    l2 = probed.models["local"]["l2"]
+    accuracies = []
+    for keep in pairs:
+        part = banks["local"][keep], labels[0][keep], queries["local"]
+        accuracies.append((probes.linear_answers(*part, l2=l2)[0] == labels[1]).mean())
+    halves = np.subtract(accuracies[::2], accuracies[1::2]) / 2
+    image = correct.mean() * (1 - correct.mean()) / 300
+    assert found.se == pytest.approx(np.sqrt(image + np.square(halves).mean()))
+    for first, second in zip(pairs[::2], pairs[1::2], strict=True):
+        assert (first != second).all()
+        assert np.bincount(labels[0][first]).tolist() == [10, 10, 10]
+
+
+def test_the_small_bank_part_is_the_spread_over_new_banks():
+    queries, query_labels = clouds(1500, seed=50)
+    values, parts = [], []
+    for seed in range(40):
+        bank, labels = clouds(30, seed=seed)
+        banks = [(np.full(30, True), 20), *((keep, 10) for keep in probes.draw_parts(labels, 0)[1])]
+        answers = [
+            probes.knn_answers(bank[keep], labels[keep], queries, [k])[0] for keep, k in banks
+        ]
+        found = probes.accuracy(np.array(answers) == query_labels)
+        values.append(found.value)
+        parts.append(found.se**2 - found.value * (1 - found.value) / len(queries))
+    assert 0.7 < np.sqrt(np.mean(parts)) / np.std(values) < 1.8
+
+
+def test_each_class_has_its_accuracy_and_the_tests_are_corrected():
+    probed = probe(*two_models(2001, 299, num_classes=4), 0)
+    labels = np.arange(299) % 4
+    assert [row["label"] for row in probed.per_class] == [0, 1, 2, 3]
+    assert sum(row["n"] for row in probed.per_class) == 299
+    for measure in ("knn", "linear"):
+        for row in probed.per_class:
+            own = labels == row["label"]
+            correct = probed.correct["hf"][measure][own]
+            assert row[measure]["hf"].value == pytest.approx(correct.mean())
+            expected = proportion_confint(correct.sum(), own.sum(), method="wilson")
+            assert row[measure]["hf"].ci95 == pytest.approx(expected)
+        changes = [row[measure]["difference"] for row in probed.per_class]
+        expected = multipletests([change["mcnemar_p"] for change in changes], method="holm")[1]
+        assert [change["holm_p"] for change in changes] == pytest.approx(list(expected))
+
+
+def test_few_images_are_drawn_alike_for_all_models():
+    banks, queries, *labels = two_models(90, 200)
+    banks["twin"], queries["twin"] = banks["local"].copy(), queries["local"].copy()
+    probed = probe(banks, queries, *labels, 3)
+    few = {name: model["few_shot"] for name, model in probed.models.items()}
+    assert few["twin"] == few["local"]
+    same = probed.gains["twin"]
+    for size in probes.FEW_IMAGES:
+        for measure in ("knn", "linear"):
+            assert same["few_shot"][size][measure]["estimate"].ci95 == (0, 0)
+            paired = probed.differences["few_shot"][size][measure]["estimate"].value
+            one, other = (few[name][size][measure]["estimate"].value for name in ("hf", "local"))
+            assert paired == pytest.approx(one - other)
+    draws = probes.draw_parts(labels[0], 3)[2]
+    assert {size: len(kept) for size, kept in draws.items()} == {1: 20, 10: 20}
+    means = [
+        (
+            probes.knn_answers(banks["hf"][keep], labels[0][keep], queries["hf"], [20])[0]
+            == labels[1]
+        )
+        for keep in draws[10]
+    ]
+    found = few["hf"][10]["knn"]
+    assert found["estimate"].value == pytest.approx(np.mean(means))
+    assert found["sd"] == pytest.approx(np.mean(means, axis=1).std(ddof=1))
+    image = np.mean(means, axis=0).var() / 200
+    assert found["estimate"].se == pytest.approx(np.sqrt(found["sd"] ** 2 / 20 + image))
+
+
+def test_nothing_is_chosen_on_the_queries():
+    banks, queries, *labels = two_models(300, 100)
+    wrong = probe(banks, queries, labels[0], (labels[1] + 1) % 3, 0)
+    right = probe(banks, queries, *labels, 0)
+    for name in banks:
+        for key in ("l2", "held_out_accuracy"):
+            assert wrong.models[name][key] == right.models[name][key]
+
+
+def test_the_order_of_the_queries_does_not_matter_and_the_seed_repeats():
+    banks, queries, *labels = two_models(150, 80)
+    expected = probe(banks, queries, *labels, 5)
+    order = np.random.default_rng(0).permutation(80)
+    shuffled = {name: Q[order] for name, Q in queries.items()}
+    found = probe(banks, shuffled, labels[0], labels[1][order], 5)
+    np.testing.assert_array_equal(found.correct["hf"]["knn"], expected.correct["hf"]["knn"][order])
+    assert probe(banks, queries, *labels, 5).record() == expected.record()
+
+
+def test_queries_of_a_class_that_the_bank_lacks_count_as_wrong():
+    banks, queries, bank_labels, query_labels = two_models(90, 60)
+    kept = bank_labels != 1
+    banks = {name: X[kept] for name, X in banks.items()}
+    probed = probe(banks, queries, bank_labels[kept], query_labels, 0)
+    assert probed.per_class[1]["linear"]["local"].value == 0
+    assert not probed.correct["hf"]["knn"][query_labels == 1].any()
+    assert any("20 queries" in note and "lacks" in note for note in probed.notes)
+
+
+@pytest.mark.parametrize("counts", [[1], [5], [1, 1, 1], [2, 1], [3, 1, 12]])
+def test_tiny_banks_give_numbers_and_say_what_is_left_out(counts):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    generator = np.random.default_rng(0)
+    bank = generator.normal(size=(len(labels), 4)).astype(np.float32)
+    queries = generator.normal(size=(9, 4)).astype(np.float32)
+    query_labels = np.arange(9) % len(counts)
+    probed = probe({"local": bank}, {"local": queries}, labels, query_labels, 0)
+    low, high = probed.models["local"]["linear"].ci95
+    assert 0 <= low <= probed.models["local"]["linear"].value <= high <= 1
+    assert probed.bank_in_intervals == (max(counts) > 1)
+    assert any("exceeds the bank" in note for note in probed.notes)
+    assert any("no draws of" in note for note in probed.notes)
+    assert probed.differences == {}
+    if len(counts) == 1:
+        assert probed.models["local"]["knn"][20].value == 1
+    json.dumps(probed.record(), allow_nan=False)
+
+
+def test_the_record_is_plain_data():
+    banks, queries, *labels = two_models(60, 30)
+    banks["pixels"], queries["pixels"] = clouds(60, d=20)[0], clouds(30, d=20, seed=1)[0]
+    probed = probe(banks, queries, *labels, 0)
+    assert probed.gains.keys() == {"pixels"}
+    content = json.loads(json.dumps(probed.record(), allow_nan=False))
+    assert content["models"]["hf"]["knn"]["20"]["value"] == probed.models["hf"]["knn"][20].value
+    assert not content["correct"]
+
+
+def test_what_has_no_direction_or_does_not_match_is_refused():
+    banks, queries, *labels = two_models(30, 12)
+    broken = {**banks, "hf": np.where(np.arange(30)[:, None] == 4, np.nan, banks["hf"])}
+    with pytest.raises(UserError, match="NaN"):
+        probe(broken, queries, *labels, 0)
+    with pytest.raises((ValueError, TypeError), match="29"):
+        probe(banks, queries, labels[0][:29], labels[1], 0)
+    with pytest.raises(ValueError, match="for queries of"):
+        probe(banks, {"local": queries["local"]}, *labels, 0)
+
+
+def test_progress_reaches_its_total():
+    seen = []
+
+    @contextmanager
+    def progress(total, desc):
+        bar = type("Bar", (), {"update": lambda _, n: seen.append(n)})()
+        yield bar
+        assert sum(seen) == total
+        assert desc
+
+    banks, queries, *labels = two_models(30, 12)
+    probe(banks, queries, *labels, 0, progress)
+    assert seen == [12, 12]
+
+
+def test_a_bank_is_balanced_nested_and_free_of_compared_images():
+    labels = np.repeat([0, 1, 2], [30, 40, 50])
+    keys = [f"{row:016d}".encode() for row in range(120)]
+    keys[7] = keys[100]
+    compared = {keys[row] for row in (7, 31, 33)} | {b"elsewhere"}
+    small, excluded = select_bank(labels, keys, compared, 30, 4)
+    large, _ = select_bank(labels, keys, compared, 60, 4)
+    everything, _ = select_bank(labels, keys, compared, 0, 4)
+    assert excluded == 4
+    assert not {7, 100, 31, 33} & set(everything.tolist())
+    assert len(everything) == 116
+    assert np.bincount(labels[small]).tolist() == [10, 10, 10]
+    assert set(small.tolist()) < set(large.tolist()) < set(everything.tolist())
+
+
+def test_the_time_of_many_images_comes_from_a_warm_batch():
+    calls = []
+    assert 0 <= probes.expected_seconds(calls.append, [1, 2], 100) < 1
+    assert calls == [[1, 2], [1, 2]]
