@@ -1,17 +1,19 @@
-"""Runs of the two scripts in forked processes: each costs a second, because torch is there already.
+"""Runs of the two scripts in forked processes, and tiny models, for the campaigns.
 
-For the campaigns beside this file. A run has a process of its own, so it may be killed, starved or
-poisoned; what it said, how it ended and the most memory it held come back.
+A fork costs a second, because PyTorch is there already. Each run is a process of its own, so it may
+be killed or starved; its exit code, its output and the most memory it held come back.
 """
 
 import importlib.util
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -29,13 +31,8 @@ from ijepa.model import VisionTransformer, ViTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # a process with threads cannot be forked
-
-# A campaign draws a thousand figures: small ones with few pictures.
-report.MAX_QUERIES = report.NUM_DISAGREEMENTS = 1
-_save = Figure.savefig
+_save = Figure.savefig  # campaigns draw hundreds of figures: coarse ones
 Figure.savefig = lambda figure, *args, **kwargs: _save(figure, *args, **{**kwargs, "dpi": 20})
-
-TINY = ViTConfig(image_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
 
 
 def load_script(name: str) -> ModuleType:
@@ -51,18 +48,19 @@ TRAIN = load_script("train_ijepa")
 
 
 def tiny_models(folder: Path) -> tuple[Path, Path]:
-    """A checkpoint and an exported directory of random weights."""
+    """A checkpoint and an exported directory of random weights, 16 wide."""
     torch.manual_seed(0)
-    networks = {"target": VisionTransformer(TINY), "context": VisionTransformer(TINY)}
+    config = ViTConfig(image_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2)
+    networks = {"target": VisionTransformer(config), "context": VisionTransformer(config)}
     path = folder / "tiny.pt"
-    save_checkpoint(path, TINY, networks, (0.5, 0.5), {"epochs": 1, "planned_epochs": 1})
+    save_checkpoint(path, config, networks, (0.5, 0.5), {"epochs": 1, "planned_epochs": 1})
     export_huggingface(load_checkpoint(path, "context"), folder / "hf")
     return path, folder / "hf"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: its exit code, or the signal that ended it as a negative number."""
+    """How a run ended: its exit code (minus the signal that ended it), and what it said."""
 
     code: int
     text: str
@@ -73,43 +71,15 @@ class Outcome:
     @property
     def refused(self) -> bool:
         """Whether it ended as a user's mistake has to: two lines and exit code 1."""
-        lines = self.text.strip().splitlines()[-2:]
-        shown = len(lines) == 2 and lines[0].startswith("error: ") and lines[1].startswith("hint: ")
+        lines = (self.text.strip().splitlines() or [""])[-2:]
+        shown = lines[0].startswith("error: ") and lines[-1].startswith("hint: ")
         return self.code == 1 and shown and "Traceback" not in self.text
 
     @property
     def said(self) -> str:
         """Its last error, or its last line."""
         lines = self.text.strip().splitlines() or [""]
-        errors = [line for line in lines if line.startswith("error: ")]
-        return (errors or lines)[-1]
-
-
-@dataclass
-class Run:
-    """A run that goes on in another process."""
-
-    pid: int
-    log: Path
-    began: float
-
-    def kill(self) -> None:
-        """End it at once, as the kernel does when memory is short."""
-        os.kill(self.pid, signal.SIGKILL)
-
-    def wait(self, limit: float = 120) -> Outcome:
-        """Its end; a run over the limit of seconds is killed and counts as hanging."""
-        while True:
-            pid, status, usage = os.wait4(self.pid, os.WNOHANG)
-            if pid:
-                break
-            if time.monotonic() - self.began > limit:
-                self.kill()
-            time.sleep(0.005)
-        text = self.log.read_text(errors="replace")
-        held = usage.ru_maxrss / 1024 - BASE
-        seconds = time.monotonic() - self.began
-        return Outcome(os.waitstatus_to_exitcode(status), text, seconds, held)
+        return ([line for line in lines if line.startswith("error: ")] or lines)[-1]
 
 
 def start(
@@ -117,12 +87,10 @@ def start(
     arguments: Sequence[object],
     log: Path,
     prepare: Callable[[], object] = lambda: None,
-) -> Run:
-    """Run a script's main in a forked process, after `prepare` there; output goes to `log`."""
-    began = time.monotonic()
-    pid = os.fork()
-    if pid:
-        return Run(pid, log, began)
+) -> int:
+    """Run a script's main in a forked process, after `prepare` there; its process number."""
+    if pid := os.fork():
+        return pid
     code = 70
     try:
         with log.open("w", errors="backslashreplace") as file:
@@ -141,14 +109,41 @@ def start(
         os._exit(code)
 
 
-def run(script: ModuleType, arguments: Sequence[object], log: Path, **options: object) -> Outcome:
-    """As `start`, to its end."""
-    limit = options.pop("limit", 120)
-    return start(script, arguments, log, **options).wait(limit)
+def finish(pid: int, log: Path, limit: float = 300) -> Outcome:
+    """Wait for a run; one that takes over the limit of seconds is killed."""
+    began = time.monotonic()
+    while not (ended := os.wait4(pid, os.WNOHANG))[0]:
+        if time.monotonic() - began > limit:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+    text, held = log.read_text(errors="replace"), ended[2].ru_maxrss / 1024
+    seconds = time.monotonic() - began
+    return Outcome(os.waitstatus_to_exitcode(ended[1]), text, seconds, held - BASE)
+
+
+def run(
+    script: ModuleType,
+    arguments: Sequence[object],
+    log: Path,
+    prepare: Callable[[], object] = lambda: None,
+) -> Outcome:
+    """`start` and `finish`."""
+    return finish(start(script, arguments, log, prepare), log)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for a campaign; removed at its end."""
+    folder = Path(tempfile.mkdtemp(prefix="campaign-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 def print_table(rows: Sequence[Sequence[object]]) -> None:
-    """A Markdown table of what was tried."""
+    """The command, and a Markdown table of what was tried."""
+    print(f"```bash\npython {' '.join(sys.argv)}\n```\n")
     for place, row in enumerate(rows):
         print("| " + " | ".join(str(cell) for cell in row) + " |")
         if not place:
@@ -157,10 +152,9 @@ def print_table(rows: Sequence[Sequence[object]]) -> None:
 
 def _base() -> float:
     """Megabytes that a forked run holds before it does anything."""
-    pid = os.fork()
-    if not pid:
-        os._exit(0)
-    return os.wait4(pid, 0)[2].ru_maxrss / 1024
+    if pid := os.fork():
+        return os.wait4(pid, 0)[2].ru_maxrss / 1024
+    os._exit(0)
 
 
 BASE = _base()
