@@ -12,12 +12,10 @@ and then embeds it. Ours is in the dtype that `compare_embeddings.py` chooses.
 
 Seconds are those of the processor, all threads together; with `OMP_NUM_THREADS=1` they are the wall
 time of an idle core. For `jpeg`, where decoding overlaps with the network, and on a GPU they are
-those of the clock. `cosine` is the smallest one of an image's embedding to that of the loop. The
-ceiling is a product of the network's largest matrices in our dtype.
+those of the clock. `cosine` is the smallest one of an image's embedding to that of the loop.
 """
 
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +25,6 @@ from versions import ROOT, THIS, median, parse, race, serve
 
 CHECKPOINT = ROOT / "checkpoints_300ep" / "checkpoint_latest.pt"
 LOOP = "plain loop"
-TOKENS, WIDTH, HIDDEN, PATCH = 256, 1280, 5120, 14
 
 
 def write_vit_huge(folder, depth):
@@ -36,22 +33,16 @@ def write_vit_huge(folder, depth):
 
     torch.manual_seed(0)
     config = IJepaConfig(
-        hidden_size=WIDTH,
+        hidden_size=1280,
         num_hidden_layers=depth,
         num_attention_heads=16,
-        intermediate_size=HIDDEN,
+        intermediate_size=5120,
         image_size=224,
-        patch_size=PATCH,
+        patch_size=14,
         layer_norm_eps=1e-6,
     )
     IJepaModel(config).save_pretrained(folder)
     ViTImageProcessor(size={"height": 224, "width": 224}).save_pretrained(folder)
-
-
-def vit_huge_flops(depth):
-    """Operations of one image: a multiplication and an addition count as two."""
-    block = 2 * TOKENS * (4 * WIDTH**2 + 2 * WIDTH * HIDDEN) + 4 * TOKENS**2 * WIDTH
-    return depth * block + 2 * TOKENS * 3 * PATCH**2 * WIDTH
 
 
 def write_photographs(folder, count):
@@ -146,19 +137,6 @@ def plain_loop(work, folder, count, batch_size, device):
     return loop
 
 
-def ceiling(rows, device, clock):
-    """Operations per second of a product of the network's largest shape in our dtype."""
-    from ijepa.devices import choose_dtype
-
-    options = {"dtype": choose_dtype("auto", torch.device(device)), "device": device}
-    left, right = torch.randn(rows, WIDTH, **options), torch.randn(HIDDEN, WIDTH, **options)
-    began = 0.0
-    for turn in range(21):  # the first one warms up
-        torch.nn.functional.linear(left, right)[0, 0].item()
-        began = began if turn else clock()
-    return 20 * 2 * rows * WIDTH * HIDDEN / (clock() - began)
-
-
 def smallest_cosine(X, Y):
     """Of all rows with their counterparts."""
     X, Y = np.array(X), np.array(Y)
@@ -194,11 +172,6 @@ def main():
         ratio = median(turns[THIS], clock) / median(them, clock)
         cosine = smallest_cosine(them[0]["result"], turns[LOOP][0]["result"])
         print(f"| {name} | {milliseconds:.3f} | {ratio:.2f} | {cosine:.6f} |")
-    if args.work == "vit-huge":
-        clocks = {"cpu": time.process_time, "wall": time.perf_counter}
-        most = ceiling(TOKENS * args.batch_size, args.device, clocks[clock])
-        rate = args.images * vit_huge_flops(args.depth) / median(turns[THIS], clock)
-        print(f"\nceiling {most / 1e9:.0f} GFLOP/s; ours reaches {rate / most:.0%} of it")
 
 
 if __name__ == "__main__":

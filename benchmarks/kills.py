@@ -20,13 +20,16 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from victims import COMPARE, TRAIN, finish, print_table, scratch, start, tiny_models
+from victims import COMPARE, TRAIN, print_table, run, tiny_models
 
 from ijepa.encoders import FrozenEncoder
 
@@ -90,9 +93,9 @@ class Campaign:
         self.died = Counter()
         self.script, self.result = (COMPARE, comparison) if what == "compare" else (TRAIN, training)
         if what == "compare":
-            tiny, hf = tiny_models(folder)
+            tiny_models(folder)
             self.arguments = ["--offline", "--dataset", "digits", "--max-samples", IMAGES]
-            self.arguments += ["--local-checkpoint", tiny.name, "--hf-model", hf.name]
+            self.arguments += ["--local-checkpoint", "tiny.pt", "--hf-model", "hf"]
             self.arguments += ["--output-dir", "out"]
         else:
             for row in range(120):
@@ -136,8 +139,7 @@ class Campaign:
 
     def undisturbed(self):
         """A run to the end."""
-        log = self.folder / "log"
-        outcome = finish(start(self.script, self.arguments, log, self.prepare), log)
+        outcome = run(self.script, self.arguments, self.folder / "log", self.prepare)
         if outcome.code:
             self.problems[f"the next run ended with {outcome.code}: {outcome.said}"] += 1
             print(outcome.text[-2000:], file=sys.stderr)
@@ -146,13 +148,9 @@ class Campaign:
         """One victim, and what it left."""
         fatal = self.rng.randint(1, self.num_operations) if kind == KINDS[1] else 0
         size = self.rng.randint(20_000, self.largest) if kind in KINDS[2:] else 0
-        log = self.folder / "log"
-        prepare = lambda: self.prepare(fatal, size, kind != KINDS[3])  # noqa: E731
-        pid = start(self.script, self.arguments, log, prepare)
-        if kind == KINDS[0]:
-            time.sleep(self.rng.uniform(0, self.seconds))
-            os.kill(pid, signal.SIGKILL)
-        outcome = finish(pid, log)
+        prepare = partial(self.prepare, fatal, size, kind != KINDS[3])
+        after = self.rng.uniform(0, self.seconds) if kind == KINDS[0] else 300
+        outcome = run(self.script, self.arguments, self.folder / "log", prepare, after)
         self.died[kind] += outcome.refused if kind == KINDS[3] else outcome.code < 0
         if outcome.code > 0 and not outcome.refused:
             self.problems[f"a victim ended with {outcome.code}: {outcome.said}"] += 1
@@ -202,8 +200,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     most = 0.0
-    with scratch() as folder:
-        campaign = Campaign(folder, args.what, args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        campaign = Campaign(Path(folder), args.what, args.seed)
         while sum(campaign.died.values()) < args.kills:
             most = max(most, campaign.round())
             print(dict(campaign.died), dict(campaign.problems), file=sys.stderr, flush=True)
