@@ -4,20 +4,25 @@
 
 Hypothesis makes checkpoints, model directories, images, folders, embeddings of earlier runs, cached
 chunks and arguments; each is read as a run reads it. An example must load or raise UserError
-(arguments: exit with 0, 1 or 2) within `LIMIT` seconds, start no program, open no socket, and write
-nothing outside its own folder. Hypothesis shrinks a failure and prints it; exit code 1.
+(arguments: exit with 0, 1 or 2) within `LIMIT` seconds. Hypothesis shrinks a failure and prints it.
+
+    python benchmarks/fuzz.py --flips 200
+
+flips single bits, anywhere in a checkpoint, embeddings of an earlier run, and a cached chunk: the
+file must be refused, or give the same numbers.
 """
 
 import argparse
 import io
 import json
 import os
+import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
-import zipfile
 from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,7 +32,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 from PIL import Image
-from victims import COMPARE, print_table, run, scratch, tiny_models
+from victims import COMPARE, print_table, run, tiny_models
 
 from ijepa.data import Split, balanced_sample, load_split
 from ijepa.embeddings import extract, save_embeddings
@@ -38,21 +43,8 @@ LIMIT = 30
 CPU = torch.device("cpu")
 IMAGES = torch.arange(4 * 3 * 32 * 32).remainder(251).to(torch.uint8).view(4, 3, 32, 32)
 SPLIT = Split("x", "all", ("a", "b"), IMAGES, np.arange(4) % 2, np.arange(4))
-WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-FORBIDDEN = ("subprocess.", "os.system", "os.exec", "os.posix_spawn", "socket.", "webbrowser.")
+FLIPPED = ("checkpoint, bytes", "npz", "cached chunk")
 counts: Counter[str] = Counter()
-watched: list[Path] = []
-
-
-def watch(event, arguments):
-    """Audit hook: nothing is written elsewhere, started or connected while an example is read."""
-    if not watched:
-        return
-    if event.startswith(FORBIDDEN):
-        raise AssertionError(f"{event} {arguments}")
-    if event == "open" and isinstance(arguments[0], str | bytes) and arguments[2] & WRITES:
-        path = Path(os.path.abspath(os.fsdecode(arguments[0])))  # noqa: PTH100
-        assert path.is_relative_to(watched[-1]) or str(path) == os.devnull, f"wrote {path}"
 
 
 def too_late(*_):
@@ -73,32 +65,24 @@ def example(name):
         counts[f"{name}: loaded"] += 1
     except UserError as error:
         counts[f"{name}: refused"] += 1
-        assert error.problem and error.hint, "says nothing"
-        assert "\n" not in error.problem, "says more than a line"
+        if not error.problem or not error.hint or "\n" in error.problem:
+            raise AssertionError(f"says {error.problem!r}") from error
     finally:
         signal.alarm(0)
-        watched.clear()
 
 
 @st.composite
 def mutated(draw, whole):
-    """Bytes with parts changed, cut, repeated or put in."""
+    """Bytes with parts flipped, cut, repeated, removed or put in."""
     content = bytearray(whole)
     for _ in range(draw(st.integers(1, 4))):
         at, width = draw(st.integers(0, len(content))), draw(st.integers(1, 40))
-        kind = draw(st.sampled_from(["flip", "set", "cut", "insert", "delete", "repeat"]))
-        if kind == "flip" and at < len(content):
-            content[at] ^= 1 << draw(st.integers(0, 7))
-        elif kind == "set" and at < len(content):
-            content[at] = draw(st.integers(0, 255))
-        elif kind == "cut":
+        part = bytes(content[at : at + width])
+        flipped = bytes([part[0] ^ 1 << draw(st.integers(0, 7))]) + part[1:] if part else b"x"
+        others = [flipped, b"", 2 * part, draw(st.binary(max_size=20)) + part]
+        content[at : at + width] = draw(st.sampled_from(others))
+        if draw(st.integers(0, 9)) == 0:
             del content[at:]
-        elif kind == "insert":
-            content[at:at] = draw(st.binary(max_size=20))
-        elif kind == "delete":
-            del content[at : at + width]
-        else:
-            content[at:at] = content[at : at + width]
     return bytes(content)
 
 
@@ -122,22 +106,6 @@ def changed(draw, settings):
     return result
 
 
-def saved(content):
-    """A checkpoint file."""
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()
-
-
-def archive(parts):
-    """A zip file with true checksums."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as opened:
-        for name, part in parts.items():
-            opened.writestr(name, part)
-    return file.getvalue()
-
-
 @st.composite
 def other_content(draw):
     """Whole checkpoints that say something else, or hold a tensor of another shape or type."""
@@ -152,7 +120,9 @@ def other_content(draw):
         content[part] = draw(changed(content[part]))
     else:
         content = draw(changed(content))
-    return saved(content)
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
 
 
 def picture(kind):
@@ -166,36 +136,31 @@ def use(source, role):
     """Load an encoder and embed with it."""
     encoder = load_encoder(source, role, device=CPU, dtype="float32", offline=True)
     if hasattr(encoder, "look_up"):
-        assert encoder.look_up(SPLIT.image_keys(), SPLIT.indices).shape == (4, encoder.embed_dim)
-    else:
-        assert encoder.embed(list(IMAGES[:1])).shape == (1, encoder.embed_dim)
+        return encoder.look_up(SPLIT.image_keys(), SPLIT.indices)
+    return encoder.embed(list(IMAGES)).numpy()
 
 
 def read_folder(folder):
     """Sample a folder of images and decode them."""
     split = balanced_sample(load_split(str(folder / "images"), folder, "test", True), 5, 0)
-    assert all(split.images[row].shape[0] == 3 for row in range(len(split)))
+    return [split.images[row].shape for row in range(len(split))]
 
 
 def read_chunk(folder):
-    """Damaged chunks are computed again."""
+    """The embeddings of the cache, in which a damaged chunk is computed again."""
     found = extract([pixel_encoder()], SPLIT, cache=folder / "cache")["pixels"].values
     assert np.array_equal(found, extract([pixel_encoder()], SPLIT, cache=None)["pixels"].values)
+    return found
 
 
 def file_targets():
     """What to feed: a name, the file, its contents, how it is read, and how often in a round."""
-    path = Path("models/tiny.pt")
-    with zipfile.ZipFile(path) as opened:
-        parts = {name: opened.read(name) for name in opened.namelist()}
-    pickled = next(name for name in parts if name.endswith("data.pkl"))
-    other_pickle = mutated(parts[pickled]).map(lambda new: archive({**parts, pickled: new}))
+    checkpoint, old = Path("models/tiny.pt").read_bytes(), Path("models/old.npz").read_bytes()
     chunk = next(Path("models/cache").rglob("*.npz"))
     weights = Path("models/hf/model.safetensors").read_bytes()
     pictures = st.sampled_from(["PNG", "JPEG", "WEBP"]).map(picture).flatmap(mutated)
     local, hf = (lambda f: use(f / "tiny.pt", "local")), (lambda f: use(f / "hf", "hf"))
-    yield "checkpoint, bytes", "tiny.pt", mutated(path.read_bytes()), local, 60
-    yield "checkpoint, pickle", "tiny.pt", other_pickle, local, 100
+    yield "checkpoint, bytes", "tiny.pt", mutated(checkpoint), local, 60
     yield "checkpoint, content", "tiny.pt", other_content(), local, 100
     for name in ("config.json", "preprocessor_config.json"):
         content = json.loads(Path("models/hf", name).read_text())
@@ -203,7 +168,6 @@ def file_targets():
         yield f"directory, {name}", f"hf/{name}", others, hf, 40
     yield "directory, weights", "hf/model.safetensors", mutated(weights), hf, 60
     yield "image", "images/a/0.png", pictures, read_folder, 200
-    old = Path("models/old.npz").read_bytes()
     yield "npz", "old.npz", mutated(old), lambda f: use(f / "old.npz", "hf"), 60
     chunks = st.binary(max_size=100) | mutated(chunk.read_bytes())
     yield "cached chunk", str(chunk.relative_to("models")), chunks, read_chunk, 60
@@ -216,7 +180,6 @@ def fuzz_file(name, file, contents, read):
     def target(content):
         with example(name) as folder:
             (folder / file).write_bytes(content)
-            watched.append(folder)
             read(folder)
 
     return target
@@ -234,7 +197,6 @@ def fuzz_names(classes, files):
                 shutil.copytree(folder / "images" / "a", folder / "images" / name)
                 for file in files:
                     (folder / "images" / name / file).write_bytes(b"x")
-        watched.append(folder)
         read_folder(folder)
 
 
@@ -256,53 +218,76 @@ def fuzz_arguments(extra):
         base = ["--local-checkpoint", "tiny.pt", "--hf-model", "none", "--dataset", "images"]
         base += ["--max-samples", "6", "--output-dir", "out", "--cache-dir", "cache", "--offline"]
         outcome = run(COMPARE, [*base, *extra], Path("log"), lambda: os.chdir(folder))
-        known = outcome.code in (0, 2) or outcome.refused
-        assert known and "Traceback" not in outcome.text, (extra, outcome.text[-3000:])
+        good = outcome.refused or (outcome.code in (0, 2) and "Traceback" not in outcome.text)
+        assert good, (extra, outcome.text[-3000:])
 
 
-def make_models():
+def make_models(folder):
     """What every example starts from."""
-    folder = Path("models")
-    folder.mkdir()
-    tiny_models(folder)
-    for name in "ab":
-        (folder / "images" / name).mkdir(parents=True)
+    for name in ("images/a", "images/b"):
+        (folder / name).mkdir(parents=True)
         for number in range(3):
-            (folder / "images" / name / f"{number}.png").write_bytes(picture("PNG"))
+            (folder / name / f"{number}.png").write_bytes(picture("PNG"))
+    tiny_models(folder)
     values = extract([pixel_encoder()], SPLIT, cache=folder / "cache")["pixels"].values
     save_embeddings(folder / "old.npz", values, SPLIT)
 
 
-def main():
+def flip(times):
+    """A table of flipped bits; fails if a number changes."""
+    rng, rows = random.Random(0), [("file", "flips", "refused", "same numbers", "other numbers")]
+    for name, file, _, read, _ in file_targets():
+        if name not in FLIPPED:
+            continue
+        whole, expected = Path("models", file).read_bytes(), read(Path("models"))
+        for _ in range(times):
+            content = bytearray(whole)
+            content[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+            with example(name) as folder:
+                (folder / file).write_bytes(content)
+                counts[f"{name}: lost"] += not np.array_equal(read(folder), expected)
+        lost, refused = counts[f"{name}: lost"], counts[f"{name}: refused"]
+        rows.append((file, times, refused, times - refused - lost, lost))
+    print_table(rows)
+    return any(row[4] for row in rows[1:])
+
+
+def fuzz(ends, turn):
     """Round after round until the time is over."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=int(time.time()))
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    sys.addaudithook(watch)
-    signal.signal(signal.SIGALRM, too_late)
-    ends, turn = time.monotonic() + 60 * args.minutes, args.seed
-    with scratch() as folder:
-        os.chdir(folder)
-        make_models()
-        targets = [(fuzz_file(*parts), number) for *parts, number in file_targets()]
-        targets += [(fuzz_names, 60), (fuzz_arguments, 6)]
-        options = {"deadline": None, "database": None}
-        options["suppress_health_check"] = list(hypothesis.HealthCheck)
-        print(f"seed {args.seed}", flush=True)
-        while time.monotonic() < ends:
-            for target, number in targets:
-                turn += 1
-                limited = hypothesis.settings(max_examples=number, **options)(target)
-                hypothesis.seed(turn)(limited)()
-                if time.monotonic() > ends:
-                    break
+    targets = [(fuzz_file(*parts), number) for *parts, number in file_targets()]
+    targets += [(fuzz_names, 60), (fuzz_arguments, 6)]
+    options = {"deadline": None, "database": None}
+    options["suppress_health_check"] = list(hypothesis.HealthCheck)
+    while time.monotonic() < ends:
+        for target, number in targets:
+            turn += 1
+            limited = hypothesis.settings(max_examples=number, **options)(target)
+            hypothesis.seed(turn)(limited)()
+            if time.monotonic() > ends:
+                break
     fed = [name for name in counts if ":" not in name]
     rows = [(n, counts[n], counts[f"{n}: loaded"], counts[f"{n}: refused"]) for n in fed]
     print_table([("fed", "examples", "loaded", "refused"), *rows])
     print(f"\n{sum(counts[name] for name in fed)} examples, nothing failed")
 
 
+def main():
+    """Fuzz, or flip bits."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--flips", type=int, help="flipped bits for each kind of file")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    signal.signal(signal.SIGALRM, too_late)
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        make_models(Path("models"))
+        if args.flips:
+            return flip(args.flips)
+        print(f"seed {args.seed}", flush=True)
+        return fuzz(time.monotonic() + 60 * args.minutes, args.seed)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -39,50 +39,36 @@ OPERATIONS = ("os.rename", "os.remove", "os.mkdir")
 NEW, WRITES = os.O_WRONLY | os.O_CREAT, os.O_WRONLY | os.O_RDWR
 
 
-def read(path):
-    """Raise an error unless a file is whole."""
-    content = path.read_bytes()
-    if path.suffix == ".png":
-        Image.open(path).verify()
-        assert content[-8:-4] == b"IEND"
-    elif path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            assert all(len(arrays[name]) for name in arrays.files)
-    elif path.suffix == ".json":
-        json.loads(content)
-    elif path.suffix == ".pt":
-        torch.load(path, weights_only=True)
-    elif path.suffix == ".html":
-        assert content.rstrip().endswith(b"</html>")
-    elif path.suffix in (".csv", ".md"):
-        assert content.endswith(b"\n"), "its last line is cut"
+def last_line(path):
+    """Raise an error unless a text is whole."""
+    assert path.read_bytes().endswith((b"\n", b"</html>")), "its last line is cut"
 
 
-def comparison(folder):
-    """What a comparison made: everything but times, rates and the hashes of files with them."""
-    metrics = json.loads((folder / "metrics.json").read_text())
-    del metrics["run"]["seconds"], metrics["artifacts"]
-    for model in metrics["models"].values():
-        del model["images_per_second"], model["from_cache"]
-    kinds = (".png", ".npz", ".csv")
-    made = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in kinds}
-    return {**made, "metrics.json": metrics}
+READERS = {
+    ".png": lambda path: Image.open(path).verify(),
+    ".npz": lambda path: dict(np.load(path, allow_pickle=False)),
+    ".json": lambda path: json.loads(path.read_text()),
+    ".pt": lambda path: torch.load(path, weights_only=True),
+    **dict.fromkeys((".html", ".csv", ".md"), last_line),
+}
 
 
-def training(folder):
-    """What a training made: weights, export, and the log without times."""
-    weights = torch.load(folder / "checkpoint_latest.pt", weights_only=True)["weights"]
-    made = {
-        f"{which} {name}": value.contiguous().view(torch.uint8).numpy().tobytes()
-        for which, tensors in weights.items()
-        for name, value in tensors.items()
-    }
-    with (folder / "training_log.csv").open(newline="") as file:
-        rows = [
-            {k: v for k, v in row.items() if "seconds" not in k} for row in csv.DictReader(file)
-        ]
-    exported = {path.name: path.read_bytes() for path in (folder / "hf").iterdir()}
-    return {**made, **exported, "log": rows}
+def result(folder):
+    """What a run made: everything but times, rates and the hashes of files with them."""
+    kinds = (".png", ".npz", ".safetensors")
+    made = {path.name: path.read_bytes() for path in folder.rglob("*") if path.suffix in kinds}
+    if (path := folder / "metrics.json").exists():
+        made["metrics"] = json.loads(path.read_text())
+        del made["metrics"]["run"]["seconds"], made["metrics"]["artifacts"]
+        for model in made["metrics"]["models"].values():
+            del model["images_per_second"], model["from_cache"]
+    if (path := folder / "checkpoint_latest.pt").exists():
+        for which, tensors in torch.load(path, weights_only=True)["weights"].items():
+            made |= {f"{which} {name}": value.numpy().tobytes() for name, value in tensors.items()}
+        with (folder / "training_log.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        made["log"] = [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+    return made
 
 
 class Campaign:
@@ -91,7 +77,7 @@ class Campaign:
     def __init__(self, folder, what, seed):
         self.folder, self.rng, self.problems = folder, random.Random(seed), Counter()
         self.died = Counter()
-        self.script, self.result = (COMPARE, comparison) if what == "compare" else (TRAIN, training)
+        self.script = COMPARE if what == "compare" else TRAIN
         if what == "compare":
             tiny_models(folder)
             self.arguments = ["--offline", "--dataset", "digits", "--max-samples", IMAGES]
@@ -107,7 +93,7 @@ class Campaign:
         began = time.monotonic()
         self.undisturbed()
         self.seconds = time.monotonic() - began
-        self.reference = self.result(folder / "out")
+        self.reference = result(folder / "out")
         self.num_operations = (folder / "operations").stat().st_size
         self.largest = max(path.stat().st_size for path in (folder / "out").rglob("*"))
 
@@ -162,7 +148,7 @@ class Campaign:
         for path in self.folder.rglob("*"):
             if path.is_file() and not path.name.startswith("."):
                 try:
-                    read(path)
+                    READERS.get(path.suffix, Path.stat)(path)
                 except Exception as error:  # noqa: BLE001  whatever it is, the file is not whole
                     self.problems[f"{path.name} is not whole: {error!r}"] += 1
             elif finished and path.name.endswith("tmp") and "out" in path.parts:
@@ -184,7 +170,7 @@ class Campaign:
             self.disturb(kind)
         self.undisturbed()
         self.check(finished=True)
-        made = self.result(self.folder / "out")
+        made = result(self.folder / "out")
         for name in self.reference.keys() | made.keys():
             if self.reference.get(name) != made.get(name):
                 self.problems[f"{name} differs"] += 1

@@ -14,12 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ijepa.augmentation import standardize
 from ijepa.checkpoint import load_checkpoint
 from ijepa.data import balanced_sample, load_split
-from ijepa.metrics import (
-    effective_rank,
-    nearest_neighbors,
-    precision_at_k,
-    silhouette_samples,
-)
+from ijepa.metrics import effective_rank, nearest_neighbors, precision_at_k, silhouette_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 
