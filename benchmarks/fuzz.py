@@ -130,7 +130,7 @@ def other_content(draw):
 def picture(kind):
     """A small picture as a file."""
     file = io.BytesIO()
-    Image.effect_noise((9, 7), 50).convert("RGB").save(file, format=kind)
+    Image.radial_gradient("L").resize((9, 7)).convert("RGB").save(file, format=kind)
     return file.getvalue()
 
 
@@ -261,15 +261,17 @@ def flip(times):
 
 def fuzz(ends, turn):
     """Round after round until the time is over."""
-    targets = [(fuzz_file(*parts), number) for *parts, number in file_targets()]
-    targets += [(fuzz_names, 15), (fuzz_arguments, 2)]
     options = {"deadline": None, "database": None}
     options["suppress_health_check"] = list(hypothesis.HealthCheck)
+    targets = [(fuzz_file(*parts), number) for *parts, number in file_targets()]
+    targets = [
+        hypothesis.settings(max_examples=number, **options)(target)
+        for target, number in [*targets, (fuzz_names, 15), (fuzz_arguments, 2)]
+    ]
     while time.monotonic() < ends:
-        for target, number in targets:
+        for target in targets:
             turn += 1
-            limited = hypothesis.settings(max_examples=number, **options)(target)
-            hypothesis.seed(turn)(limited)()
+            hypothesis.seed(turn)(target)()
             if time.monotonic() > ends:
                 break
     fed = [name for name in counts if ":" not in name]
