@@ -1,70 +1,60 @@
-"""What intervals, tests and agreement cost on top of the numbers themselves.
+"""What all numbers and intervals of two models cost, against another checkout.
 
-    python benchmarks/cost.py --sizes 500 2000 5000 10000 --repeats 5
+    python benchmarks/cost.py --sizes 2000 10000 --against ../older
 
-Two models of 192 and 1280 dimensions on the same synthetic images of ten classes. `numbers` is the
-search, the spectra, the silhouettes and every metric of both models; `everything` is `compare`,
-which also takes the intervals, the paired tests and the agreement. Both are timed by turns in one
-process; medians of its processor seconds, which other programs beside do not add to, are printed as
-a Markdown table.
+Two models of 192 and 1280 dimensions on the same synthetic images of ten classes: `compare` gives
+every metric, interval, paired test and agreement. Seconds are those of the processor, all threads
+together; with `OMP_NUM_THREADS=1` they are the wall time of an idle core. Medians, and for both
+versions the difference of the models in precision@5 with its standard error.
 """
 
-import argparse
-import statistics
-import sys
-import time
-from pathlib import Path
-
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ijepa.comparison import analyze, compare, measure
+from versions import OTHER, THIS, median, parse, race, serve
 
 WIDTHS = {"local": 192, "hf": 1280}
 
 
-def sample(n, seed=0):
-    """Embeddings with class structure and a falling spectrum."""
+def sample(n, d, seed=0):
+    """Float32 embeddings with class structure (P@5 about 0.6), a falling spectrum, and labels."""
     generator = np.random.default_rng(seed)
     labels = np.arange(n) % 10
-    embeddings = {}
-    for name, d in WIDTHS.items():
-        means = generator.normal(size=(10, d))
-        noise = generator.normal(size=(n, d)) * 3 * np.arange(1, d + 1) ** -0.3
-        embeddings[name] = (means[labels] + noise).astype(np.float32)
-    return embeddings, labels
+    X = generator.standard_normal((n, d), dtype=np.float32)
+    X *= 3 * np.arange(1, d + 1, dtype=np.float32) ** -0.3
+    X += 4 / np.sqrt(d, dtype=np.float32) * generator.standard_normal((10, d), np.float32)[labels]
+    return X, labels
 
 
-def seconds(work):
-    """Processor time of one call, all threads together."""
-    began = time.process_time()
-    work()
-    return time.process_time() - began
+def everything(n):
+    """All numbers and intervals."""
+    from ijepa.comparison import compare
+
+    embeddings = {name: sample(n, d)[0] for name, d in WIDTHS.items()}
+    labels = sample(n, 1)[1]
+
+    def work():
+        found = compare(embeddings, {}, labels, 0).differences["precision_at_5"]["estimate"]
+        return [found.value, found.se]
+
+    return work
 
 
 def main():
-    """Parse the arguments and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[500, 2000, 5000, 10000])
-    parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args()
-    print("| n | numbers, s | everything, s | added, s |")
-    print("| --- | --- | --- | --- |")
+    """Print the table."""
+    serve({THIS: everything})
+    args = parse(
+        __doc__, lambda add: add("--sizes", type=int, nargs="+", default=[500, 2000, 10_000])
+    )
+    print("| n | version | s | x the other | difference in P@5 |")
+    print("| --- | --- | --- | --- | --- |")
     for n in args.sizes:
-        embeddings, labels = sample(n)
-
-        def numbers(embeddings=embeddings, labels=labels):
-            for name, X in embeddings.items():
-                measure(analyze(X, labels, name))
-
-        def everything(embeddings=embeddings, labels=labels):
-            compare(embeddings, {}, labels, 0)
-
-        times = [(seconds(numbers), seconds(everything)) for _ in range(args.repeats)]
-        plain, whole = (statistics.median(column) for column in zip(*times, strict=True))
-        added = statistics.median(b - a for a, b in times)
-        print(f"| {n} | {plain:.2f} | {whole:.2f} | {added:.2f} |", flush=True)
+        turns = race(args, {"n": n})
+        base = median(turns.get(OTHER, turns[THIS]))
+        for name, them in turns.items():
+            value, se = them[0]["result"]
+            seconds = median(them)
+            print(
+                f"| {n} | {name} | {seconds:.2f} | {seconds / base:.2f} | {value:+.4f} ± {se:.4f} |"
+            )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
 """Kill runs at random moments and in the middle of writes, then look at what the next run makes.
 
-    python benchmarks/kills.py compare --kills 100
-    python benchmarks/kills.py train --kills 100
+    python benchmarks/kills.py compare --kills 60
+    python benchmarks/kills.py train --kills 60
 
-Half of the victims get SIGKILL after a random time, half from inside an operation on a file: a
-write of which half has reached the disk, a flush, or a rename, just before or after. After each
-kill every file that is there under its own name must be whole. The next run may be a victim, too:
-up to four in a row. Then one that is left alone must end well, have removed what was left
-unfinished, have computed again no more than a chunk for each kill (comparison) or what followed the
-last saved state (training), and give the numbers of an undisturbed run: embeddings, figures and
-weights bit for bit. Then two runs are started at once into one folder. Exit code 1 if anything is
-lost.
+A victim is killed after a random time, at a random operation on a file (before it is opened,
+renamed or removed), or inside a write, by a limit on the size of its files; a fourth finds the disk
+full at that size and must end with `error:` and `hint:`. After each one every file under its final
+name must be whole. Up to four victims in a row share a folder and a cache. Then an undisturbed run
+must end well, leave nothing unfinished, embed no image again beyond a chunk per victim and encoder,
+and give the numbers of a run that was never disturbed. Exit code 1 if anything is lost.
 """
 
 import argparse
@@ -18,357 +16,188 @@ import csv
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from victims import COMPARE, TRAIN, print_table, run, start, tiny_models
+from victims import COMPARE, TRAIN, print_table, run, tiny_models
 
-from ijepa import embeddings
-from ijepa.checkpoint import read_torch_file
-from ijepa.files import LOCK, SEAL_BYTES, read_sealed
+from ijepa.encoders import FrozenEncoder
 
-CHUNK = 8
-IMAGES = 64
-
-
-class Fatal:
-    """Counts operations on files and dies in one of them."""
-
-    def __init__(self, fatal: int, folder: Path) -> None:
-        self.left, self.folder, self.count = fatal, folder, 0
-
-    def install(self) -> None:
-        """Put this layer between the program and its files."""
-        self.open, self.fsync, self.replace = Path.open, os.fsync, os.replace
-        Path.open = lambda path, *args, **kwargs: self.opened(path, *args, **kwargs)
-        os.fsync = lambda descriptor: self.around(self.fsync, descriptor)
-        os.replace = lambda old, new, **kwargs: self.around(self.replace, old, new, **kwargs)
-
-    def step(self, dying: Callable[[], object] = lambda: None) -> None:
-        """One operation more."""
-        self.count += 1
-        if self.count == self.left:
-            dying()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def around(self, operation: Callable[..., object], *args: Any, **kwargs: Any) -> None:
-        """An operation that may be the last, before or after it took place."""
-        self.step()
-        operation(*args, **kwargs)
-        self.step()
-
-    def opened(self, path: Path, *args: Any, **kwargs: Any) -> Any:
-        """A file; one that is made gets torn writes."""
-        file = self.open(path, *args, **kwargs)
-        return Torn(file, self) if args[:1] == ("xb",) else file
+IMAGES = 400
+KINDS = ("at a random moment", "at a file operation", "inside a write", "disk full")
+OPERATIONS = ("os.rename", "os.remove", "os.mkdir")
+NEW, WRITES = os.O_WRONLY | os.O_CREAT, os.O_WRONLY | os.O_RDWR
 
 
-class Torn:
-    """A file whose last write reaches the disk by half."""
+def last_line(path):
+    """Raise an error unless a text is whole."""
+    assert path.read_bytes().endswith((b"\n", b"</html>")), "its last line is cut"
 
-    def __init__(self, file: Any, layer: Fatal) -> None:
-        self.file, self.layer = file, layer
 
-    def write(self, content: Any) -> int:
-        """Write, or write half and die."""
-        half = memoryview(content).cast("B")[: memoryview(content).nbytes // 2]
-        self.layer.step(lambda: [self.file.write(half), self.file.flush()])
-        return self.file.write(content)
+READERS = {
+    ".png": lambda path: Image.open(path).verify(),
+    ".npz": lambda path: dict(np.load(path, allow_pickle=False)),
+    ".json": lambda path: json.loads(path.read_text()),
+    ".pt": lambda path: torch.load(path, weights_only=True),
+    **dict.fromkeys((".html", ".csv", ".md"), last_line),
+}
 
-    def __enter__(self) -> "Torn":
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        self.file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
+def result(folder):
+    """What a run made: everything but times, rates and the hashes of files with them."""
+    kinds = (".png", ".npz", ".safetensors")
+    made = {path.name: path.read_bytes() for path in folder.rglob("*") if path.suffix in kinds}
+    if (path := folder / "metrics.json").exists():
+        made["metrics"] = json.loads(path.read_text())
+        del made["metrics"]["run"]["seconds"], made["metrics"]["artifacts"]
+        for model in made["metrics"]["models"].values():
+            del model["images_per_second"], model["from_cache"]
+    if (path := folder / "checkpoint_latest.pt").exists():
+        for which, tensors in torch.load(path, weights_only=True)["weights"].items():
+            made |= {f"{which} {name}": value.numpy().tobytes() for name, value in tensors.items()}
+        with (folder / "training_log.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        made["log"] = [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+    return made
 
 
 class Campaign:
-    """What the two campaigns share: `output` is made by `arguments`, `check` knows its files."""
+    """Victims in one folder: `out` is what they write, `cache` what they share."""
 
-    script: Any
-    arguments: list[object]
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.output = folder, folder / "out"
-        self.problems: Counter[str] = Counter()
-        self.most_left = self.died = self.died_writing = 0
-        self.most_again = 0.0
+    def __init__(self, folder, what, seed):
+        self.folder, self.rng, self.problems = folder, random.Random(seed), Counter()
+        self.died = Counter()
+        self.script = COMPARE if what == "compare" else TRAIN
+        if what == "compare":
+            tiny_models(folder)
+            self.arguments = ["--offline", "--dataset", "digits", "--max-samples", IMAGES]
+            self.arguments += ["--local-checkpoint", "tiny.pt", "--hf-model", "hf"]
+            self.arguments += ["--output-dir", "out"]
+        else:
+            for row in range(120):
+                place = folder / "images" / "ab"[row % 2]
+                place.mkdir(parents=True, exist_ok=True)
+                Image.effect_noise((32, 32), 20 + row).save(place / f"{row:03d}.png")
+            self.arguments = ["--dataset", "images", "--epochs", 3, "--batch-size", 16]
+            self.arguments += ["--embed-dim", 64, "--depth", 1, "--output-dir", "out"]
         began = time.monotonic()
-        self.reference = self.finish(Fatal(0, folder))
+        self.undisturbed()
         self.seconds = time.monotonic() - began
-        self.num_operations = int((folder / "operations").read_text())
+        self.reference = result(folder / "out")
+        self.num_operations = (folder / "operations").stat().st_size
+        self.largest = max(path.stat().st_size for path in (folder / "out").rglob("*"))
 
-    def prepare(self, layer: Fatal) -> None:
-        """In the forked process, before the run."""
+    def prepare(self, fatal=0, size=0, deadly=True):
+        """In the victim: count operations on files and embedded images, and arm what ends it."""
         os.chdir(self.folder)
-        layer.install()
+        encode, counted = FrozenEncoder.encode, os.open("work", NEW | os.O_APPEND)
+        counter = os.open("operations", NEW | os.O_TRUNC)
+        count = 0
 
-    def finish(self, layer: Fatal) -> Any:
-        """Run to the end; what it made."""
+        def noted(encoder, pixels):
+            os.write(counted, f"{encoder.name} {len(pixels)}\n".encode())
+            return encode(encoder, pixels)
 
-        def prepare() -> None:
-            self.prepare(layer)
-            leave = os._exit
+        def watch(event, arguments):
+            nonlocal count
+            if event in OPERATIONS or (event == "open" and (arguments[2] or 0) & WRITES):
+                os.write(counter, b".")
+                count += 1
+                if count == fatal:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
-            def counted(code: int) -> None:
-                (self.folder / "operations").write_text(str(layer.count))
-                leave(code)
+        FrozenEncoder.encode = noted
+        sys.addaudithook(watch)
+        if size:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL if deadly else signal.SIG_IGN)
 
-            os._exit = counted
-
-        outcome = run(self.script, self.arguments, self.folder / "log", prepare=prepare)
+    def undisturbed(self):
+        """A run to the end."""
+        outcome = run(self.script, self.arguments, self.folder / "log", self.prepare)
         if outcome.code:
             self.problems[f"the next run ended with {outcome.code}: {outcome.said}"] += 1
             print(outcome.text[-2000:], file=sys.stderr)
-        return self.result()
 
-    def kill(self, rng: random.Random, in_write: bool) -> None:
-        """One victim and what it left."""
-        fatal = rng.randint(1, self.num_operations) if in_write else 0
-        layer = Fatal(fatal, self.folder)
-        prepare = lambda: self.prepare(layer)  # noqa: E731
-        victim = start(self.script, self.arguments, self.folder / "log", prepare)
-        if not in_write:
-            time.sleep(rng.uniform(0, self.seconds))
-            victim.kill()
-        ended = victim.wait().code
-        self.died += ended == -signal.SIGKILL
-        self.died_writing += in_write and ended == -signal.SIGKILL
-        if ended not in (-signal.SIGKILL, 0):
-            self.problems[f"the victim ended with {ended}"] += 1
-        left = [path for path in self.output.rglob("*") if path.name.endswith("-tmp")]
-        self.most_left = max(self.most_left, len(left))
-        self.check(whole=False)
+    def disturb(self, kind):
+        """One victim, and what it left."""
+        fatal = self.rng.randint(1, self.num_operations) if kind == KINDS[1] else 0
+        size = self.rng.randint(20_000, self.largest) if kind in KINDS[2:] else 0
+        prepare = partial(self.prepare, fatal, size, kind != KINDS[3])
+        after = self.rng.uniform(0, self.seconds) if kind == KINDS[0] else 300
+        outcome = run(self.script, self.arguments, self.folder / "log", prepare, after)
+        self.died[kind] += outcome.refused if kind == KINDS[3] else outcome.code < 0
+        if outcome.code > 0 and not outcome.refused:
+            self.problems[f"a victim ended with {outcome.code}: {outcome.said}"] += 1
+            print(outcome.text[-2000:], file=sys.stderr)
+        self.check()
 
-    def kill_in_a_row(self, rng: random.Random, kills: int, first: int) -> None:
-        """Some victims one after the other, then a run that is left alone."""
-        done, needed = self.work(), 0 if self.output.exists() else self.needed()
-        for number in range(first, first + kills):
-            self.kill(rng, in_write=number % 2 == 1)
-        for name in self.differences(self.finish(Fatal(0, self.folder))):
-            self.problems[f"{name} differs after a kill"] += 1
-        self.most_again = max(self.most_again, (self.work() - done - needed) / kills)
-        self.check(whole=True)
-
-    def check(self, whole: bool) -> None:
-        """Every file that has its name must be whole; at the end nothing else may be there."""
-        for path in sorted(self.output.rglob("*")):
-            if path.is_file() and not path.name.endswith("-tmp") and path.name != LOCK:
+    def check(self, finished=False):
+        """Every file under its final name is whole; at the end there is no other in `out`."""
+        for path in self.folder.rglob("*"):
+            if path.is_file() and not path.name.startswith("."):
                 try:
-                    self.read(path)
+                    READERS.get(path.suffix, Path.stat)(path)
                 except Exception as error:  # noqa: BLE001  whatever it is, the file is not whole
                     self.problems[f"{path.name} is not whole: {error!r}"] += 1
-            elif path.is_file() and whole:
+            elif finished and path.name.endswith("tmp") and "out" in path.parts:
                 self.problems[f"{path.name} is left over"] += 1
 
-    def twice(self) -> str:
-        """Two runs at once into one folder: what the second says."""
-        reset(self.output)
-        first = start(self.script, self.arguments, self.folder / "log", self.enter)
-        while not (self.output / LOCK).exists():
-            time.sleep(0.002)
-        second = run(self.script, self.arguments, self.folder / "log2", prepare=self.enter)
-        if not second.refused or f"process {first.pid} " not in second.text:
-            self.problems[f"two at once: the second ended with {second.code}"] += 1
-        if first.wait().code:
-            self.problems["two at once: the first failed"] += 1
-        for name in self.differences(self.result()):
-            self.problems[f"{name} differs after two at once"] += 1
-        return second.said
+    def embedded(self):
+        """Images embedded so far by each encoder."""
+        lines = (self.folder / "work").read_text().split("\n")[:-1]
+        return Counter(name for name, count in map(str.split, lines) for _ in range(int(count)))
 
-    def enter(self) -> None:
-        """Go to the folder, so that printed commands are alike."""
-        self.prepare(Fatal(0, self.folder))
-
-    def differences(self, made: dict[str, Any]) -> list[str]:
-        """Names of results that are not those of the undisturbed run."""
-        names = sorted(self.reference.keys() | made.keys())
-        return [name for name in names if self.reference.get(name) != made.get(name)]
-
-
-class Comparison(Campaign):
-    """`compare_embeddings.py` on 64 digits in chunks of 8."""
-
-    script = COMPARE
-
-    def __init__(self, folder: Path) -> None:
-        tiny, hf = tiny_models(folder)
-        self.arguments = ["--offline", "--dataset", "digits", "--max-samples", IMAGES]
-        self.arguments += ["--local-checkpoint", tiny.name, "--hf-model", hf.name]
-        self.arguments += ["--output-dir", "out"]
-        embeddings.CHUNK = CHUNK
-        super().__init__(folder)
-
-    def prepare(self, layer: Fatal) -> None:
-        """Note every chunk that is computed."""
-        super().prepare(layer)
-        compute = embeddings.embed_chunks
-
-        def noted(*args: Any) -> Any:
-            for chunk in compute(*args):
-                with open("work", "a") as file:  # noqa: PTH123  Path.open is under the layer
-                    file.write(".")
-                yield chunk
-
-        embeddings.embed_chunks = noted
-
-    def work(self) -> int:
-        """Chunks computed by all runs so far."""
-        return len((self.folder / "work").read_text())
-
-    def needed(self) -> int:
-        """Chunks of a run from nothing."""
-        return 4 * IMAGES // CHUNK
-
-    def read(self, path: Path) -> None:
-        """Raise an error unless a file of the output folder is whole."""
-        content = path.read_bytes()
-        if path.suffix == ".png":
-            Image.open(path).verify()
-            assert content[-8:-4] == b"IEND"
-        elif path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as arrays:
-                assert len(arrays["labels"]) == len(arrays["embeddings"]) == IMAGES
-        elif path.suffix == ".json":
-            json.loads(content)
-        elif path.suffix == ".html":
-            assert content.rstrip().endswith(b"</html>")
-        elif ".cache" in path.parts:
-            assert read_sealed(path, len(content) - SEAL_BYTES) is not None
-        else:
-            assert content.endswith(b"\n"), "its last line is cut"
-
-    def result(self) -> dict[str, Any]:
-        """All files; times, rates and sums of files with times in them are left out."""
-        made: dict[str, Any] = {
-            str(path.relative_to(self.output)): path.read_bytes()
-            for path in self.output.rglob("*")
-            if path.is_file() and path.suffix not in (".json", ".html", ".md")
-        }
-        metrics = json.loads((self.output / "metrics.json").read_text())
-        del metrics["run"]["seconds"], metrics["artifacts"]
-        for model in metrics["models"].values():
-            del model["images_per_second"], model["from_cache"]
-        text = (self.output / "report.md").read_text()
-        lines = [line for line in text.splitlines() if "images/s" not in line]
-        return {**made, "metrics.json": metrics, "report.md": lines}
+    def round(self):
+        """Some victims in a row, then an undisturbed run; images embedded again per kill."""
+        before, fresh = self.embedded(), self.rng.random() < 0.75  # else over finished results
+        if fresh:
+            for name in ("out", "cache"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+        victims = self.rng.choices(KINDS, k=self.rng.randint(1, 4))
+        for kind in victims:
+            self.disturb(kind)
+        self.undisturbed()
+        self.check(finished=True)
+        made = result(self.folder / "out")
+        for name in self.reference.keys() | made.keys():
+            if self.reference.get(name) != made.get(name):
+                self.problems[f"{name} differs"] += 1
+        again = max((self.embedded() - before).values(), default=0)
+        return (again - IMAGES * fresh) / len(victims)
 
 
-class Training(Campaign):
-    """`train_ijepa.py` on 120 images, three epochs."""
-
-    script = TRAIN
-
-    def __init__(self, folder: Path) -> None:
-        rng = np.random.default_rng(0)
-        for name in ("a", "b"):
-            (folder / "images" / name).mkdir(parents=True)
-            for row in range(60):
-                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / "images" / name / f"{row:02d}.png")
-        self.arguments = ["--dataset", "images", "--epochs", 3, "--batch-size", 16]
-        self.arguments += ["--embed-dim", 64, "--depth", 1, "--output-dir", "out"]
-        super().__init__(folder)
-
-    def work(self) -> int:
-        """Not counted: the log of the next run must have each epoch once, as the reference has."""
-        return 0
-
-    def needed(self) -> int:
-        """As `work`."""
-        return 0
-
-    def read(self, path: Path) -> None:
-        """Raise an error unless a file of the output folder is whole."""
-        content = path.read_bytes()
-        if path.suffix == ".pt":
-            read_torch_file(path)
-        elif path.suffix == ".png":
-            Image.open(path).verify()
-        elif path.suffix == ".json":
-            json.loads(content)
-        elif path.suffix == ".csv":
-            lengths = {len(row) for row in csv.reader(content.decode().splitlines())}
-            assert len(lengths) == 1, "a row is cut"
-        else:
-            assert content
-
-    def result(self) -> dict[str, Any]:
-        """Weights, export and log without times."""
-        checkpoint = read_torch_file(self.output / "checkpoint_latest.pt")
-        made = {
-            f"{which} {name}": value.contiguous().view(torch.uint8).numpy().tobytes()
-            for which, tensors in checkpoint["weights"].items()
-            for name, value in tensors.items()
-        }
-        with (self.output / "training_log.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        made["log"] = [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
-        for path in (self.output / "hf").iterdir():
-            made[f"hf/{path.name}"] = path.read_bytes()
-        return made
-
-
-def reset(folder: Path) -> None:
-    """Remove a folder and all that is in it."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def main() -> int:
+def main():
     """Kill, look, run again; print what was lost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["compare", "train"])
-    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    scratch = Path(tempfile.mkdtemp(prefix="kills-"))
-    campaign = {"compare": Comparison, "train": Training}[args.what](scratch)
-    print(
-        f"undisturbed: {campaign.seconds:.1f} s, {campaign.num_operations} operations on files",
-        flush=True,
-    )
-    rng = random.Random(args.seed)
-    number = 0
-    while campaign.died < args.kills:  # some end before they are to die
-        # Sometimes over finished results.
-        if rng.random() < 0.75:
-            reset(campaign.output)
-        kills = rng.randint(1, 4)
-        campaign.kill_in_a_row(rng, kills, number)
-        number += kills
-        print(f"{campaign.died} killed, {dict(campaign.problems)}", file=sys.stderr, flush=True)
-    said = campaign.twice()
-    reset(scratch)
-    again = f"{campaign.most_again:.2f} chunks" if args.what == "compare" else "not counted"
-    print_table(
-        [
-            ("killed", "of them in a write", "most left", "again per kill", "lost"),
-            (
-                campaign.died,
-                campaign.died_writing,
-                f"{campaign.most_left} files",
-                again,
-                sum(campaign.problems.values()),
-            ),
-        ]
-    )
-    print(f"\ntwo at once: {said}")
+    most = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        campaign = Campaign(Path(folder), args.what, args.seed)
+        while sum(campaign.died.values()) < args.kills:
+            most = max(most, campaign.round())
+            print(dict(campaign.died), dict(campaign.problems), file=sys.stderr, flush=True)
+    counts = [campaign.died[kind] for kind in KINDS]
+    again = f"{most:.0f} images" if args.what == "compare" else ""
+    lost = sum(campaign.problems.values())
+    print_table([("of", *KINDS, "again per kill", "lost"), (args.what, *counts, again, lost)])
     for problem, count in campaign.problems.items():
         print(f"{count} x {problem}")
-    return bool(campaign.problems)
+    return bool(lost)
 
 
 if __name__ == "__main__":

@@ -1,107 +1,98 @@
-"""P@5 and both silhouettes against scikit-learn: time, peak memory and equal answers.
+"""Neighbors, silhouettes and their half-samples against another checkout and scikit-learn.
 
-    python benchmarks/pairwise.py --sizes 10000 --widths 192 1280 --repeats 5
+    python benchmarks/pairwise.py --sizes 2000 10000 20000 --halves 200 --against ../older
+    python benchmarks/pairwise.py --sizes 10000 50000 --against ../older
 
-Ours and scikit-learn's run by turns in one process on the same synthetic float32 embeddings of ten
-classes. Times are CPU seconds of the process over all threads, so that other programs on the
-machine do not count: with one thread (`OMP_NUM_THREADS=1`) they are the wall time of an idle core.
-Medians, the median ratio ours / scikit-learn, the largest difference between both answers and, for
-the first size, the peak memory of the process after our first run (data included) are printed as a
-Markdown table. The system tells only the highest peak of a process, so each size needs its own.
+The k most similar images of each, both silhouettes (Euclidean and cosine) and, if asked for, the
+neighbors and silhouettes of half-samples, on synthetic float32 embeddings of ten classes.
+scikit-learn has no half-samples and takes part without them. Seconds are those of the processor,
+all threads together; with `OMP_NUM_THREADS=1` they are the wall time of an idle core. Medians, the
+peak memory of the process, precision@5, and the mean silhouettes.
 """
 
-import argparse
-import resource
-import statistics
-import sys
-import time
-from pathlib import Path
+from cost import sample
+from versions import THIS, median, parse, race, serve
 
-import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from ijepa.metrics import nearest_neighbors, precision_at_k, silhouette_samples
-
-WORK = ("euclidean silhouette", "cosine silhouette", "precision@5")
+NEIGHBORS = 64
+"""As many as a comparison lists."""
+PEER = "scikit-learn"
 
 
-def sample(n, d, seed=0):
-    """Float32 embeddings with class structure and a falling spectrum, made without copies."""
-    generator = np.random.default_rng(seed)
-    labels = np.arange(n) % 10
-    X = generator.standard_normal((n, d), dtype=np.float32)
-    X *= 3 * np.arange(1, d + 1, dtype=np.float32) ** -0.3
-    X += generator.standard_normal((10, d), dtype=np.float32)[labels]
-    return X, labels
+def ours(n, d, num_halves, device):
+    """This package; the function of version 2979812 and before is the second one."""
+    from ijepa import metrics, uncertainty
 
-
-def ours(X, labels):
-    """Each piece of work by this package."""
-    yield silhouette_samples(X, labels, "euclidean").mean()
-    yield silhouette_samples(X, labels, "cosine").mean()
-    yield precision_at_k(nearest_neighbors(X, 5)[0], labels, 5).mean()
-
-
-def peer(X, labels, metrics, neighbors):
-    """The same by scikit-learn."""
-    yield metrics.silhouette_score(X, labels, metric="euclidean")
-    yield metrics.silhouette_score(X, labels, metric="cosine")
-    found = neighbors.NearestNeighbors(n_neighbors=5, metric="cosine").fit(X).kneighbors()[1]
-    yield (labels[found] == labels[:, None]).mean()
-
-
-def timed(work):
-    """CPU seconds and answer of each piece of work."""
-    seconds, answers = [], []
-    began = time.process_time()
-    for answer in work:
-        answers.append(float(answer))
-        seconds.append(time.process_time() - began)
-        began = time.process_time()
-    return seconds, answers
-
-
-def measure(n, d, repeats):
-    """Print the lines of one size; its peak memory is known before scikit-learn has run."""
-    peak = None if "sklearn.metrics" not in sys.modules else ""
     X, labels = sample(n, d)
-    mine, theirs, difference = [], [], [0.0] * len(WORK)
-    for _ in range(repeats):
-        seconds, values = timed(ours(X, labels))
-        if peak is None:
-            peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f}"
-        mine.append([*seconds, sum(seconds)])
-        from sklearn import metrics, neighbors  # after our peak, before its clock starts
+    halves = uncertainty.half_samples(labels, num_halves) if num_halves else None
 
-        seconds, expected = timed(peer(X, labels, metrics, neighbors))
-        theirs.append([*seconds, sum(seconds)])
-        gaps = [abs(a - b) for a, b in zip(values, expected, strict=True)]
-        difference = [max(a, b) for a, b in zip(difference, gaps, strict=True)]
-    for column, name in enumerate([*WORK, "all three"]):
-        a, b = [row[column] for row in mine], [row[column] for row in theirs]
-        ratio = statistics.median(x / y for x, y in zip(a, b, strict=True))
-        gap = f"{difference[column]:.1e}" if column < len(WORK) else ""
-        memory = "" if column < len(WORK) else peak
-        print(
-            f"| {n} | {d} | {name} | {statistics.median(a):.2f} | {statistics.median(b):.2f} "
-            f"| {ratio:.2f} | {gap} | {memory} |",
-            flush=True,
-        )
+    def now():
+        pairs = metrics.all_pairs(X, NEIGHBORS, labels, halves, device)
+        cosine = metrics.silhouette_samples(X, labels, "cosine", device)
+        if num_halves:
+            uncertainty.neighbor_halves(pairs.neighbors, pairs.similarities, labels, halves)
+        precision = metrics.precision_at_k(pairs.neighbors, labels, 5).mean()
+        return [float(precision), float(pairs.silhouettes.mean()), float(cosine.mean())]
+
+    def before():
+        lists = uncertainty.list_neighbors(X, device)
+        silhouettes = [
+            metrics.silhouette_samples(X, labels, metric, device).mean()
+            for metric in ("euclidean", "cosine")
+        ]
+        if num_halves:
+            uncertainty.neighbor_halves(lists, labels, halves)
+            for metric in ("euclidean", "cosine"):
+                metrics.mean_silhouettes(X, labels, halves, metric, device)
+        precision = metrics.precision_at_k(lists.neighbors, labels, 5).mean()
+        return [float(precision), *map(float, silhouettes)]
+
+    return now if hasattr(metrics, "all_pairs") else before
+
+
+def peer(n, d, **_):
+    """The same by scikit-learn."""
+    from sklearn.metrics import silhouette_score
+    from sklearn.neighbors import NearestNeighbors
+
+    X, labels = sample(n, d)
+
+    def work():
+        found = NearestNeighbors(n_neighbors=NEIGHBORS, metric="cosine").fit(X).kneighbors()[1]
+        precision = (labels[found[:, :5]] == labels[:, None]).mean()
+        metrics = ("euclidean", "cosine")
+        silhouettes = [silhouette_score(X, labels, metric=metric) for metric in metrics]
+        return [float(precision), *map(float, silhouettes)]
+
+    return work
 
 
 def main():
-    """Parse the arguments and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000])
-    parser.add_argument("--widths", type=int, nargs="+", default=[192, 1280])
-    parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args()
-    print("| n | d | work | ours, s | scikit-learn, s | ratio | difference | peak, GiB |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    """Print the table."""
+    serve({THIS: ours, PEER: peer})
+
+    def add(argument):
+        argument("--sizes", type=int, nargs="+", default=[2000, 10_000])
+        argument("--widths", type=int, nargs="+", default=[192, 1280])
+        argument("--device", default="cpu", help="cpu or cuda, then in seconds of the clock")
+        argument("--halves", type=int, default=0, help="half-samples (a comparison has 200)")
+
+    args = parse(__doc__, add)
+    clock = "cpu" if args.device == "cpu" else "wall"
+    print("| n | d | halves | version | s | ours / it | GiB | P@5 | Euclidean | cosine |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for n in args.sizes:
         for d in args.widths:
-            measure(n, d, args.repeats)
+            settings = {"n": n, "d": d, "num_halves": args.halves, "device": args.device}
+            turns = race(args, settings, () if args.halves else (PEER,))
+            for name, them in turns.items():
+                seconds = median(them, clock)
+                ratio = median(turns[THIS], clock) / seconds
+                values = " | ".join(f"{value:.6f}" for value in them[0]["result"])
+                print(
+                    f"| {n} | {d} | {args.halves} | {name} | {seconds:.2f} | {ratio:.2f} "
+                    f"| {them[-1]['peak']:.2f} | {values} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,82 @@
+"""Time the same work in several checkouts, or by another library, by turns in one run.
+
+A script names its works, functions from settings to a function without arguments. `race` starts the
+script again for every contestant, with the package of that contestant's checkout, and asks one
+process after the other for a turn. Other programs on the machine then slow all of them alike.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+THIS, OTHER = "this version", "other version"
+
+Turn = dict[str, Any]
+"""Seconds of all threads (`cpu`) and of the clock (`wall`), peak memory in GiB, and the result."""
+
+
+def parse(description: str | None, add: Callable[[Any], object]) -> argparse.Namespace:
+    """The arguments that every race takes, and those that `add` adds; prints the command."""
+    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    add(parser.add_argument)
+    parser.add_argument("--against", type=Path, help="another checkout, such as an older version")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    print(f"```bash\npython {' '.join(sys.argv)}\n```\n")
+    return args
+
+
+def race(
+    args: argparse.Namespace, settings: Mapping[str, Any], peers: tuple[str, ...] = ()
+) -> dict[str, list[Turn]]:
+    """Turns of this version, of the other one and of peers; the first turn of each warms it up."""
+    checkouts = {THIS: ROOT} | ({OTHER: args.against.resolve()} if args.against else {})
+    checkouts |= dict.fromkeys(peers, ROOT)
+    workers = {}
+    for name, checkout in checkouts.items():
+        command = [sys.executable, sys.argv[0], "--work", json.dumps([name, settings])]
+        environment = {**os.environ, "PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1"}
+        workers[name] = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+    turns: dict[str, list[Turn]] = {name: [] for name in workers}
+    for _ in range(args.repeats + 1):
+        for name, worker in workers.items():
+            print("go", file=worker.stdin, flush=True)
+            turns[name].append(json.loads(worker.stdout.readline() or sys.exit(f"{name} failed")))
+    for worker in workers.values():
+        worker.communicate()
+    return {name: them[1:] for name, them in turns.items()}
+
+
+def serve(works: Mapping[str, Callable[..., Callable[[], Any]]]) -> None:
+    """Do the work that `race` asks for; returns at once in the process that was not started by it.
+
+    The works of both versions are one function, under `THIS`.
+    """
+    if "--work" not in sys.argv:
+        return
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    name, settings = json.loads(sys.argv[-1])
+    work = works[THIS if name == OTHER else name](**settings)
+    for _ in sys.stdin:
+        cpu, wall = time.process_time(), time.perf_counter()
+        result = work()
+        turn = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(json.dumps({**turn, "peak": peak, "result": result}), file=answers, flush=True)
+    sys.exit()
+
+
+def median(turns: list[Turn], clock: str = "cpu") -> float:
+    """Median seconds of the turns."""
+    return statistics.median(turn[clock] for turn in turns)
