@@ -92,6 +92,15 @@ class Split:
         labels, indices = self.labels[rows], self.indices[rows]
         return replace(self, images=images, labels=labels, indices=indices, paths=paths)
 
+    def without(self, failures: Sequence[tuple[int, str]]) -> "Split":
+        """The same images except for unreadable ones, given as rows with reasons; a note counts."""
+        bad = [row for row, _ in failures]
+        reasons = "; ".join(reason for _, reason in failures[:5])
+        more = f"; and {len(bad) - 5:,} more" if len(bad) > 5 else ""
+        note = f"{len(bad):,} unreadable images were left out: {reasons}{more}"
+        rest = self.take(np.setdiff1d(np.arange(len(self)), bad))
+        return replace(rest, notes=(*self.notes, note))
+
     def image_keys(self) -> list[bytes]:
         """16 bytes per image: a hash of its file, or of pixels and shape; nothing is decoded.
 
@@ -517,9 +526,3 @@ def balanced_sample(split: Split, max_samples: int, seed: int) -> Split:
     if max_samples == 0 or max_samples >= len(split):
         return split
     return split.take(balanced_rows(split.labels, len(split.classes), max_samples, seed))
-
-
-def fingerprint(split: Split) -> str:
-    """SHA-256 over the indices and keys of every image, in order."""
-    indices = split.indices.astype("<i8").tobytes()
-    return hashlib.sha256(indices + b"".join(split.image_keys())).hexdigest()

@@ -15,7 +15,6 @@ from torch import Tensor, distributed, nn
 from ijepa.errors import UserError
 
 
-
 def join_processes(
     device: torch.device, backend: str, timeout: timedelta | None = None
 ) -> torch.device:

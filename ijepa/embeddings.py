@@ -22,10 +22,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ijepa.data import Split
+from ijepa.distributed import num_processes, process_rank, wait_for_all
 from ijepa.encoders import FrozenEncoder
 from ijepa.errors import UserError
 from ijepa.files import write_atomically
-from ijepa.distributed import num_processes, process_rank, wait_for_all
 
 CHUNK = 128
 """Images per cache file: so many are lost by an interruption at most, on a GPU a batch more."""

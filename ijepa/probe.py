@@ -13,7 +13,7 @@ whole one, then both halves of each pair), R draws of a few images.
 """
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -26,12 +26,13 @@ from scipy.stats import binomtest
 
 from ijepa.agreement import holm, mcnemar_exact_p
 from ijepa.data import balanced_rows
-from ijepa.metrics import row_blocks, validate_embeddings
+from ijepa.metrics import TEMPERATURE, validate_embeddings
 from ijepa.uncertainty import Estimate
 
 KS = (20, 10, 100, 200)
 """Numbers of neighbors; the first is the headline."""
-TEMPERATURE = 0.07
+BLOCK_ENTRIES = 2**23
+"""Numbers that are computed at once: about 100 MB."""
 L2_GRID = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 """Penalties per image, strongest first: each fit starts from the one before."""
 PIXEL_COMPONENTS = 512
@@ -226,6 +227,12 @@ def answer(  # noqa: PLR0913
         },
         chosen,
     )
+
+
+def row_blocks(n: int, width: int) -> Iterator[slice]:
+    """Slices that cover n rows, so many at once that rows of this width fill a block."""
+    step = max(1, BLOCK_ENTRIES // width)
+    return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
 def knn_answers(X: Bank, codes: BankLabels, Q: Queries, ks: Sequence[int]) -> list[QueryLabels]:

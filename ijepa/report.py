@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass, replace
 from importlib.metadata import version
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,11 @@ from ijepa.errors import git_commit
 from ijepa.files import sha256, write_atomically, write_text
 from ijepa.markdown import caveats as find_caveats
 from ijepa.markdown import markdown
-from ijepa.metrics import knn_correct
+from ijepa.metrics import KNN_K, TEMPERATURE
 from ijepa.narrative import class_means, summary
 from ijepa.page import page
 from ijepa.projections import PERPLEXITY, TSNE_WIDTH, Maps, make_maps
-from ijepa.uncertainty import KNN_K, NUM_BLOCKS, NUM_HALVES
+from ijepa.uncertainty import NUM_HALVES
 
 SCHEMA_VERSION = 2
 PACKAGES = ("torch", "torchvision", "transformers", "numpy", "scipy", "scikit-learn", "matplotlib")
@@ -52,13 +51,12 @@ NOT_ALWAYS_MADE += ("nn_disagreement.png",)
 
 def settings(seed: int) -> dict[str, Any]:
     """What the numbers were computed with, from the constants that the code uses."""
-    temperature = signature(knn_correct).parameters["temperature"].default
     return {
         "similarity": "cosine",
         "silhouette": "euclidean, true labels",
-        "knn": {"k": KNN_K, "temperature": temperature, "leave_one_out": True},
+        "knn": {"k": KNN_K, "temperature": TEMPERATURE, "leave_one_out": True},
         "mutual_k": MUTUAL_K,
-        "intervals": {"level": 0.95, "halves": NUM_HALVES, "jackknife_blocks": NUM_BLOCKS},
+        "intervals": {"level": 0.95, "halves": NUM_HALVES, "spectrum": "influence functions"},
         "tsne": {"pca": TSNE_WIDTH, "perplexity": PERPLEXITY, "seed": seed},
     }
 
@@ -91,16 +89,6 @@ def complete(comparison: Comparison, split: Split, facts: Mapping[str, Any]) -> 
     # Other seeds of the local model come after the compared models.
     models |= {role: x for role, x in facts.get("models", {}).items() if role not in models}
     return known | {"run": run, "dataset": data, "models": models}
-
-
-def count_duplicates(keys: Sequence[bytes], labels: Int[np.ndarray, " n"]) -> dict[str, int]:
-    """How many images have an exact copy among the others, and how many a copy of another label."""
-    groups: dict[bytes, list[int]] = {}
-    for key, label in zip(keys, labels.tolist(), strict=True):
-        groups.setdefault(key, []).append(label)
-    copies = [group for group in groups.values() if len(group) > 1]
-    two = [group for group in copies if len(set(group)) > 1]
-    return {"images": sum(map(len, copies)), "with_two_labels": sum(map(len, two))}
 
 
 def draw(

@@ -5,14 +5,15 @@ By default: a small I-JEPA trained on CIFAR-10 and the Hugging Face ViT-Huge I-J
 
 import argparse
 import os
+import shutil
 import sys
 import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from ijepa import __version__
-from ijepa.errors import UserError, command_line
+from ijepa import __version__  # noqa: E402
+from ijepa.errors import UserError, command_line  # noqa: E402
 
 if TYPE_CHECKING:
     from ijepa.data import Split
@@ -40,8 +41,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     add("--local-checkpoint", metavar="SOURCE", action="append",
-        help="first model: a file of train_ijepa.py, of the I-JEPA authors or with a state dict, an "
-        ".npz of an earlier run, a Hugging Face directory or hub id; given again: other seeds of "
+        help="first model: a file of train_ijepa.py, of the I-JEPA authors or any state dict, "
+        "an .npz of an earlier run, a Hugging Face directory or hub id; given again: other seeds of "
         f"the same training (default: {BUNDLED.name}/checkpoint_latest.pt)")
     add("--local-weights", choices=["target", "context"], default="target",
         help="which encoder of that file (default: %(default)s)")
@@ -98,8 +99,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def bundled(name: str) -> str:
     """The path of a shipped file, relative where it is below the working directory."""
-    path, here = BUNDLED / name, Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+    path = BUNDLED / name
+    with suppress(FileNotFoundError, ValueError):  # no working directory, or not below it
+        path = path.relative_to(Path.cwd())
+    return str(path)
 
 
 def path(text: str) -> Path:
@@ -167,7 +170,10 @@ class Lines:
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self.close()
+
+    def close(self) -> None:
+        """Nothing is left to write."""
 
     def update(self, count: int = 1) -> None:
         """Count finished items."""
@@ -313,80 +319,113 @@ def announce_wait(bank: "Split", results: dict[str, "Embeddings"]) -> None:
             say(f"embedding {len(bank):,} bank images with {name} takes about {minutes:.0f} min")
 
 
-def run(args: argparse.Namespace, talks: bool) -> None:
-    """Images, encoders, embeddings, comparison, report: the whole line of data."""
-    stages = Stages(talks)
-    with stages("import", "importing the libraries"):
-        from ijepa.comparison import compare
-        from ijepa.devices import choose_device
-        from ijepa.distributed import first_process_first, join_processes, leave_processes
-        from ijepa.distributed import process_rank
-        from ijepa.embeddings import writable_cache
-        from ijepa.narrative import console_table, headline_lines, table
-        from ijepa.report import caveats, summary_json, write_report
-        from ijepa.probe import probe as measure_probe
-        from ijepa.projections import make_maps
+@dataclass
+class Inputs:
+    """What a comparison is made of: images and their embeddings by every model."""
 
-        # A process whose images are all in the cache waits for those that compute theirs.
-        device = join_processes(choose_device(args.device), "gloo", timedelta(days=7))
-    cache, note = (None, None) if args.no_cache else writable_cache(args.cache_dir, args.output_dir)
-    if note and talks:
-        say(note)
+    split: "Split"
+    loaded: list[Any]
+    results: dict[str, "Embeddings"]
+    notes: list[str]
+    bank: "Split | None" = None
+    bank_results: "dict[str, Embeddings]" = field(default_factory=dict)
+
+
+def embed(args: argparse.Namespace, stages: Stages, device: Any, cache: Path | None) -> Inputs:
+    """Load images and models, and embed the sample and the probe's bank."""
+    from ijepa.distributed import first_process_first
+
     with stages("load_images", "reading the images"), first_process_first():
         split = load_images(args)
     with stages("load_models", "loading the models"), first_process_first():
         loaded = load_encoders(args, device, cache)
     with stages("extract", "embedding the images"):
-        split, results = extract_all(args, loaded, split, cache, talks)
+        split, results = extract_all(args, loaded, split, cache, stages.talks)
+    inputs = Inputs(split, loaded, results, list(split.notes))
     with stages("extract_bank", "embedding the probe's bank"):
-        bank, bank_notes = load_bank(args, split)
+        bank, notes = load_bank(args, split)
+        inputs.notes += notes
         if bank is not None:
             announce_wait(bank, results)
             models = [one for one in loaded if not one.name.startswith("local_")]
-            bank, bank_results = extract_all(args, models, bank, cache, talks)
-        rank = process_rank()
+            inputs.bank, inputs.bank_results = extract_all(args, models, bank, cache, stages.talks)
+    return inputs
+
+
+def run(args: argparse.Namespace, talks: bool) -> None:
+    """Images, encoders, embeddings, comparison, report: the whole line of data."""
+    stages = Stages(talks)
+    with stages("import", "importing the libraries"):
+        from ijepa.devices import choose_device
+        from ijepa.distributed import join_processes, leave_processes, num_processes, process_rank
+        from ijepa.embeddings import writable_cache
+
+        # A process whose images are all in the cache waits for those that compute theirs.
+        device = join_processes(choose_device(args.device), "gloo", timedelta(days=7))
+    cache, note = (None, None) if args.no_cache else writable_cache(args.cache_dir, args.output_dir)
+    # Processes meet in the cache; without one that is kept they need one for this run.
+    passing = (
+        args.output_dir / ".cache-of-this-run" if args.no_cache and num_processes() > 1 else None
+    )
+    try:
+        inputs = embed(args, stages, device, cache or passing)
+        reports = process_rank() == 0
         leave_processes()
-    if rank > 0:
-        return
-    progress = make_progress(talks)
-    X = {name: result.values for name, result in results.items()}
+    finally:
+        if passing and talks:
+            shutil.rmtree(passing, ignore_errors=True)
+    if note:
+        inputs.notes.append(note)
+        if talks:
+            say(note)
+    if reports:
+        report(args, stages, inputs, str(device), cache)
+
+
+def report(
+    args: argparse.Namespace, stages: Stages, inputs: Inputs, device: str, cache: Path | None
+) -> None:
+    """Compare the embeddings, write every file and print the summary."""
+    from ijepa.comparison import compare
+    from ijepa.markdown import caveats, console_table, headline_lines
+    from ijepa.narrative import table
+    from ijepa.probe import probe as measure_probe
+    from ijepa.projections import make_maps
+    from ijepa.report import summary_json, write_report
+
+    split, loaded, seed = inputs.split, inputs.loaded, args.seed
+    X = {name: result.values for name, result in inputs.results.items()}
     models = {name: X[name] for name in ("local", "hf") if name in X}
     references = {name: X[name] for name in ("pixels", "random_weights") if name in X}
     seeds = [X[name] for name in X if name.startswith("local_")]
     names = {one.name: one.description["short_name"] for one in loaded if one.name in models}
+    progress = make_progress(stages.talks)
     with stages("compare", "comparing all pairs of images"):
-        found = compare(
-            models, references, split.labels, args.seed, seeds, str(device), names, progress
-        )
+        found = compare(models, references, split.labels, seed, seeds, device, names, progress)
     probe = None
-    if bank is not None:
-        with stages("probe", "fitting the probes"):
-            banks = {name: result.values for name, result in bank_results.items()}
+    with stages("probe", "fitting the probes"):
+        if inputs.bank is not None:
+            banks = {name: result.values for name, result in inputs.bank_results.items()}
             queries = {name: X[name] for name in banks}
-            probe = measure_probe(banks, queries, bank.labels, split.labels, args.seed, progress)
+            labels = inputs.bank.labels, split.labels
+            probe = measure_probe(banks, queries, *labels, seed, progress)
     with stages("project", "making the maps"):
-        maps = make_maps(models, split.labels, args.seed, cache and cache / "maps")
+        maps = make_maps(models, split.labels, seed, cache and cache / "maps")
     with stages("write", "drawing and writing the report"):
-        facts = describe_run(args, stages, loaded, results, split)
-        notes = [*split.notes, *([note] if note else []), *bank_notes]
-        notes = caveats(found, facts, maps, notes, both_bundled(loaded))
+        facts = describe_run(args, stages, inputs, device)
+        notes = caveats(found, facts, maps, inputs.notes, both_bundled(loaded))
         written = write_report(args.output_dir, found, split, facts, notes, maps, probe)
     if args.json:
         print(summary_json(args.output_dir / "metrics.json"), end="")
     else:
-        print(console_table(table(found)))
-        print("\n".join(headline_lines(found)))
+        print("\n".join([console_table(table(found)), *headline_lines(found)]))
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in stages.seconds.items())
     say(f"{len(written)} files in {args.output_dir} ({seconds})")
     say(f"open {args.output_dir / 'report.html'}")
 
 
 def describe_run(
-    args: argparse.Namespace,
-    stages: Stages,
-    loaded: list[Any],
-    results: dict[str, "Embeddings"],
-    split: "Split",
+    args: argparse.Namespace, stages: Stages, inputs: Inputs, device: str
 ) -> dict[str, Any]:
     """What metrics.json says of the run, the data and the models, beyond the numbers."""
     import hashlib
@@ -395,28 +434,30 @@ def describe_run(
 
     from ijepa.data import duplicates
 
-    keys = split.image_keys()
-    copies = dict(zip(("images", "with_two_labels"), duplicates(keys, split.labels), strict=True))
-    device = next((str(one.device) for one in loaded if hasattr(one, "device")), "cpu")
+    keys = inputs.split.image_keys()
+    counts = duplicates(keys, inputs.split.labels)
     return {
         "run": {
             "command": args.command,
             "seed": args.seed,
             "seconds": stages.seconds,
             "device": torch.device(device).type,
-            "dtype": loaded[0].description.get("dtype"),
+            "dtype": inputs.loaded[0].description.get("dtype"),
             "torch_threads": torch.get_num_threads(),
             "pairs_device": device,
         },
-        "dataset": {"sha256": hashlib.sha256(b"".join(keys)).hexdigest(), "duplicates": copies},
+        "dataset": {
+            "sha256": hashlib.sha256(b"".join(keys)).hexdigest(),
+            "duplicates": dict(zip(("images", "with_two_labels"), counts, strict=True)),
+        },
         "models": {
             one.name: {
                 **one.description,
                 "embedding_dim": one.embed_dim,
-                "images_per_second": results[one.name].images_per_second,
-                "from_cache": results[one.name].from_cache,
+                "images_per_second": inputs.results[one.name].images_per_second,
+                "from_cache": inputs.results[one.name].from_cache,
             }
-            for one in loaded
+            for one in inputs.loaded
             if one.name in ("local", "hf")
         },
     }
@@ -430,14 +471,7 @@ def both_bundled(loaded: list[Any]) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """Compare; 0 done, 1 a user error, 2 wrong usage, 130 interrupted."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller
-            setattr(sys, name, Path(os.devnull).open("w"))
-    try:
-        args = parse_arguments(arguments)
-    except FileNotFoundError:
-        say("error: the working directory no longer exists\nhint: change to a folder that exists")
-        return 1
+    args = parse_arguments(arguments)
     # Figures need no display; a notebook's backend may not even import outside of it.
     os.environ["MPLBACKEND"] = "agg"
     # torchvision asks for a folder for compiled code when it is imported. Without this it would
@@ -446,34 +480,34 @@ def main(arguments: list[str] | None = None) -> int:
     from ijepa.files import own_folder
 
     first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+    problem = None
     try:
         with own_folder(args.output_dir) if first else nullcontext():
             run(args, talks=first)
     except UserError as error:
-        if args.debug:
-            traceback.print_exc()
-        say(f"error: {error.problem}\nhint: {error.hint}")
-        return 1
+        problem = error
     except ModuleNotFoundError as error:
-        say(f"error: the package {error.name} is not installed")
-        say("hint: run make setup, then use .venv/bin/python")
-        return 1
+        hint = "run make setup, then use .venv/bin/python"
+        problem = UserError(f"the package {error.name} is not installed", hint=hint)
     except MemoryError:
-        say("error: out of memory\nhint: lower --max-samples or --batch-size")
-        return 1
+        problem = UserError("out of memory", hint="lower --max-samples or --batch-size")
     except KeyboardInterrupt:
         kept = "" if args.no_cache else "; finished embeddings are kept, run again to continue"
         say(f"interrupted{kept}")
         return 130
-    return 0
+    if problem and args.debug:
+        traceback.print_exception(problem)
+    if problem:
+        say(f"error: {problem.problem}\nhint: {problem.hint}")
+    return int(problem is not None)
 
 
 if __name__ == "__main__":
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115  closed by the caller
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     code = main()
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with suppress(BrokenPipeError):  # its reader has left, as `head` does
             stream.flush()
-        except BrokenPipeError:  # the reader has left, as `head` does
-            pass
     # Interpreter shutdown takes seconds to collect the objects of the libraries.
     os._exit(code)

@@ -15,8 +15,7 @@ from PIL import Image
 
 from ijepa.checkpoint import load_checkpoint
 from ijepa.data import load_split
-from ijepa.errors import UserError
-from ijepa.errors import git_commit
+from ijepa.errors import UserError, git_commit
 from ijepa.training import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
