@@ -42,7 +42,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     add("--local-checkpoint", metavar="SOURCE", action="append",
         help="first model: a file of train_ijepa.py, of the I-JEPA authors or any state dict, "
-        "an .npz of an earlier run, a Hugging Face directory or hub id; given again: other seeds of "
+        "an .npz of an earlier run, a Hugging Face directory or hub id; given again: more seeds of "
         f"the same training (default: {BUNDLED.name}/checkpoint_latest.pt)")
     add("--local-weights", choices=["target", "context"], default="target",
         help="which encoder of that file (default: %(default)s)")

@@ -24,6 +24,14 @@ from ijepa.report import complete, json_text, metrics_content
 # Networks this small lose more time in handing work to threads than they gain.
 torch.set_num_threads(1)
 
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keep what runs cache out of the user's own folder."""
+    os.environ["XDG_CACHE_HOME"] = str(folder := tmp_path_factory.mktemp("cache"))
+    return folder
+
+
 FolderMaker = Callable[[Mapping[str, int]], Path]
 
 
