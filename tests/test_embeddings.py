@@ -357,7 +357,7 @@ def test_the_cache_folder_changes_with_everything_that_decides_an_embedding(tmp_
         described(sha256="b"),
         described(revision="c"),
         described(weights="context"),
-        described(resize="bicubic"),
+        described(preprocessing="bicubic"),
         pixel_encoder(),
     ]
     folders = {cache_folder(tmp_path, encoder, "images") for encoder in variants}
