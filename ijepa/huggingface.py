@@ -26,13 +26,20 @@ from ijepa.files import sha256, write_atomically, write_text
 from ijepa.model import LAYER_NORM_EPS
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+FILES = ["config.json", *PROCESSORS, "*.safetensors", "*.safetensors.index.json"]
 BACKEND = "torchvision"
 """Of image processors; transformers' default depends on what is installed."""
-# What transformers was seen to raise on damaged and foreign configurations and processors.
-UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)
-UNREADABLE += (ImportError,)
-DAMAGED = "the files may be damaged or incomplete: download or export them again"
-
+# What transformers was seen to raise on damaged and foreign files.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+)
+RETRY = "take all files from the same model, or download or export them again"
 # The names that released files have; transformers of every version reads these.
 HUGGINGFACE_NAMES = (
     (r"^patch_embed\.proj", "embeddings.patch_embeddings.projection"),
@@ -106,7 +113,7 @@ FAMILIES = {
 }
 FAMILIES |= {f"{name}_vision_model": FAMILIES[name] for name in ("clip", "siglip")}
 NAFLEX = "siglip2"
-"""Takes images of any size cut into patches; fixed-size SigLIP 2 models are of kind `siglip`."""
+"""Takes patches of images of any size; fixed-size SigLIP 2 models are of kind `siglip`."""
 
 
 def find_model(source: str, revision: str | None, offline: bool) -> tuple[Path, str | None]:
@@ -123,12 +130,7 @@ def find_model(source: str, revision: str | None, offline: bool) -> tuple[Path, 
         folder = snapshot_download(
             source,
             revision=revision,
-            allow_patterns=[
-                "config.json",
-                *PROCESSORS,
-                "*.safetensors",
-                "*.safetensors.index.json",
-            ],
+            allow_patterns=FILES,
             ignore_patterns=["*/*"],
             local_files_only=offline,
         )
@@ -162,32 +164,30 @@ def first_line(error: BaseException) -> str:
 
 
 def family_of(folder: Path, source: str) -> tuple[str, Family]:
-    """The kind of model in a directory, and how to read it; checks that its files are there.
+    """The kind of model in a directory, and how to read it.
 
     Raises:
         UserError: If files are missing or the kind is unknown.
     """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{source!r} has no config.json", hint="give the directory of a model")
-    if not list(folder.glob("*.safetensors")):
-        hint = "pickled weights are not loaded: save them with save_pretrained"
-        raise UserError(f"{source!r} has no *.safetensors file", hint=hint)
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{source!r} has no config.json with *.safetensors files",
+            hint="give the directory of one model; pickled weights are not loaded: save them with "
+            "save_pretrained",
+        )
     if not any((folder / name).is_file() for name in PROCESSORS):
         raise UserError(
             f"{source!r} has no {PROCESSORS[0]}, which says how to resize and normalize images",
             hint=f"copy {PROCESSORS[0]} from the original model into the directory",
         )
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        kind = str(config.get("model_type"))
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        kind = str(json.loads((folder / "config.json").read_text("utf-8")).get("model_type"))
+    except UNREADABLE as error:
         problem = f"cannot read config.json of {source!r}: {first_line(error)}"
-        raise UserError(problem, hint=DAMAGED) from error
+        raise UserError(problem, hint=RETRY) from error
     if kind == NAFLEX:
-        raise UserError(
-            f"{source!r} is a NaFlex model, whose images have no fixed size",
-            hint="give a fixed-size one such as google/siglip2-base-patch16-224",
-        )
+        hint = "give a fixed-size one such as google/siglip2-base-patch16-224"
+        raise UserError(f"{source!r} takes images of any size (NaFlex)", hint=hint)
     if kind not in FAMILIES:
         raise UserError(
             f"{source!r} is a {kind!r} model, which is not supported",
@@ -216,7 +216,7 @@ def stored_parameters(folder: Path, source: str) -> int:
                         total += prod(file.get_slice(name).get_shape())
     except (SafetensorError, OSError) as error:
         problem = f"cannot read the weights of {source!r}: {first_line(error)}"
-        raise UserError(problem, hint=DAMAGED) from error
+        raise UserError(problem, hint=RETRY) from error
     return total
 
 
@@ -249,8 +249,8 @@ def read_model(
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
+    memory = f"out of memory on {device} while loading {source!r}"
     try:
-        memory = f"out of memory on {device} while loading {source!r}"
         with quiet_transformers(), memory_errors(memory, hint="try --device cpu"):
             processor = transformers.AutoImageProcessor.from_pretrained(
                 folder, backend=BACKEND, local_files_only=True, trust_remote_code=False
@@ -265,61 +265,44 @@ def read_model(
                 output_loading_info=True,
                 **family.options,
             )
+            check_tensors(model, report)
+            check_processor(processor, model.config.image_size, family.any_size)
             model = model.to(device)
     except (*UNREADABLE, SafetensorError, StrictDataclassError) as error:
-        raise UserError(f"cannot load {source!r}: {first_line(error)}", hint=DAMAGED) from error
-    check_tensors(source, model, report)
-    check_processor(source, processor, model.config, family)
-    notes = []
-    if extra := Counter(name.split(".")[0] for name in report["unexpected_keys"]):
-        parts = ", ".join(f"{part} ({count})" for part, count in sorted(extra.items()))
-        notes.append(f"{source}: tensors that {family.model} does not use: {parts}")
+        raise UserError(f"cannot load {source!r}: {first_line(error)}", hint=RETRY) from error
+    unused = Counter(name.split(".")[0] for name in report["unexpected_keys"])
+    parts = ", ".join(f"{part} ({count})" for part, count in sorted(unused.items()))
+    notes = [f"{source}: tensors that {family.model} does not use: {parts}"] if unused else []
     return processor, model.eval().requires_grad_(False), notes
 
 
-def check_tensors(source: str, model: nn.Module, report: dict[str, Any]) -> None:
-    """Raise UserError for tensors that would be random numbers, or that are not finite."""
-    problem = None
-    for name, found, expected in sorted(report["mismatched_keys"]):
-        problem = f"tensor {name!r} has shape {tuple(found)}, expected {tuple(expected)}"
+def check_tensors(model: nn.Module, report: dict[str, Any]) -> None:
+    """Raise ValueError for tensors that would be random numbers, or that are not finite."""
     if missing := sorted(report["missing_keys"]):
-        problem = f"it lacks the tensor {missing[0]!r} ({len(missing)} missing)"
+        raise ValueError(f"it lacks the tensor {missing[0]!r} ({len(missing)} missing)")
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        raise ValueError(f"tensor {name!r} has shape {tuple(found)}, expected {tuple(expected)}")
     for name, value in model.state_dict().items():
         if not value.isfinite().all():
-            problem = f"tensor {name!r} has NaN or infinite values"
-    if problem:
-        raise UserError(f"cannot use {source!r}: {problem}", hint=DAMAGED)
+            raise ValueError(f"tensor {name!r} has NaN or infinite values")
 
 
-def check_processor(source: str, processor: Any, config: Any, family: Family) -> None:
-    """Try the processor on a tall and a wide image.
-
-    Raises:
-        UserError: If its output does not fit the network or is not finite.
-    """
-    try:
-        tall, wide = (
-            preprocess(processor, [torch.zeros(3, *size, dtype=torch.uint8)])
-            for size in ((48, 40), (40, 48))
-        )
-    except UNREADABLE as error:
-        problem = f"the image processor of {source!r} does not work: {first_line(error)}"
-        raise UserError(problem, hint=DAMAGED) from error
-    made, side = tuple(tall.shape[2:]), config.image_size
-    needed = tuple(side) if isinstance(side, list | tuple) else (side, side)
-    if tall.shape != wide.shape:
-        problem = f"makes images of {made} and of {tuple(wide.shape[2:])} pixels"
-    elif made != needed and not family.any_size:
-        problem = f"makes images of {made} pixels, its network takes {needed}"
-    elif not tall.isfinite().all():
-        problem = "makes pixels that are not finite"
-    else:
-        return
-    raise UserError(
-        f"the image processor of {source!r} {problem}",
-        hint="processor and network must match: take both from the same model, or correct size, "
-        f"crop_size, image_mean or image_std in {PROCESSORS[0]}",
+def check_processor(processor: Any, side: Any, any_size: bool) -> None:
+    """Raise ValueError if a tall and a wide image do not become pixels for this network."""
+    tall, wide = (
+        preprocess(processor, [torch.zeros(3, *size, dtype=torch.uint8)])
+        for size in ((48, 40), (40, 48))
     )
+    made, needed = tall.shape[2:], side if isinstance(side, list | tuple) else (side, side)
+    if tall.shape != wide.shape:
+        raise ValueError("its image processor does not give all images the same size")
+    if tuple(made) != tuple(needed) and not any_size:
+        raise ValueError(
+            f"its image processor makes images of {tuple(made)} pixels, its network takes "
+            f"{tuple(needed)}: the two must match"
+        )
+    if not tall.isfinite().all():
+        raise ValueError("its image processor makes pixels that are not finite: check mean and std")
 
 
 def preprocess(processor: Any, images: Iterable[Tensor]) -> Float[Tensor, "b 3 H W"]:

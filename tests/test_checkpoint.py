@@ -92,16 +92,6 @@ def test_a_saved_checkpoint_comes_back_with_weights_architecture_and_provenance(
     }
 
 
-def test_weights_are_stored_in_float16(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    encoder = make_encoder()
-    save(path, TINY, {"target": encoder}, (0.5, 0.5), TRAINING)
-    stored = torch.load(path, weights_only=True)["weights"]["target"]
-    assert {value.dtype for value in stored.values()} == {torch.float16}
-    numbers = sum(value.numel() for value in encoder.state_dict().values())
-    assert path.stat().st_size < 2 * numbers + 200 * len(stored) + 8000
-
-
 @pytest.mark.parametrize(
     ("training", "losses"),
     [
@@ -321,18 +311,9 @@ def test_plain_data_that_is_no_checkpoint_is_a_user_error(tmp_path, content):
 
 
 @pytest.mark.parametrize("key", ["architecture", "preprocessing", "training", "weights"])
-@pytest.mark.parametrize("value", [DELETE, None, 3, "x", [], {}, {1: 2}], ids=repr)
+@pytest.mark.parametrize("value", [DELETE, None, 3, "x", [], {}, {1: 2}])
 def test_a_part_that_is_missing_or_of_another_type_is_a_user_error(tmp_path, key, value):
     failure(saved(tmp_path, change(own_content(), [key], value)))
-
-
-@pytest.mark.parametrize("name", ["mean", "std"])
-@pytest.mark.parametrize("value", [DELETE, "abc", [0.5], [math.nan] * 3, [0.5, 0.5, math.inf]])
-def test_channel_statistics_that_are_not_three_numbers_are_named(tmp_path, name, value):
-    content = change(own_content(), ["preprocessing", name], value)
-    failure(saved(tmp_path, content))
-    content = change(own_content(), ["preprocessing", "std"], [0.5, 0.5, 0.0])
-    assert "std" in failure(saved(tmp_path, content)).problem
 
 
 def test_an_encoder_that_is_absent_is_named(tmp_path):
@@ -361,11 +342,6 @@ def test_a_missing_unknown_misshapen_or_infinite_tensor_is_named(tmp_path, name)
         assert f"{name!r} has NaN" in problem(spoilt).problem
     extra = change(own_content(), ["weights", "target", f"{name}2"], torch.zeros(2))
     assert f"'{name}2'" in failure(saved(tmp_path, extra)).problem
-
-
-def test_patches_that_form_no_square_are_a_user_error(tmp_path):
-    content = change(own_content(), ["weights", "target", "pos_embed"], torch.zeros(1, 15, 24))
-    assert "pos_embed" in failure(saved(tmp_path, content)).problem
 
 
 def test_reading_leaves_what_is_not_used_on_the_disk(tmp_path):
