@@ -8,6 +8,7 @@ Dimension key: n images, d and e widths of the two embeddings, k neighbors.
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,18 @@ from scipy.cluster.hierarchy import cophenet, linkage
 from scipy.spatial.distance import pdist, squareform
 
 from ijepa.metrics import NAN, class_means, unit_rows
+from ijepa.uncertainty import (
+    MUTUAL_K,
+    Analysis,
+    Deviations,
+    Estimate,
+    class_average,
+    columns,
+    estimate,
+    half_deviations,
+    overall,
+    student_p,
+)
 
 MAX_SPEARMAN_IMAGES = 2000
 """All pairs of this many images are two million similarities."""
@@ -194,6 +207,172 @@ def holm(p_values: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
     adjusted = np.full(len(p_values), NAN)
     adjusted[order] = np.minimum(np.maximum.accumulate(p_values[order] * factors), 1.0)
     return adjusted
+
+
+@dataclass(frozen=True)
+class PairNumbers:
+    """What `Comparison` has to say about two models: see there."""
+
+    differences: dict[str, dict[str, Any]]
+    per_class: list[dict[str, Any]]
+    agreement: dict[str, Any]
+    mutual: Float[np.ndarray, " n"] | None
+
+
+def compare_pair(
+    local: Analysis,
+    hf: Analysis,
+    values: Mapping[str, Mapping[str, Estimate]],
+    halves: Bool[np.ndarray, "B n"] | None,
+    seed: int,
+) -> PairNumbers:
+    """All numbers of two models.
+
+    Args:
+        local: The first model.
+        hf: The second one.
+        values: Every metric of `local` and `hf`.
+        halves: On which mutual kNN is repeated; None for no intervals.
+        seed: Of the permutations and of the pairs of images that are correlated.
+    """
+    mutual = None
+    if min(local.neighbors.shape[1], hf.neighbors.shape[1]) >= MUTUAL_K:
+        mutual = mutual_knn(local.neighbors, hf.neighbors, MUTUAL_K)
+    shared = None if halves is None else mutual_deviations(local, hf, halves)
+    return PairNumbers(
+        differences(local, hf, values),
+        per_class(local, hf, mutual, shared),
+        agreement(local, hf, mutual, shared, seed),
+        mutual,
+    )
+
+
+def change(first: Deviations, second: Deviations, metric: str) -> Float[np.ndarray, "..."] | None:
+    """Deviations of the second model's metric less the first one's; None without intervals."""
+    return second[metric] - first[metric] if metric in first else None
+
+
+def ratio(local: float, hf: float) -> float:
+    """Local over hf; NaN where that says nothing: below zero more would read as better."""
+    return local / hf if hf > 0 and local >= 0 else NAN
+
+
+def differences(
+    local: Analysis, hf: Analysis, values: Mapping[str, Mapping[str, Estimate]]
+) -> dict[str, dict[str, Any]]:
+    """Take hf - local and local / hf of every metric; for P@5 and P@1 also tests."""
+    result: dict[str, dict[str, Any]] = {}
+    for metric, ours in values["local"].items():
+        theirs = values["hf"][metric]
+        quotient, relative = ratio(ours.value, theirs.value), None
+        if theirs.ci95[0] <= 0:  # a quotient by what may be 0 says nothing
+            quotient = NAN
+        elif metric in local.deviations:
+            # A quotient changes with its parts as its derivative says: the delta method.
+            relative = local.deviations[metric] - quotient * hf.deviations[metric]
+            relative = relative / theirs.value
+        changed = change(local.deviations, hf.deviations, metric)
+        result[metric] = {
+            "estimate": estimate(theirs.value - ours.value, changed),
+            "ratio": estimate(quotient, relative),
+        }
+    changed = change(local.deviations, hf.deviations, "precision_at_5")
+    result["precision_at_5"] |= paired_precision(local.precisions(5), hf.precisions(5), changed)
+    if np.isfinite(local.precisions(1)).all():
+        p = mcnemar_exact_p(local.first_is_right(), hf.first_is_right())
+        result["precision_at_1"]["mcnemar_p"] = p
+    return result
+
+
+def paired_precision(
+    local: Float[np.ndarray, " n"],
+    hf: Float[np.ndarray, " n"],
+    deviations: Float[np.ndarray, " r"] | None,
+) -> dict[str, Any]:
+    """p-value of no difference and the images on which hf wins, ties and loses; or nothing."""
+    if not np.isfinite(local).all():
+        return {}
+    return {
+        "p": student_p(float((hf - local).mean()), deviations),
+        "wins": int((hf > local).sum()),
+        "ties": int((hf == local).sum()),
+        "losses": int((hf < local).sum()),
+    }
+
+
+def per_class(
+    local: Analysis,
+    hf: Analysis,
+    mutual: Float[np.ndarray, " n"] | None,
+    shared: Float[np.ndarray, "r C"] | None,
+) -> list[dict[str, Any]]:
+    """By class: P@5 of both models, difference, tests and mutual kNN; p-values also after Holm."""
+    labels, precisions = local.labels, [a.precisions(5) for a in (local, hf)]
+    if not np.isfinite(precisions[0]).all():
+        return []
+    changed = change(local.class_deviations, hf.class_deviations, "precision_at_5")
+    intervals = zip(columns(changed, labels), columns(shared, labels), strict=True)
+    rows = []
+    for label, (deviations, of_mutual) in zip(np.unique(labels), intervals, strict=True):
+        own = labels == label
+        ours, theirs = (values[own] for values in precisions)
+        common = NAN if mutual is None else float(mutual[own].mean())
+        rows.append(
+            {
+                "label": int(label),
+                "n": int(own.sum()),
+                "local": float(ours.mean()),
+                "hf": float(theirs.mean()),
+                "difference": estimate(float((theirs - ours).mean()), deviations),
+                **paired_precision(ours, theirs, deviations),
+                "mcnemar_p": mcnemar_exact_p(local.first_is_right()[own], hf.first_is_right()[own]),
+                "mutual_knn": estimate(common, of_mutual),
+            }
+        )
+    for test, corrected in (("p", "holm_p"), ("mcnemar_p", "mcnemar_holm_p")):
+        for row, p in zip(rows, holm(np.array([row[test] for row in rows])), strict=True):
+            row[corrected] = float(p)
+    return rows
+
+
+def mutual_deviations(
+    local: Analysis, hf: Analysis, halves: Bool[np.ndarray, "B n"]
+) -> Float[np.ndarray, "r C"]:
+    """Deviations of mutual kNN by class."""
+    codes = np.unique(local.labels, return_inverse=True)[1]
+    lists = zip(local.halves.first, hf.halves.first, halves, strict=True)
+    return half_deviations(
+        np.array(
+            [class_average(mutual_knn(a, b, MUTUAL_K // 2), codes[keep]) for a, b, keep in lists]
+        )
+    )
+
+
+def agreement(
+    local: Analysis,
+    hf: Analysis,
+    mutual: Float[np.ndarray, " n"] | None,
+    shared: Float[np.ndarray, "r C"] | None,
+    seed: int,
+) -> dict[str, Any]:
+    """How alike the two models see the images, each number next to its chance level."""
+    labels, n = local.labels, len(local.labels)
+    X, Y = local.embeddings, hf.embeddings
+    numbers = {
+        "mutual_knn_chance": MUTUAL_K / (n - 1) if n > MUTUAL_K else NAN,
+        "cka": linear_cka(X, Y),
+        "cka_class_demeaned": linear_cka(X, Y, labels),
+        "similarity_spearman": similarity_spearman(X, Y, seed),
+    }
+    null = cka_null(X, Y, labels, seed=seed)
+    reached = int((null >= numbers["cka"]).sum())
+    numbers["cka_null_p99"] = float(np.quantile(null, 0.99))
+    numbers["cka_null_p"] = NAN if np.isnan(null).any() else (1 + reached) / (1 + len(null))
+    same = [a.precisions(MUTUAL_K) for a in (local, hf)]
+    numbers["mutual_knn_class_only"] = mutual_knn_of_classes(*same, labels, MUTUAL_K)
+    common = None if shared is None else overall(shared, labels)
+    value = NAN if mutual is None else float(mutual.mean())
+    return {"mutual_knn": estimate(value, common), **numbers}
 
 
 def class_groups(

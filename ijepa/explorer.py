@@ -9,10 +9,11 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from ijepa.comparison import MUTUAL_K, Analysis, Comparison
+from ijepa.comparison import Analysis, Comparison
 from ijepa.data import Split
 from ijepa.plots import MODEL_NAMES, class_styles, similarity_digits
 from ijepa.projections import Maps, TsneProjection, align
+from ijepa.uncertainty import MUTUAL_K
 
 GRID = 10_000
 """Steps of a coordinate on the maps: finer than a pixel on any screen."""

@@ -26,16 +26,11 @@ BLOCK_ROWS = 256
 """More rows at once would not fit the cache of a processor and gain nothing on a GPU."""
 ROUNDING = 1e6
 """Similarities are compared in steps of a millionth: float32 products are exact to about 2e-7."""
-KNN_K = 20
-TEMPERATURE = 0.07
+KNN_K, TEMPERATURE = 20, 0.07
 
 
 def validate_embeddings(X: Float[np.ndarray, "n d"], name: str) -> None:
-    """Refuse embeddings that no metric is defined on.
-
-    Raises:
-        UserError: A row holds NaN or infinity, or is zero and so has no direction.
-    """
+    """Raise UserError where a row is not finite, or zero and so has no direction."""
     faults = {"NaN or infinity": ~np.isfinite(X).all(axis=1), "only zeros": ~X.any(axis=1)}
     for fault, found in faults.items():
         if found.any():
@@ -102,24 +97,6 @@ def covariance_spectrum(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " rank
     return without_rounding_errors(values, max(X.shape)) / (len(X) - 1)
 
 
-def principal_scores(
-    X: Float[np.ndarray, "n d"],
-) -> tuple[Float[np.ndarray, " rank"], Float[np.ndarray, "n rank"]]:
-    """The eigenvalues of `covariance_spectrum`, and the images on these principal axes.
-
-    The scores are float32, in units of the standard deviation of the embeddings as a whole.
-    """
-    rows, gram = centered_gram(X)
-    values, vectors = np.linalg.eigh(gram)
-    values, vectors = without_rounding_errors(values, max(X.shape)), vectors[:, ::-1]
-    unit = np.sqrt(values.sum() / (len(X) - 1)) or 1.0
-    if X.shape[1] <= len(X):
-        scores = (rows / unit).astype(np.float32) @ vectors.astype(np.float32)
-    else:
-        scores = (vectors * (np.sqrt(values) / unit)).astype(np.float32)
-    return values / (len(X) - 1), scores
-
-
 def explained_variance(eigenvalues: Float[np.ndarray, " rank"], k: int) -> float:
     """Share of the total variance along the first k principal components, in [0, 1].
 
@@ -174,11 +151,8 @@ def effective_rank_of_spectrum(squares: Float[np.ndarray, " rank"]) -> float:
 class Pairs:
     """What one pass over all pairs of images finds.
 
-    Args:
-        neighbors: The k most similar other images of each, best first.
-        similarities: Their cosine similarities, rounded to a millionth.
-        silhouettes: Euclidean silhouette of each image; NaN where `all_pairs` has no labels.
-        half_silhouettes: Mean silhouette of each half, by metric: `euclidean` and `cosine`.
+    The cosine similarities are rounded to a millionth, the silhouettes are Euclidean, and the mean
+    silhouettes of the halves are by metric: `euclidean` and `cosine`.
     """
 
     neighbors: Int[np.ndarray, "n k"]
@@ -290,20 +264,15 @@ class _Blocks:
             products[:, self.copies] = products[:, self.original[self.copies]]
         return products
 
-    def compare(
-        self, rows: slice, with_distances: bool
-    ) -> tuple[Float[Tensor, "t n"], Float[Tensor, "t n"] | None]:
+    def compare(self, rows: slice, with_distances: bool) -> tuple[Tensor, Tensor | None]:
         """Cosine similarities in millionths, and Euclidean distances if asked for."""
-        products = distances = None
-        if self.centered or with_distances:
-            products = self._products(self.points, rows)
+        products, distances = self._products(self.points, rows), None
         if with_distances:
             distances = torch.sub(self.squares, products, alpha=2)
             distances.add_(self.squares[rows, None]).clamp_min_(0).sqrt_()
             distances[:, rows].fill_diagonal_(0)
             if len(self.copies):
-                same = self.original[rows, None] == self.original
-                distances.masked_fill_(same, 0)
+                distances[self.original[rows, None] == self.original] = 0
         if self.centered:
             cosines = products.add_(self.offsets).add_(self.offsets[rows, None])
             cosines.mul_(self.scales).mul_(self.scales[rows, None])
@@ -329,18 +298,17 @@ class _Silhouettes:
         self.counts = torch.tensor(counts, dtype=torch.float64, device=device)
         self.totals = torch.zeros((2, len(keep)), dtype=torch.float64, device=device)
 
-    def add(
-        self, rows: slice, distances: Float[Tensor, "t n"], cosines: Float[Tensor, "t n"]
-    ) -> Float[np.ndarray, " t"]:
+    def add(self, rows: slice, distances: Tensor, cosines: Tensor) -> Float[np.ndarray, " t"]:
         """Count some rows in the means; return their Euclidean silhouettes among all images."""
-        scores = self._scores(rows, self._sums(distances))
+        scores = silhouettes_of_sums(self._sums(distances), self.counts, self.codes[rows])
         self.totals[0] += (scores * self.keep[rows]).sum(dim=0)
         if self.totals.shape[1] > 1:
             cosines[:, rows].fill_diagonal_(ROUNDING)
-            sums = self.counts.float() - self._sums(cosines) / ROUNDING
+            sums = self.counts - self._sums(cosines) / ROUNDING
             # Equal directions leave only rounding errors, whose quotient would be any number.
             sums = torch.where(sums < 1e-6 * self.counts, 0, sums)
-            self.totals[1] += (self._scores(rows, sums) * self.keep[rows]).sum(dim=0)
+            cosine = silhouettes_of_sums(sums, self.counts, self.codes[rows])
+            self.totals[1] += (cosine * self.keep[rows]).sum(dim=0)
         return scores[:, 0].cpu().numpy()
 
     def _sums(self, values: Float[Tensor, "t n"]) -> Float[Tensor, "t C b"]:
@@ -348,17 +316,13 @@ class _Silhouettes:
         found = [values[:, part] @ self.columns[part] for part in self.classes]
         sums = torch.stack(found, dim=1)
         total, common, first = sums[..., :1], sums[..., 1:2], sums[..., 2:]
-        return torch.cat([total, first, total + common - first], dim=2)
-
-    def _scores(self, rows: slice, sums: Float[Tensor, "t C b"]) -> Float[Tensor, "t b"]:
-        return silhouettes_of_sums(sums.double(), self.counts, self.codes[rows])
+        return torch.cat([total, first, total + common - first], dim=2).double()
 
     def means(self) -> dict[str, Float[np.ndarray, " b"]]:
         """Mean over the kept images of each half, in the order of the halves."""
-        means = (self.totals / self.keep.sum(dim=0))[:, 1:].cpu().numpy()
-        first, second = np.split(means, 2, axis=1)
-        pairs = np.stack([first, second], axis=2).reshape(2, -1)
-        return dict(zip(("euclidean", "cosine"), pairs, strict=True))
+        means = (self.totals / self.keep.sum(dim=0))[:, 1:].reshape(2, 2, -1)
+        euclidean, cosine = means.transpose(1, 2).reshape(2, -1).cpu().numpy()
+        return {"euclidean": euclidean, "cosine": cosine}
 
 
 def silhouettes_of_sums(
@@ -411,8 +375,8 @@ def silhouette_samples(
     unit = unit_rows(X)
     sums = counts * (1 - unit @ class_means(unit, codes).T)
     # Equal directions leave only rounding errors, whose quotient would be any number.
-    sums = torch.from_numpy(np.where(sums < 1e-12 * counts, 0.0, sums)[..., None])
-    sizes = torch.from_numpy(counts[:, None].astype(np.float64))
+    sums = torch.tensor(np.where(sums < 1e-12 * counts, 0.0, sums))[..., None]
+    sizes = torch.tensor(counts[:, None], dtype=torch.float64)
     return silhouettes_of_sums(sums, sizes, torch.from_numpy(codes))[:, 0].numpy()
 
 
@@ -468,22 +432,16 @@ def knn_correct(
     return knn_vote(codes[neighbors[:, :k]], similarities[:, :k], len(classes)) == codes
 
 
-@dataclass(frozen=True)
-class Hubness:
-    """How unevenly images serve as neighbors: statistics of the number of lists each is in."""
+def hubness(neighbors: Int[np.ndarray, "n m"], k: int = 10) -> dict[str, float]:
+    """How unevenly images serve as neighbors: statistics of the number of k-NN lists each is in.
 
-    skew: float  # 0 for even counts, NaN if all are equal
-    maximum: int
-    anti_hub_share: float  # images in no list, in [0, 1]
-
-
-def hubness(neighbors: Int[np.ndarray, "n m"], k: int = 10) -> Hubness:
-    """Skew, maximum and anti-hubs of the k-occurrence counts.
-
-    Radovanović et al. 2010, "Hubs in Space", Journal of Machine Learning Research 11.
+    `skew` is 0 for even counts and NaN if all are equal, `maximum` the largest count and
+    `anti_hub_share` the share of images in no list. Radovanović et al. 2010, "Hubs in Space",
+    Journal of Machine Learning Research 11.
     """
     counts = np.bincount(neighbors[:, :k].ravel(), minlength=len(neighbors))
     deviations = counts - counts.mean()
     variance = np.square(deviations).mean()
     skew = (deviations**3).mean() / variance**1.5 if variance > 0 else NAN
-    return Hubness(float(skew), int(counts.max()), float((counts == 0).mean()))
+    shares = {"skew": skew, "maximum": counts.max(), "anti_hub_share": (counts == 0).mean()}
+    return {name: float(value) for name, value in shares.items()}

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ijepa.agreement import MAX_SPEARMAN_IMAGES
-from ijepa.comparison import HEADLINES, Comparison, neighbor_confusion, ratio
+from ijepa.agreement import MAX_SPEARMAN_IMAGES, ratio
+from ijepa.comparison import HEADLINES, Comparison, neighbor_confusion
 from ijepa.uncertainty import KNN_K, Estimate
 
 P5 = "precision_at_5"

@@ -1,4 +1,6 @@
-"""Standard errors, 95% intervals and p-values from parts of the images.
+"""One model's record, with standard errors, 95% intervals and p-values from parts of the images.
+
+`analyze` is where the embeddings of a model are passed through all that is computed from them.
 
 Statistics of neighbors and distances are recomputed on random halves of the images, drawn without
 replacement inside every class; copies of an image, as a bootstrap makes them, would retrieve each
@@ -22,14 +24,28 @@ r deviations.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import stats
 
-from ijepa.metrics import KNN_K, NAN, effective_rank_of_spectrum, explained_variance, knn_vote
+from ijepa.metrics import (
+    KNN_K,
+    NAN,
+    all_pairs,
+    centered_gram,
+    covariance_spectrum,
+    knn_correct,
+    knn_vote,
+    precision_at_k,
+    silhouette_samples,
+    validate_embeddings,
+    without_rounding_errors,
+)
 
 NUM_HALVES = 200
 LEVEL = 0.95
@@ -45,6 +61,8 @@ NUM_CONFUSIONS = 3
 
 Deviations = Mapping[str, Float[np.ndarray, "..."]]
 """By metric, for `estimate`, also by class; empty where there are no intervals."""
+Progress = Callable[..., Any]
+"""Makes a progress bar like `tqdm(total=..., desc=...)`."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +106,17 @@ def small_classes(labels: Int[np.ndarray, " n"]) -> Int[np.ndarray, " s"]:
     """Labels with too few images to be halved."""
     classes, counts = np.unique(labels, return_counts=True)
     return classes[counts < MIN_IMAGES_PER_CLASS]
+
+
+def columns(
+    deviations: Float[np.ndarray, "r C"] | None, labels: Int[np.ndarray, " n"]
+) -> list[Float[np.ndarray, " r"] | None]:
+    """Deviations of each class; None without intervals or where it is too small to be halved."""
+    classes = np.unique(labels)
+    if deviations is None:
+        return [None] * len(classes)
+    small = np.isin(classes, small_classes(labels))
+    return [None if one else column for one, column in zip(small, deviations.T, strict=True)]
 
 
 def half_samples(
@@ -234,6 +263,24 @@ def neighbor_halves(
     return found
 
 
+def principal_scores(
+    X: Float[np.ndarray, "n d"],
+) -> tuple[Float[np.ndarray, " rank"], Float[np.ndarray, "n rank"]]:
+    """The eigenvalues of `covariance_spectrum`, and the images on these principal axes.
+
+    The scores are float32, in units of the standard deviation of the embeddings as a whole.
+    """
+    rows, gram = centered_gram(X)
+    values, vectors = np.linalg.eigh(gram)
+    values, vectors = without_rounding_errors(values, max(X.shape)), vectors[:, ::-1]
+    unit = np.sqrt(values.sum() / (len(X) - 1)) or 1.0
+    if X.shape[1] <= len(X):
+        scores = (rows / unit).astype(np.float32) @ vectors.astype(np.float32)
+    else:
+        scores = (vectors * (np.sqrt(values) / unit)).astype(np.float32)
+    return values / (len(X) - 1), scores
+
+
 def spectrum_deviations(
     eigenvalues: Float[np.ndarray, " rank"], scores: Float[np.ndarray, "n rank"]
 ) -> dict[str, Float[np.ndarray, " n"]]:
@@ -257,16 +304,133 @@ def spectrum_deviations(
     lengths = squares.sum(axis=1)
     influences = []
     for k in VARIANCE_COMPONENTS:
-        share = explained_variance(eigenvalues, k)
+        share = eigenvalues[:k].sum() / total
         influences.append(squares[:, :k].sum(axis=1) - share * lengths)
-    rank = effective_rank_of_spectrum(eigenvalues)
     positive = eigenvalues > 0
     roots = np.sqrt(eigenvalues[positive] / total)
     p = roots / roots.sum()
-    slopes = -rank * (np.log(p) + np.log(rank)) / (2 * roots * roots.sum())
+    entropy = -(p * np.log(p)).sum()
+    rank = np.exp(entropy)
+    slopes = -rank * (np.log(p) + entropy) / (2 * roots * roots.sum())
     influence = squares[:, positive] @ slopes
     influences.append(influence if rank <= n / 2 else np.full(n, NAN))
     return {
         name: (values - values.mean()) / np.sqrt(n)
         for name, values in zip(names, influences, strict=True)
     }
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One model's embeddings with all that several metrics and intervals share."""
+
+    name: str
+    embeddings: Float[np.ndarray, "n d"]
+    labels: Int[np.ndarray, " n"]
+    neighbors: Int[np.ndarray, "n m"]
+    """Nearest neighbors of each image, best first."""
+    similarities: Float[np.ndarray, "n m"]
+    """Cosine similarities of the nearest neighbors."""
+    eigenvalues: Float[np.ndarray, " rank"]
+    silhouettes: dict[str, Float[np.ndarray, " n"]]
+    """Per image, by distance: `euclidean` and `cosine`."""
+    scores: dict[str, Float[np.ndarray, " n"]]
+    """Per image, by metric: precision@k, k in `PRECISION_KS`, and kNN accuracy."""
+    halves: NeighborHalves | None
+    """None where there are no intervals."""
+    class_deviations: Deviations
+    """By class, of the metrics of neighbors."""
+    deviations: Deviations
+    """Of all metrics that have an interval."""
+
+    def precisions(self, k: int) -> Float[np.ndarray, " n"]:
+        """Precision@k of each image; NaN for fewer than k others, or no two images of a class."""
+        return self.scores[f"precision_at_{k}"]
+
+    def first_is_right(self) -> Bool[np.ndarray, " n"]:
+        """Whether the nearest neighbor of each image has its class."""
+        return self.precisions(1) == 1
+
+    def knn_correct(self) -> Bool[np.ndarray, " n"]:
+        """Whether the vote of the 20 nearest others (or all, if fewer) names the right class."""
+        return self.scores["knn_accuracy"] == 1
+
+
+def analyze(  # noqa: PLR0913
+    X: Float[np.ndarray, "n d"],
+    labels: Int[np.ndarray, " n"],
+    name: str,
+    halves: Bool[np.ndarray, "B n"] | None = None,
+    reference: bool = False,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> Analysis:
+    """Everything that is computed from one model's embeddings.
+
+    Args:
+        X: The embeddings.
+        labels: Class of each row.
+        name: Of the model, for errors and the progress bar.
+        halves: On which statistics are repeated for the intervals; None for no intervals.
+        reference: Whether only precision@k and kNN accuracy need intervals.
+        device: Where all pairs of images are compared, as in `ijepa.metrics.all_pairs`.
+        progress: See `Progress`.
+
+    Raises:
+        UserError: If a row is not finite or has zero length; names the model and the image.
+    """
+    validate_embeddings(X, name)
+    bar = partial(progress, desc=f"pairs {name}") if progress else None
+    on_halves = None if reference else halves
+    pairs = all_pairs(X, min(LIST_LENGTH, len(X) - 1), labels, on_halves, device, bar)
+    silhouettes = {
+        "euclidean": pairs.silhouettes,
+        "cosine": silhouette_samples(X, labels, "cosine"),
+    }
+    if on_halves is None:
+        eigenvalues, components = covariance_spectrum(X), None
+    else:
+        eigenvalues, components = principal_scores(X)
+    scores = neighbor_scores(pairs.neighbors, pairs.similarities, labels)
+    found = None
+    class_deviations: dict[str, Float[np.ndarray, "r C"]] = {}
+    deviations: dict[str, Float[np.ndarray, " r"]] = {}
+    if halves is not None:
+        found = neighbor_halves(pairs.neighbors, pairs.similarities, labels, halves)
+        class_deviations |= {key: half_deviations(v) for key, v in found.values.items()}
+        deviations |= {key: overall(v, labels) for key, v in class_deviations.items()}
+    if components is not None:
+        for key, metric in (("silhouette", "euclidean"), ("silhouette_cosine", "cosine")):
+            deviations[key] = half_deviations(pairs.half_silhouettes[metric])
+        deviations |= spectrum_deviations(eigenvalues, components)
+    return Analysis(
+        name=name,
+        embeddings=X,
+        labels=labels,
+        neighbors=pairs.neighbors,
+        similarities=pairs.similarities,
+        eigenvalues=eigenvalues,
+        silhouettes=silhouettes,
+        scores=scores,
+        halves=found,
+        class_deviations=class_deviations,
+        deviations=deviations,
+    )
+
+
+def neighbor_scores(
+    neighbors: Int[np.ndarray, "n m"],
+    similarities: Float[np.ndarray, "n m"],
+    labels: Int[np.ndarray, " n"],
+) -> dict[str, Float[np.ndarray, " n"]]:
+    """Scores of each image; NaN for too few neighbors, or where no class has two images."""
+    undefined = np.full(len(labels), NAN)
+    scores = {
+        f"precision_at_{k}": precision_at_k(neighbors, labels, k)
+        if k <= neighbors.shape[1]
+        else undefined
+        for k in PRECISION_KS
+    }
+    single = np.isnan(scores["precision_at_1"])
+    correct = knn_correct(neighbors, similarities, labels)
+    return scores | {"knn_accuracy": np.where(single, NAN, correct)}

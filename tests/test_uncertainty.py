@@ -3,6 +3,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 from scipy import stats
+from sklearn.decomposition import PCA
 
 from ijepa import metrics, uncertainty
 
@@ -171,8 +172,17 @@ def test_the_most_confused_classes_are_counted_by_a_loop():
     assert uncertainty.most_confused(codes, codes[:, None], np.ones(1)) == []
 
 
+def test_principal_scores_are_those_of_scikit_learn():
+    for shape in ((60, 12), (30, 50)):
+        X = two_models(*shape)[0]
+        eigenvalues, scores = uncertainty.principal_scores(X)
+        np.testing.assert_allclose(eigenvalues, metrics.covariance_spectrum(X), atol=1e-10)
+        expected = PCA().fit_transform(X.astype(np.float64)) / np.sqrt(eigenvalues.sum())
+        np.testing.assert_allclose(np.abs(scores), np.abs(expected), atol=1e-5)
+
+
 def influences(X):
-    return uncertainty.spectrum_deviations(*metrics.principal_scores(X))
+    return uncertainty.spectrum_deviations(*uncertainty.principal_scores(X))
 
 
 @pytest.mark.parametrize("width", [12, 60, 300])
