@@ -9,28 +9,24 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
-from threadpoolctl import threadpool_limits
 
 from ijepa import plots
 from ijepa.comparison import Comparison, neighbor_confusion
-from ijepa.data import Split, balanced_rows, shrink
+from ijepa.data import Split, shrink
 from ijepa.files import sha256, write_atomically, write_text
 from ijepa.markdown import markdown
 from ijepa.narrative import summary
 from ijepa.page import page
-from ijepa.projections import Maps, TsneProjection, project_pca, project_tsne_cached
+from ijepa.projections import Maps
 
 SCHEMA_VERSION = 1
-MAX_POINTS = 5000
-"""Images on a map at most; beyond that t-SNE takes minutes and a map shows a blot."""
 CSV_ROWS = 10_000
 """Lines of `per_image.csv` made at once."""
 MAX_QUERIES = 10
@@ -38,80 +34,84 @@ SHOWN_SIDE = 224
 """Sides of a neighbour's picture in pixels at most."""
 NUM_DISAGREEMENTS = 4
 """Queries shown in each direction of disagreement."""
+ON_PAGE = ("class_precision.png", "similarity_matrices.png", "variance_explained.png")
+"""Figures that the page shows."""
 NOT_ALWAYS_MADE = ("embeddings_hf.npz", "nn_disagreement.png")
 """Files that need two models, the second one also an image on which they disagree."""
 
 Figures = Iterator[tuple[str, Figure]]
 
 
-def project(
-    comparison: Comparison, seed: int, cache: Path | None = None
-) -> dict[str, TsneProjection]:
-    """A t-SNE map of each model's embeddings, of at most `MAX_POINTS` images, for display only.
-
-    Raises:
-        UserError: If the folder that keeps the maps cannot be written.
-    """
-    rows = shown_rows(comparison, seed)
-    shown = {name: analysis.embeddings[rows] for name, analysis in comparison.analyses.items()}
-    # A map takes one thread, so both are made at once. The limit is set here as well, because the
-    # map that is done first would lift it for the other.
-    with threadpool_limits(limits=1), ThreadPoolExecutor() as pool:
-        maps = pool.map(lambda X: project_tsne_cached(X, seed, cache), shown.values())
-        return dict(zip(shown, maps, strict=True))
-
-
-def shown_rows(comparison: Comparison, seed: int) -> Int[np.ndarray, " m"]:
-    """The images on the maps: all of them, or a class-balanced sample in order."""
-    labels = comparison.analyses["local"].labels
-    return balanced_rows(labels, int(labels.max()) + 1, MAX_POINTS, seed)
-
-
 def draw(comparison: Comparison, maps: Maps, split: Split, seed: int) -> Figures:
     """Every figure of the report with its file name; a new one is a line here."""
-    labels, classes = split.labels, split.classes
+    labels, classes, names = split.labels, split.classes, comparison.names
     where = f"{split.name} {split.split}, n = {len(split)}"
     embeddings = {name: a.embeddings for name, a in comparison.analyses.items()}
-    caption, rows = plots.Caption, maps.rows
-    shown = "" if len(rows) == len(split) else f" {len(rows):,} images shown, of every class alike."
+    on_maps = labels[maps.rows]
+
+    def caption(title: str, footer: str) -> plots.Caption:
+        return plots.Caption(f"{title}: {where}", footer)
+
+    shown = ""
+    if len(maps.rows) < len(split):
+        shown = f" {len(maps.rows):,} images shown, equally many of each class."
 
     perplexity = next(iter(maps.tsne.values())).perplexity
-    how = f"L2-normalised, PCA to 50, perplexity {perplexity:.0f}, seed {seed}.{shown}"
-    title = f"t-SNE of the embeddings: {where}"
-    yield (
-        "tsne_comparison.png",
-        plots.plot_tsne(maps.tsne, labels[rows], classes, caption(title, how)),
+    how = f"L2-normalized, PCA to 50, perplexity {perplexity:.0f}, seed {seed}.{shown} "
+    how += "Distances between clusters and cluster sizes have no meaning."
+    figure = plots.plot_maps(
+        maps.tsne, on_maps, classes, names, caption("t-SNE of the embeddings", how)
     )
+    yield "tsne_comparison.png", figure
 
-    title = f"Principal components: {where}"
-    how = f"Centred, not standardised; each component's largest loading is positive.{shown}"
-    points = {name: replace(pca, scores=pca.scores[rows]) for name, pca in maps.pca.items()}
-    yield "pca_comparison.png", plots.plot_pca(points, labels[rows], classes, caption(title, how))
-
-    title = f"Cosine similarity of class means: {where}"
-    how = "Raw: class means as they are. Centred: minus the mean of all images."
-    yield (
-        "similarity_matrices.png",
-        plots.plot_similarity_matrices(embeddings, labels, classes, caption(title, how)),
+    how = f"Centered, not standardized; the largest loading is positive.{shown}"
+    if len(maps.pca) == 2:
+        how += " The HF model's axes are flipped where that makes both maps more alike."
+    figure = plots.plot_maps(
+        maps.pca, on_maps, classes, names, caption("Principal components", how)
     )
+    yield "pca_comparison.png", figure
 
-    title = f"Explained variance: {where}"
+    how = "Raw: class means as they are. Centered: minus the mean of all images."
+    figure = plots.plot_similarity_matrices(
+        embeddings, labels, classes, names, caption("Cosine similarity of class means", how)
+    )
+    yield "similarity_matrices.png", figure
+
     how = "Share of the total variance; marks at 10 and 50 components."
-    yield "variance_explained.png", plots.plot_variance_explained(maps.pca, caption(title, how))
+    figure = plots.plot_variance_explained(maps.pca, names, caption("Explained variance", how))
+    yield "variance_explained.png", figure
 
-    title = f"Nearest neighbours: {where}"
+    how = "Intervals over images, from stratified half-samples."
+    figure = plots.plot_class_precision(
+        comparison.class_precision,
+        [row["difference"] for row in comparison.per_class],
+        [classes[label] for label in np.unique(labels)],
+        names,
+        caption("Precision@5 by class", how),
+    )
+    yield "class_precision.png", figure
+
     how = f"Queries drawn by seed {seed}, one of each class (at most {MAX_QUERIES})."
     queries = draw_queries(labels, seed)
-    yield "nn_queries.png", draw_neighbors(comparison, queries, split, caption(title, how))
+    yield (
+        "nn_queries.png",
+        draw_neighbors(comparison, queries, split, caption("Nearest neighbors", how)),
+    )
 
     queries = disagreements(comparison, seed)
     if len(queries):
-        title = f"Where one model alone is right: {where}"
         how = (
-            f"Nearest neighbour of the right class in one model alone; at most {NUM_DISAGREEMENTS} "
-            f"each way, by difference in precision@5, ties in an order drawn by seed {seed}."
+            f"The nearest neighbor has the right class in one model only; at most "
+            f"{NUM_DISAGREEMENTS} each way, by difference in precision@5, ties in an order drawn "
+            f"by seed {seed}."
         )
-        yield "nn_disagreement.png", draw_neighbors(comparison, queries, split, caption(title, how))
+        yield (
+            "nn_disagreement.png",
+            draw_neighbors(
+                comparison, queries, split, caption("Where only one model is right", how)
+            ),
+        )
 
 
 def draw_queries(labels: Int[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " q"]:
@@ -144,7 +144,7 @@ def draw_neighbors(
 ) -> Figure:
     """The five nearest images of each query in each model."""
     found = {
-        name: plots.Neighbors(a.neighbors[queries, :5], a.similarities[queries, :5])
+        name: (a.neighbors[queries, :5], a.similarities[queries, :5])
         for name, a in comparison.analyses.items()
     }
     return plots.plot_neighbors(
@@ -153,16 +153,14 @@ def draw_neighbors(
         split.labels,
         split.classes,
         lambda row: shrink(split.images[row], SHOWN_SIDE),
+        comparison.names,
         caption,
     )
 
 
 def save_figure(path: Path, figure: Figure) -> None:
     """Write a PNG; the same figure gives the same bytes."""
-    write_atomically(
-        path,
-        lambda file: figure.savefig(file, format="png", metadata={"Software": None}),
-    )
+    write_atomically(path, lambda file: plots.save_png(figure, file))
 
 
 def per_image_csv(comparison: Comparison, maps: Maps, split: Split) -> Iterator[str]:
@@ -274,7 +272,7 @@ def artifact(path: Path) -> dict[str, Any]:
 def write_report(
     folder: Path,
     comparison: Comparison,
-    maps: Mapping[str, TsneProjection],
+    maps: Maps,
     split: Split,
     facts: Mapping[str, Any],
     caveats: Sequence[str],
@@ -292,11 +290,13 @@ def write_report(
         how(folder / name)
         written.append(folder / name)
 
-    pca = {name: project_pca(a.embeddings, 2) for name, a in comparison.analyses.items()}
-    shown = Maps(shown_rows(comparison, comparison.seed), maps, pca)
-    for name, figure in draw(comparison, shown, split, comparison.seed):
+    caveats = [*caveats, *filter(None, [plots.font_note([split.name, *split.classes])])]
+    figures = {}
+    for name, figure in draw(comparison, maps, split, comparison.seed):
         write(name, lambda path, figure=figure: save_figure(path, figure))
-    pieces = per_image_csv(comparison, shown, split)
+        if name in ON_PAGE:
+            figures[name] = figure
+    pieces = per_image_csv(comparison, maps, split)
     write("per_image.csv", lambda path: write_pieces(path, pieces))
     text = markdown(comparison, facts, caveats)
     write("report.md", lambda path: write_text(path, text))
@@ -308,7 +308,7 @@ def write_report(
         files = [*(path for path in saved if path.exists()), *written]
         return metrics_json(comparison, facts, caveats, [artifact(path) for path in files])
 
-    html = page(comparison, shown, split, facts, caveats, metrics())
+    html = page(comparison, maps, split, facts, caveats, metrics(), figures)
     write("report.html", lambda path: write_text(path, html))
     content = metrics()
     write("metrics.json", lambda path: write_text(path, content))

@@ -14,6 +14,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+# Figures need no display, and Matplotlib cannot even be imported with the backend of a notebook.
+os.environ["MPLBACKEND"] = "agg"
 
 BUNDLED = ROOT / "checkpoints_300ep"
 HUB_MODEL = "facebook/ijepa_vith14_1k"
@@ -308,7 +310,7 @@ def caveats(comparison: Any, loaded: list[Any], maps: Any) -> list[str]:
 
 def map_caveats(maps: Any, n: int) -> list[str]:
     """What to know of the maps of n images."""
-    from ijepa.report import MAX_POINTS
+    from ijepa.projections import MAX_POINTS
 
     notes = []
     if n > MAX_POINTS:
@@ -316,7 +318,7 @@ def map_caveats(maps: Any, n: int) -> list[str]:
             f"maps show {MAX_POINTS:,} of {n:,} images, as many of each class as possible; "
             "all numbers are of all images"
         )
-    if (perplexity := next(iter(maps.values())).perplexity) < 30:
+    if (perplexity := next(iter(maps.tsne.values())).perplexity) < 30:
         notes.append(f"t-SNE perplexity lowered from 30 to {perplexity:.1f} for {n} images")
     return notes
 
@@ -369,7 +371,8 @@ def compare_run(args: argparse.Namespace) -> None:
             leave_processes,
             process_rank,
         )
-        from ijepa.report import project, write_report
+        from ijepa.projections import make_maps
+        from ijepa.report import write_report
 
         # A process whose chunks are all in the cache waits for those that compute theirs.
         device = join_processes(choose_device(args.device), "gloo", timedelta(days=7))
@@ -387,7 +390,8 @@ def compare_run(args: argparse.Namespace) -> None:
     with watch.stage("compare"):
         models, comparison, pairs_device = compare_all(results, split, args.seed, device)
     with watch.stage("project"):
-        maps = project(comparison, args.seed, cache and cache / "maps")
+        embeddings = {name: a.embeddings for name, a in comparison.analyses.items()}
+        maps = make_maps(embeddings, split.labels, args.seed, cache and cache / "maps")
     with watch.stage("write"):
         for name in models:
             save_embeddings(args.output_dir / f"embeddings_{name}.npz", models[name], split)

@@ -315,11 +315,11 @@ def test_an_effective_rank_near_its_bound_and_thinned_maps_are_caveats(monkeypat
     comparison = compare({"local": X}, {"pixels": X[:, :8]}, np.arange(60) % 2, seed=0)
     description = {"epochs": 9, "planned_epochs": 9, "source": "x.pt"}
     loaded = [SimpleNamespace(description=description)]
-    maps = {"local": SimpleNamespace(perplexity=30)}
+    maps = SimpleNamespace(tsne={"local": SimpleNamespace(perplexity=30)})
     found = load_script().caveats(comparison, loaded, maps)
     assert any("effective rank of the local embeddings is above half" in c for c in found)
     assert not any("maps show" in c for c in found)
-    monkeypatch.setattr("ijepa.report.MAX_POINTS", 50)
+    monkeypatch.setattr("ijepa.projections.MAX_POINTS", 50)
     found = load_script().caveats(comparison, loaded, maps)
     assert any("maps show 50 of 60 images, as many of each class" in c for c in found)
 

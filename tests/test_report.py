@@ -13,14 +13,12 @@ from ijepa import report
 from ijepa.comparison import compare
 from ijepa.data import Split
 from ijepa.errors import UserError
-from ijepa.projections import Maps, project_tsne
+from ijepa.projections import make_maps
 from ijepa.report import (
     disagreements,
     draw_queries,
     per_image_csv,
     plain,
-    project,
-    shown_rows,
     write_report,
 )
 
@@ -37,16 +35,7 @@ def run():
     }
     references = {name: models["local"].copy() for name in ("pixels", "random_weights")}
     comparison = compare(models, references, labels, seed=0)
-    return comparison, project(comparison, 0), split
-
-
-def test_maps_made_at_once_equal_maps_made_one_after_the_other(run):
-    comparison, maps, _ = run
-    assert list(maps) == ["local", "hf"]
-    for name, analysis in comparison.analyses.items():
-        alone = project_tsne(analysis.embeddings, 0)
-        np.testing.assert_array_equal(maps[name].coordinates, alone.coordinates)
-        assert maps[name].kept_neighbors == alone.kept_neighbors
+    return comparison, make_maps(models, split.labels, 0), split
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +84,13 @@ def test_artifacts_are_the_files_with_their_hashes_and_sizes(written):
 def test_files_of_an_earlier_run_that_this_one_does_not_make_are_neither_kept_nor_named(
     run, facts, tmp_path
 ):
-    comparison, maps, split = run
+    comparison, _, split = run
     for name in ("embeddings_hf.npz", "nn_disagreement.png", "mine.txt"):
         (tmp_path / name).write_bytes(b"of an earlier run")
     X = comparison.analyses["local"].embeddings
     references = {"pixels": X, "random_weights": X}
     alone = compare({"local": X}, references, split.labels, comparison.seed)
-    write_report(tmp_path, alone, {"local": maps["local"]}, split, facts, [])
+    write_report(tmp_path, alone, make_maps({"local": X}, split.labels, 0), split, facts, [])
     left = {path.name for path in tmp_path.iterdir()}
     assert "mine.txt" in left
     assert not left & {"embeddings_hf.npz", "nn_disagreement.png"}
@@ -120,7 +109,7 @@ def test_the_same_run_writes_the_same_bytes(run, facts, written, tmp_path):
 def test_per_image_rows_read_back_as_the_numbers(run, monkeypatch):
     comparison, maps, split = run
     monkeypatch.setattr(report, "CSV_ROWS", 7)
-    pieces = list(per_image_csv(comparison, Maps(np.arange(40), maps, {}), split))
+    pieces = list(per_image_csv(comparison, maps, split))
     assert [piece.count("\n") for piece in pieces] == [8, 7, 7, 7, 7, 5]
     rows = list(csv.DictReader(io.StringIO("".join(pieces))))
     assert [int(row["index"]) for row in rows] == list(range(100, 140))
@@ -190,21 +179,9 @@ def test_queries_come_from_the_seed_and_one_of_each_class():
     assert (queries != draw_queries(labels, 4)).any()
 
 
-def test_maps_show_a_balanced_seeded_sample_in_order_when_images_are_many(run, monkeypatch):
-    assert report.MAX_POINTS == 5000
-    np.testing.assert_array_equal(shown_rows(run[0], 0), np.arange(40))
-    monkeypatch.setattr(report, "MAX_POINTS", 15)
-    rows = shown_rows(run[0], 0)
-    assert len(rows) == 15
-    assert (np.diff(rows) > 0).all()
-    assert sorted(np.bincount(run[0].analyses["local"].labels[rows])) == [7, 8]
-    np.testing.assert_array_equal(rows, shown_rows(run[0], 0))
-    assert (rows != shown_rows(run[0], 1)).any()
-
-
 @pytest.mark.parametrize("most", [15, 5000])
 def test_maps_of_fewer_images_say_so(run, facts, monkeypatch, tmp_path, most):
-    monkeypatch.setattr(report, "MAX_POINTS", most)
+    monkeypatch.setattr("ijepa.projections.MAX_POINTS", most)
     comparison, _, split = run
     drawn = {}
 
@@ -213,13 +190,13 @@ def test_maps_of_fewer_images_say_so(run, facts, monkeypatch, tmp_path, most):
         path.touch()
 
     monkeypatch.setattr(report, "save_figure", keep)
-    maps = project(comparison, 0)
+    maps = make_maps({k: a.embeddings for k, a in comparison.analyses.items()}, split.labels, 0)
     write_report(tmp_path, comparison, maps, split, facts, [])
     for name in ("tsne_comparison.png", "pca_comparison.png"):
         panels = drawn[name].findobj(PathCollection)
         assert {len(panel.get_offsets()) for panel in panels} == {min(most, 40)}
         words = " ".join(text.get_text() for text in drawn[name].findobj(Text))
-        assert ("15 images shown, of every class alike" in words) == (most == 15)
+        assert ("15 images shown, equally many of each class" in words) == (most == 15)
     lines = (tmp_path / "per_image.csv").read_text().splitlines()
     assert sum(line.count(",,") for line in lines) == (2 * 25 if most == 15 else 0)
 
@@ -231,8 +208,7 @@ def test_undefined_numbers_become_null_and_are_named():
     assert undefined == [".a[1]", ".b.c"]
 
 
-def test_a_failed_write_leaves_no_metrics(run, facts, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "draw", lambda *_: iter(()))
+def test_a_failed_write_leaves_no_metrics(run, facts, tmp_path):
     comparison, maps, split = run
     (tmp_path / "report.html").mkdir()  # where a file has to go
     with pytest.raises(UserError):
