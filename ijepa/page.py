@@ -1,42 +1,59 @@
 """`report.html`: one file, without server or network, in which both embeddings can be explored.
 
-Words, table and figures are written here and are there without scripts; `static/` holds the frame,
-the style sheet and the scripts that draw the maps. The page may load nothing and run nothing but
-the one script and the one style sheet whose hashes its policy names. The maps are plain canvas
-without a library: what they need is small, and nothing has to be built or kept up to date.
+`static/` holds the template, the style sheet and the scripts that draw the maps. Everything but
+the maps is there without JavaScript. The page may load nothing, and run only the one script and
+style sheet whose hashes its policy names.
 """
 
 import base64
 import hashlib
-import json
+import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from string import Template
 from typing import Any
 
-from ijepa import narrative
-from ijepa.charts import retrieval_strip
-from ijepa.class_charts import hatching
+import matplotlib
+import numpy as np
+from jaxtyping import Float, UInt8
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from PIL import Image
+
+from ijepa import narrative, plots
 from ijepa.comparison import Comparison
 from ijepa.data import Split
-from ijepa.explorer import data_uri, explorable, sprite_sheet
-from ijepa.figures import figures
-from ijepa.markup import Markup, breakable, element, join, table
-from ijepa.plots import MODEL_NAMES
 from ijepa.projections import Maps
+from ijepa.uncertainty import MUTUAL_K, Estimate
 
-SCRIPTS = ("state.js", "map.js", "neighbours.js", "page.js")
+DARK = {plots.INK: "#e9e6df", plots.SOFT: "#aaa59b", plots.RULE: "#3a3f47"}
+DARK |= {plots.GROUND: "#131519", plots.MODEL_COLORS["local"]: "#5cc6e2"}
+DARK |= {plots.MODEL_COLORS["hf"]: "#ff9d69"}
+"""What these colors of a figure become in dark mode; all others stay."""
+SCRIPTS = ("state.js", "map.js", "neighbors.js", "page.js")
 """In the order in which they run."""
+GRID = 10_000
+"""Steps of a coordinate on the maps: finer than a pixel on any screen."""
+TILE = 32
+"""Side of an image in the sheet of thumbnails, in pixels."""
+COLUMNS = 64
+QUALITY = 90  # 430 bytes per CIFAR-10 image (lossless 1,700) without visible artifacts
+MAX_TABLE = 20
+"""Classes in a table of similarities at most."""
+RANKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+"""Components in the table of variance."""
 
 
-def page(
+def page(  # noqa: PLR0913
     comparison: Comparison,
     maps: Maps,
     split: Split,
     facts: Mapping[str, Any],
     caveats: Sequence[str],
     metrics: str,
+    figures: Mapping[str, Figure],
 ) -> str:
     """The whole file.
 
@@ -47,180 +64,243 @@ def page(
         facts: `run`, `dataset`, `models` and `settings` as in metrics.json.
         caveats: Sentences that limit what the numbers mean.
         metrics: The text of metrics.json, without this page among its artifacts.
+        figures: By file name; the page shows three of them.
     """
-    style = static("page.css")
-    script = "".join(static(name) for name in SCRIPTS)
-    paired = "hf" in comparison.metrics
-    where = f"{split.name}, {split.split} split, {len(split):,} images"
-    parts = {
-        "policy": policy(script, style),
-        "style": Markup(style),
-        "script": Markup(script),
-        "where": where,
-        "question": narrative.question(comparison),
-        "answer": narrative.answer(comparison),
-        "strip": retrieval_strip(comparison),
-        "table": table(narrative.table(comparison), "The five headline numbers"),
-        "intervals": narrative.INTERVALS
-        if comparison.num_halves
-        else "There are too few images per class for intervals.",
-        "compared": compared(facts),
-        "command": facts["run"]["command"],
-        "caveats": bullets(caveats),
-        "findings": findings(comparison, split.classes),
-        "panels": join(*(panel(name) for name in comparison.analyses)),
-        "figures": join(hatching(), *figures(comparison, maps.pca, split.classes)),
-        "provenance": provenance(facts),
-        "caveats_all": bullets(json.loads(metrics)["caveats"]),
-        "metrics": metrics,
-        "data": script_data(explorable(comparison, maps, split)),
-        "sprite": data_uri(sprite_sheet(maps.rows.tolist(), lambda i: split.images[i].numpy())),
-        "pair": "pair" if paired else "alone",
-    }
-    return Template(static("page.html")).substitute({k: join(v) for k, v in parts.items()})
-
-
-def static(name: str) -> str:
-    """A file that the page is made of."""
-    return (files("ijepa") / "static" / name).read_text(encoding="utf-8")
+    static = files("ijepa") / "static"
+    style = (static / "page.css").read_text(encoding="utf-8")
+    script = "".join((static / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    environment = Environment(
+        loader=PackageLoader("ijepa", "static"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    environment.filters["words"] = in_words
+    precisions = precision_rows(comparison)
+    caption = plots.Caption("Precision@5 with 95% interval", "")
+    return environment.get_template("page.html").render(
+        policy=policy(script, style),
+        style=Markup(style),
+        script=Markup(script),
+        narrative=narrative,
+        comparison=comparison,
+        split=split,
+        facts=facts,
+        caveats=caveats,
+        metrics=metrics,
+        roles=plots.ROLES | plots.REFERENCES,
+        titles={name: plots.model_title(name, comparison.names) for name in comparison.names},
+        findings=findings(comparison, split.classes),
+        precisions=precisions,
+        strip=picture(plots.plot_precision(precisions, comparison.names, caption)),
+        pictures={name.split(".")[0]: picture(figure) for name, figure in figures.items()},
+        class_rows=class_rows(comparison, split.classes),
+        similarities=similarity_cells(comparison),
+        variance_rows=variance_rows(maps),
+        max_table=MAX_TABLE,
+        data=explorable(comparison, maps, split),
+        sprite=sprite_sheet(maps, split),
+    )
 
 
 def policy(script: str, style: str) -> str:
-    """The Content-Security-Policy: no network, no script and no style but these."""
+    """The Content-Security-Policy: no network, and only exactly this script and this style."""
+    script, style = (
+        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for text in (script, style)
+    )
     return (
-        f"default-src 'none'; script-src {fingerprint(script)}; style-src {fingerprint(style)}; "
+        f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
 
 
-def fingerprint(text: str) -> str:
-    """A source expression that allows exactly this inline text."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+@matplotlib.rc_context(plots.STYLE)
+def picture(figure: Figure) -> dict[str, Any]:
+    """A figure as SVG in a data URI, with its size in pixels.
 
-
-def script_data(value: Any) -> Markup:
-    """JSON that cannot end the element it stands in."""
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return Markup(text.replace("<", "\\u003c"))
-
-
-def panel(name: str) -> Markup:
-    """One model's map, to be drawn by the script."""
-    title = MODEL_NAMES[name]
-    return element(
-        "section",
-        element("h3", title, element("span", class_="note")),
-        element(
-            "div",
-            element("canvas", class_="base"),
-            element("canvas", class_="over"),
-            class_="map",
-            role="application",
-            tabindex="0",
-            aria_label=f"Map of the {title}'s embeddings",
-            aria_roledescription="scatter plot",
-            aria_describedby="keys",
-        ),
-        class_=f"panel {name}",
-        data_model=name,
+    Its ground is transparent and its colors follow the reader's light or dark mode.
+    """
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", facecolor="none", metadata={"Date": None, "Creator": None})
+    svg = file.getvalue().decode()
+    for color in DARK:
+        svg = svg.replace(f": {color}", f": var(--c{color[1:]})")
+    light, dark = (
+        "".join(f"--c{color[1:]}:{value};" for color, value in values)
+        for values in (zip(DARK, DARK, strict=True), DARK.items())
     )
+    modes = f"svg{{{light}}}@media(prefers-color-scheme:dark){{svg{{{dark}}}}}"
+    svg = svg.replace("<defs>", f"<defs><style>{modes}</style>", 1)
+    width, height = (round(96 * inches) for inches in figure.get_size_inches())
+    return {"uri": data_uri("svg+xml", svg.encode()), "width": width, "height": height}
 
 
-def bullets(sentences: Sequence[str]) -> Markup:
-    """Sentences as a list."""
-    return element("ul", *(element("li", sentence) for sentence in sentences))
+def data_uri(kind: str, content: bytes) -> str:
+    """A picture inside an address."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def pairs(values: Mapping[str, Any]) -> Markup:
-    """Names and values as a description list; what is not known is left out."""
-    return element(
-        "dl",
-        *(
-            element("div", element("dt", name), element("dd", breakable(str(value))))
-            for name, value in values.items()
-            if value is not None
-        ),
-    )
+def precision_rows(comparison: Comparison) -> dict[str, Estimate]:
+    """Precision@5 of the models, with intervals, then of the references and of chance."""
+    rows = {name: metrics["precision_at_5"] for name, metrics in comparison.metrics.items()}
+    others = {name: m["precision_at_5"] for name, m in comparison.references.items()}
+    others["chance"] = comparison.chance_precision
+    missing = (math.nan, math.nan)
+    return rows | {name: Estimate(value, math.nan, missing) for name, value in others.items()}
 
 
-def compared(facts: Mapping[str, Any]) -> Markup:
-    """The models and the images, each on a card."""
-    cards = [
-        card(f"{narrative.label(name)} model", name, pairs(about(model)))
-        for name, model in facts["models"].items()
-    ]
-    data = facts["dataset"]
-    images = {
-        "Data set": data["name"],
-        "Split": data["split"],
-        "Images": f"{data['n']:,} of {len(data['classes'])} classes",
-        "SHA-256": data["sha256"][:16] if "sha256" in data else None,
-        "Seed": facts["run"]["seed"],
-    }
-    return join(*cards, card("Images", "data", pairs(images)))
+def class_rows(comparison: Comparison, classes: Sequence[str]) -> list[list[str]]:
+    """Precision@5 of each class, and the difference, with intervals; the first row is the head."""
+    columns = {plots.ROLES[name]: found for name, found in comparison.class_precision.items()}
+    cells = [["Class", *columns]]
+    for position, label in enumerate(np.unique(comparison.analyses["local"].labels)):
+        found = [narrative.interval("precision_at_5", e[position]) for e in columns.values()]
+        cells.append([classes[label], *found])
+    if comparison.per_class:
+        cells[0].append("HF - local, points [95%]")
+        for row, line in zip(comparison.per_class, cells[1:], strict=True):
+            difference = narrative.interval("precision_at_5", row["difference"], "+")
+            line.append(difference.replace("%", ""))
+    return cells
 
 
-def card(title: str, class_: str, content: Markup) -> Markup:
-    """A titled box."""
-    return element("section", element("h3", title), content, class_=f"card {class_}")
-
-
-def about(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What a reader wants to know of a model; hashes are whole in the provenance."""
-    planned, epochs = model.get("planned_epochs"), model.get("epochs")
-    unfinished = planned not in (None, epochs)
-    hashed = model.get("sha256")
+def similarity_cells(comparison: Comparison) -> dict[str, list[list[str]]]:
+    """The matrices of class similarity, by caption; none of more than `MAX_TABLE` classes."""
+    if len(np.unique(comparison.analyses["local"].labels)) > MAX_TABLE:
+        return {}
     return {
-        "Source": model["source"],
-        "Encoder": model.get("weights"),
-        "Dimensions": f"{model['embedding_dim']:,}",
-        "Parameters": f"{model['parameters'] / 1e6:.1f} million" if "parameters" in model else None,
-        "Input": f"{model['input_size']} px, {model['dtype']}" if "input_size" in model else None,
-        "Epochs": f"{epochs} of {planned} planned" if unfinished else epochs,
-        "Revision": model.get("revision"),
-        "SHA-256": hashed[:16] if hashed else None,
+        f"{plots.ROLES[name]}, {kind}": [
+            [narrative.number("similarity", value) for value in line]
+            for line in plots.class_similarity(
+                analysis.embeddings, analysis.labels, centered=kind == "centered"
+            ).tolist()
+        ]
+        for kind in ("centered", "raw")
+        for name, analysis in comparison.analyses.items()
     }
 
 
-def findings(comparison: Comparison, classes: Sequence[str]) -> Markup:
-    """The sentences of the report, chosen by rules from the numbers."""
+def variance_rows(maps: Maps) -> list[list[str]]:
+    """Shares of the variance in component k and in the first k; the first row is the head."""
+    shares = {plots.ROLES[name]: pca.variance_shares for name, pca in maps.pca.items()}
+    cells = [["Components"]]
+    for name in shares:
+        cells[0] += [f"{name}: this one", f"{name}: up to here"]
+    for k in RANKS:
+        if k <= max(map(len, shares.values())):
+            line = [str(k)]
+            for y in shares.values():
+                known = k <= len(y)
+                line += [f"{y[k - 1]:.2%}", f"{y[:k].sum():.1%}"] if known else ["n/a", "n/a"]
+            cells.append(line)
+    return cells
+
+
+def findings(comparison: Comparison, classes: Sequence[str]) -> dict[str, str]:
+    """The sentences of the report by heading, chosen by rules from the numbers."""
+    confusions = narrative.confusion_finding(comparison, classes)
     sections = {
         "Retrieval": narrative.retrieval_finding(comparison),
         "Separability": narrative.separability_finding(comparison),
         "Variance": narrative.variance_finding(comparison),
-        "Confusions": unescaped(narrative.confusion_finding(comparison, classes)),
+        # Made for Markdown: without the backslashes that keep names from being markup there.
+        "Confusions": re.sub(r"\\(.)", r"\1", confusions),
     }
     if "hf" in comparison.metrics:
         sections["Efficiency"] = narrative.efficiency_finding(comparison)
         sections["Agreement"] = narrative.agreement_finding(comparison)
     if comparison.seeds:
         sections["Training seeds"] = narrative.seeds_finding(comparison)
-    return join(*(card(title, "finding", element("p", said)) for title, said in sections.items()))
+    return sections
 
 
-def unescaped(sentence: str) -> str:
-    """A sentence made for Markdown without the backslashes that kept names from being markup."""
-    return re.sub(r"\\(.)", r"\1", sentence)
-
-
-def provenance(facts: Mapping[str, Any]) -> Markup:
-    """Versions, settings and hashes, as they stand in metrics.json."""
-    shown = {"Run": facts["run"], "Data": facts["dataset"], "Settings": facts["settings"]}
-    shown |= {f"{narrative.label(name)} model": model for name, model in facts["models"].items()}
-    return join(
-        *(
-            card(title, "wide", pairs({k: told(v) for k, v in values.items()}))
-            for title, values in shown.items()
-        )
-    )
-
-
-def told(value: Any) -> str | None:
+def in_words(value: Any) -> str:
     """A value of metrics.json in words."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {told(part)}" for name, part in value.items())
+        return ", ".join(f"{name} {in_words(part)}" for name, part in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(str(part) for part in value)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return None if value is None else str(value)
+        return ", ".join(map(str, value))
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def explorable(comparison: Comparison, maps: Maps, split: Split) -> dict[str, Any]:
+    """What the scripts need to know of each image on the maps.
+
+    A neighbor is given by its position in `index`; positions from `points` on are images that are
+    on no map and have no picture.
+    """
+    rows, analyses = maps.rows, comparison.analyses
+    listed = {name: a.neighbors[rows, :5] for name, a in analyses.items()}
+    beyond = np.setdiff1d(np.concatenate([found.ravel() for found in listed.values()]), rows)
+    order = np.concatenate([rows, beyond])
+    position = np.zeros(len(split), dtype=np.int64)
+    position[order] = np.arange(len(order))
+    models = []
+    for name, analysis in analyses.items():
+        tsne, pca, precisions = maps.tsne[name], maps.pca[name], analysis.precisions(5)[rows]
+        similarities = analysis.similarities[rows, :5]
+        digits = plots.similarity_digits(similarities)
+        hits = np.rint(5 * precisions) if np.isfinite(precisions).all() else None
+        models.append(
+            {
+                "key": name,
+                "name": comparison.names[name],
+                "hits": None if hits is None else hits.astype(int).tolist(),
+                "neighbors": position[listed[name]].tolist(),
+                # In single precision each would be written with seventeen digits.
+                "similarities": similarities.astype(np.float64).round(digits).tolist(),
+                "digits": digits,
+                "tsne": on_grid(tsne.coordinates),
+                "pca": on_grid(pca.coordinates),
+                "notes": {"tsne": tsne.note, "pca": pca.note},
+            }
+        )
+    styles, mutual = plots.class_styles(split.classes), comparison.mutual
+    paths = getattr(split, "paths", None)
+    return {
+        "classes": split.classes,
+        "colors": [color for color, _ in styles],
+        "markers": [marker for _, marker in styles],
+        "index": split.indices[order].tolist(),
+        "label": split.labels[order].tolist(),
+        "paths": [paths[row] for row in order] if paths else None,
+        "points": len(rows),
+        "models": models,
+        "mutual": None if mutual is None else np.rint(mutual[rows] * MUTUAL_K).astype(int).tolist(),
+        "sprite": {"tile": TILE, "columns": COLUMNS},
+    }
+
+
+def on_grid(points: Float[np.ndarray, "m 2"]) -> list[list[int]]:
+    """Points in a square of `GRID` steps, their shape kept, y downwards."""
+    low, high = points.min(axis=0), points.max(axis=0)
+    side = max(float((high - low).max()), np.finfo(np.float64).tiny)
+    unit = (points - (low + high) / 2) / side * (1, -1) + 0.5
+    return np.rint(GRID * unit).astype(int).tolist()
+
+
+def thumbnail(image: UInt8[np.ndarray, "3 h w"]) -> Image.Image:
+    """The image in a square tile: enlarged by whole factors or shrunk, centered on gray."""
+    made = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
+    longest = max(made.size)
+    factor = TILE // longest or TILE / longest
+    how = Image.Resampling.NEAREST if longest <= TILE else Image.Resampling.LANCZOS
+    made = made.resize([max(1, round(side * factor)) for side in made.size], how)
+    tile = Image.new("RGB", (TILE, TILE), (128, 128, 128))
+    tile.paste(made, tuple((TILE - side) // 2 for side in made.size))
+    return tile
+
+
+def sprite_sheet(maps: Maps, split: Split) -> str:
+    """Thumbnails of the images on the maps, `COLUMNS` in a line, as WebP in a data URI."""
+    lines = math.ceil(len(maps.rows) / COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * TILE, lines * TILE))
+    for position, row in enumerate(maps.rows.tolist()):
+        line, column = divmod(position, COLUMNS)
+        sheet.paste(thumbnail(split.images[row].numpy()), (TILE * column, TILE * line))
+    file = io.BytesIO()
+    sheet.save(file, format="WEBP", quality=QUALITY)
+    return data_uri("webp", file.getvalue())

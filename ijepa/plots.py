@@ -1,15 +1,17 @@
-"""Draw both models side by side: arrays in, one Matplotlib figure out.
+"""Matplotlib figures: arrays in, one figure out, the same for the PNG files and for the page.
 
-Panels are mappings with the keys "local" and "hf", in the order of drawing; one of them is enough.
-Labels index into ``classes``. Every name is drawn as it is, whatever characters it has.
+Mappings have the keys "local" and "hf", which decide colors and markers; one is enough. ``names``
+holds the short name to print for each, ``labels`` index into ``classes``. Names appear verbatim.
 
-Dimension key: n images, d width of an embedding, c classes, q queries, k neighbors of each.
+Dimension key: n images, c classes, q queries, k neighbors of each.
 """
 
+import io
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -20,30 +22,42 @@ from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure, SubFigure
-from matplotlib.font_manager import findfont, get_font
+from matplotlib.font_manager import fontManager, get_font
 from matplotlib.lines import Line2D
 from matplotlib.markers import MarkerStyle
 from matplotlib.patches import Rectangle
-from matplotlib.text import Text
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ijepa.metrics import class_means, row_norms
-from ijepa.projections import PcaProjection, TsneProjection, align
+from ijepa.projections import PcaProjection, TsneProjection
+from ijepa.uncertainty import Estimate
 
 FONT = "DejaVu Sans"  # ships with Matplotlib, so a figure is the same on every machine
+# The page turns these four and the models' colors into others in dark mode.
+INK, SOFT, RULE, GROUND = "#1d1c1a", "#5b5851", "#dedad2", "#fefefe"
+ROLES = {"local": "Local", "hf": "HF"}
+REFERENCES = {"pixels": "Raw pixels", "random_weights": "Random weights", "chance": "Chance"}
+MODEL_COLORS = {"local": "#00607a", "hf": "#c2410c"}
+MODEL_LINES = {"local": "-", "hf": "--"}
+MODEL_MARKERS = {"local": "o", "hf": "s", "pixels": "D", "random_weights": "^", "chance": "v"}
 STYLE: dict[Any, Any] = {
     "font.family": FONT,
     "font.size": 9,
     "axes.titlesize": 10,
+    "axes.facecolor": "none",
+    "axes.edgecolor": SOFT,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "svg.hashsalt": "ijepa",
+    "text.parse_math": False,
     "text.usetex": False,
 }
+STYLE |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 STYLE |= {"xtick.labelsize": 8, "ytick.labelsize": 8}
-MODEL_NAMES = {"local": "Local model", "hf": "HF model"}
-MODEL_COLORS = {"local": "#00607a", "hf": "#c2410c"}
-MODEL_LINES = {"local": "-", "hf": "--"}
-MODEL_MARKERS = {"local": "o", "hf": "s"}
+LEGEND: dict[str, Any] = {"loc": "outside lower center", "fontsize": 8, "frameon": False}
 
-# petroff10 (Petroff 2021, https://arxiv.org/abs/2107.02270), given out so that CIFAR-10's easily
+# petroff10 (Petroff 2021, https://arxiv.org/abs/2107.02270), assigned so that CIFAR-10's easily
 # confused classes differ most.
 PETROFF = [to_hex(color) for color in matplotlib.color_sequences["petroff10"]]
 CIFAR10 = ["airplane", "deer", "bird", "dog", "cat", "automobile", "ship", "frog", "horse", "truck"]
@@ -51,7 +65,8 @@ CLASS_COLORS = dict(zip(CIFAR10, PETROFF, strict=True))
 VEHICLES = {"airplane", "automobile", "ship", "truck"}
 MARKERS = "o^sDvPX"
 MAX_NAME = 14  # characters of a class name that fit under an image
-MAX_LABELLED = 20  # classes; more numbers in a matrix or names in a cloud cannot be read
+MAX_LABELED = 20  # classes; more numbers in a matrix or names in a cloud cannot be read
+MAX_LISTED = 40  # classes in a legend, along a matrix, or with a bar each
 CURVES = {
     "loss": "prediction loss",
     "matching_loss": "matching loss",
@@ -62,41 +77,32 @@ CURVES = {
 }
 
 
+Names = Mapping[str, str]
+Classes = Sequence[str]
+Labels = Int[np.ndarray, " n"]
+
+
 @dataclass(frozen=True)
 class Caption:
-    """The words around a figure.
-
-    Args:
-        title: What is shown: measure, dataset, split, number of images.
-        footer: How it was made: seed and settings.
-    """
+    """The words around a figure: what is shown, and (in the footer) how it was made."""
 
     title: str
     footer: str
 
-
-@dataclass(frozen=True)
-class Neighbors:
-    """The nearest images of each query, best first.
-
-    Args:
-        indices: Their positions among the n images.
-        similarities: Their cosine similarities to the query, in [-1, 1].
-    """
-
-    indices: Int[np.ndarray, "q k"]
-    similarities: Float[np.ndarray, "q k"]
+    def add(self, sentence: str) -> "Caption":
+        """The same with another sentence in the footer."""
+        return replace(self, footer=f"{self.footer} {sentence}")
 
 
 def class_similarity(
-    X: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], *, centered: bool
+    X: Float[np.ndarray, "n d"], labels: Labels, *, centered: bool
 ) -> Float[np.ndarray, "c c"]:
     """Cosine similarity of the means of the classes present, in ascending order of label.
 
     Args:
         X: Embeddings.
         labels: Class of each row.
-        centered: Whether the mean of all embeddings is taken off first. A common offset brings
+        centered: Whether the mean of all embeddings is subtracted first. A common offset brings
             all raw similarities near 1.
 
     A class whose mean vanishes has no direction: its row and column are NaN.
@@ -113,47 +119,83 @@ def class_similarity(
 
 
 @cache
-def _glyphs() -> frozenset[int]:
-    return frozenset(get_font(findfont(FONT)).get_charmap())
+def _characters(file: str) -> frozenset[int]:
+    return frozenset(get_font(file).get_charmap())
 
 
-def literal(text: str, limit: int | None = None) -> str:
-    r"""Text as Matplotlib must be given it to draw it as it is.
+@cache
+def _font_of(character: str) -> str | None:
+    """The font to draw a character with: DejaVu Sans or else an installed one; None without."""
+    # Last Resort fonts have a box for every character.
+    fonts = [font for font in fontManager.ttflist if "Last Resort" not in font.name]
+    fonts.sort(key=lambda font: (font.name != FONT, font.name, font.style, str(font.weight)))
+    found = (font.name for font in fonts if ord(character) in _characters(font.fname))
+    return next(found, None) if character.isprintable() else None
 
-    Args:
-        text: Any text. A character that the font lacks becomes its code, as in ``\u4e2d``.
-        limit: Most characters to show. The middle goes, because names differ at their ends.
+
+def font_note(texts: Iterable[str]) -> str | None:
+    """A sentence on the characters that figures cannot show; None if they show all."""
+    missing = {character for character in "".join(texts) if _font_of(character) is None}
+    replaced = f"the figures replace {len(missing)} characters that no installed font has"
+    return f"{replaced} by their code" if missing else None
+
+
+def readable(text: str, limit: int | None = None) -> str:
+    r"""Text with the characters that no font has as their code, such as ``\u4e2d``.
+
+    Of a text over ``limit`` characters the middle is left out, because names differ at their ends.
     """
-    shown = "".join(c if ord(c) in _glyphs() else c.encode("unicode_escape").decode() for c in text)
-    if limit is not None and len(shown) > limit:
+    shown = "".join(c if _font_of(c) else c.encode("unicode_escape").decode() for c in text)
+    if limit and any(unicodedata.east_asian_width(c) in "WF" for c in shown):
+        limit = limit * 4 // 7  # these are nearly twice as wide
+    if limit and len(shown) > limit:
         shown = f"{shown[: limit // 2]}…{shown[len(shown) - (limit - 1) // 2 :]}"
-    return shown.replace("$", r"\$")
+    return shown
 
 
-def _short(classes: Sequence[str]) -> list[str]:
-    """Class names cut to fit; those that look alike then are told apart by their number."""
-    cut = [literal(name, MAX_NAME) for name in classes]
+def _short(classes: Classes) -> list[str]:
+    """Class names cut to fit; names that are then equal get the number of their class."""
+    cut = [readable(name, MAX_NAME) for name in classes]
     return [
-        name if cut.count(name) == 1 else literal(f"{i} {classes[i]}", MAX_NAME)
+        name if cut.count(name) == 1 else readable(f"{i} {classes[i]}", MAX_NAME)
         for i, name in enumerate(cut)
     ]
 
 
+def model_title(role: str, names: Names, limit: int = 40) -> str:
+    """A model's role and short name, such as "HF: ijepa_vith14_1k"."""
+    name = readable(names[role], limit)
+    return name if name.startswith(ROLES[role]) else f"{ROLES[role]}: {name}"
+
+
 def _wrap(text: str, inches: float, font_size: int) -> str:
     width = int(inches * 72 / (0.66 * font_size))  # bold letters are 0.66 of their height wide
-    return "\n".join(literal(line) for line in textwrap.wrap(text, width))
+    return "\n".join(readable(line) for line in textwrap.wrap(text, width))
 
 
-def _figure(caption: Caption, width: float, height: float) -> tuple[Figure, SubFigure]:
-    """A figure with its caption, and the part of it that the caption leaves free."""
+def _figure(
+    caption: Caption, width: float, height: float, texts: Iterable[str] = ()
+) -> tuple[Figure, SubFigure]:
+    """A figure with its caption, and the part that the caption leaves free.
+
+    Sets the fonts that ``texts`` need in the style that surrounds the caller.
+    """
+    fonts = map(_font_of, sorted(set("".join([caption.title, caption.footer, *texts]))))
+    matplotlib.rcParams["font.family"] = list(dict.fromkeys([FONT, *filter(None, fonts)]))
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     figure.suptitle(_wrap(caption.title, width, 11), fontsize=11, fontweight="bold")
     footer = _wrap(caption.footer, width, 7)
-    figure.supxlabel(footer, x=0.01, ha="left", fontsize=7, color="#555555")
+    figure.supxlabel(footer, x=0.01, ha="left", fontsize=7, color=SOFT)
     return figure, figure.subfigures()
 
 
-def class_styles(classes: Sequence[str]) -> list[tuple[str, str]]:
+@matplotlib.rc_context(STYLE)
+def save_png(figure: Figure, file: io.BufferedIOBase) -> None:
+    """Write a figure as PNG; the same figure gives the same bytes."""
+    figure.savefig(file, format="png", metadata={"Software": None})
+
+
+def class_styles(classes: Classes) -> list[tuple[str, str]]:
     """Color and marker of each class: CIFAR-10's own, petroff10 in order, or a wider map."""
     if set(classes) <= set(CLASS_COLORS):
         return [(CLASS_COLORS[name], "^" if name in VEHICLES else "o") for name in classes]
@@ -164,204 +206,146 @@ def class_styles(classes: Sequence[str]) -> list[tuple[str, str]]:
     return [(colors[i], MARKERS[i % len(MARKERS)]) for i in range(len(classes))]
 
 
-def _apart(
-    centers: Float[np.ndarray, "c 2"],
-    sizes: Float[np.ndarray, "c 2"],
-    frame: Float[np.ndarray, "2 2"],
-) -> Float[np.ndarray, "c 2"]:
-    """Centers pushed from each other, along the shorter way, until boxes are apart."""
-    order = np.sign(np.subtract.outer(np.arange(len(centers)), np.arange(len(centers))))[..., None]
-    for _ in range(3000):  # names heaped up in a corner need them; others are done in a few
-        centers = centers.clip(frame[0] + sizes / 2, frame[1] - sizes / 2)
-        gaps = centers[:, None] - centers
-        overlaps = (sizes[:, None] + sizes) / 2 - np.abs(gaps)
-        overlaps = np.where((overlaps > 0).all(axis=-1, keepdims=True) & (order != 0), overlaps, 0)
-        if overlaps.min(axis=-1).max() < 1:  # pixel
-            break
-        shorter = overlaps == overlaps.min(axis=-1, keepdims=True)
-        push = overlaps * shorter * np.where(gaps == 0, order, np.sign(gaps))
-        centers = centers + 0.3 * push.sum(axis=1)
-    return centers
-
-
-def _clouds(
-    clouds: Mapping[str, Float[np.ndarray, "n 2"]],
-    labels: Int[np.ndarray, " n"],
-    classes: Sequence[str],
+@matplotlib.rc_context(STYLE)
+def plot_maps(
+    maps: Mapping[str, TsneProjection] | Mapping[str, PcaProjection],
+    labels: Labels,
+    classes: Classes,
+    names: Names,
     caption: Caption,
-) -> tuple[Figure, list[Axes]]:
-    """One cloud of points per model, with a legend of the classes' colors and markers."""
-    styles, names = class_styles(classes), _short(classes)
-    width = 5.6 * len(clouds) + 0.4
-    rows = math.ceil(len(names) * (5 * max(map(len, names)) + 25) / (width * 72))
-    figure, body = _figure(caption, width, 6.3 + 0.17 * rows)
-    axes = list(body.subplots(1, len(clouds), squeeze=False)[0])
+) -> Figure:
+    """One cloud of points per model, with the classes' names at their medians and a legend."""
+    styles, shown, width = class_styles(classes), _short(classes), 5.6 * len(maps) + 0.4
+    listed = len(shown) <= MAX_LISTED
+    if not listed:
+        caption = caption.add(f"The legend of {len(shown)} classes is left out.")
+    figure, body = _figure(caption, width, 6.3, [*shown, *names.values()])
+    axes = body.subplots(1, len(maps), squeeze=False)[0]
     shapes = [MarkerStyle(marker) for _, marker in styles]
     paths = [shape.get_path().transformed(shape.get_transform()) for shape in shapes]
-    order = np.random.default_rng(0).permutation(len(labels))  # no class lies on top of the others
+    order = np.random.default_rng(0).permutation(len(labels))  # no class covers the others
     size = float(np.clip(20_000 / len(labels), 4, 40))
-    for ax, points in zip(axes, clouds.values(), strict=True):
+    for ax, (role, projection) in zip(axes, maps.items(), strict=True):
         colors = [styles[label][0] for label in labels[order]]
-        dots = ax.scatter(*points[order].T, s=size, c=colors, alpha=0.8, linewidths=0)
+        points = projection.coordinates[order, :2]
+        dots = ax.scatter(*points.T, s=size, c=colors, alpha=0.8, linewidths=0)
         dots.set_paths([paths[label] for label in labels[order]])
-    handles = [
-        Line2D([], [], color=color, marker=marker, linestyle="", markersize=5, label=name)
-        for (color, marker), name in zip(styles, names, strict=True)
-    ]
-    look = {"fontsize": 8, "frameon": False, "handlelength": 1.2, "handletextpad": 0.1}
-    look |= {"columnspacing": 1.2, "ncols": math.ceil(len(names) / rows)}
-    body.legend(handles=handles, loc="outside lower center", **look)
-    return figure, axes
-
-
-def _name_clouds(
-    ax: Axes,
-    points: Float[np.ndarray, "n 2"],
-    labels: Int[np.ndarray, " n"],
-    classes: Sequence[str],
-) -> None:
-    """Write each class's name at its median, or near it with a line. Needs the final layout."""
-    present = np.unique(labels)
-    if len(present) > MAX_LABELLED:
-        return
-    names = _short(classes)
-    medians = np.stack([np.median(points[labels == label], axis=0) for label in present])
-    line = {"arrowstyle": "-", "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
-    font = {"ha": "center", "va": "center", "fontsize": 8.5, "fontweight": "bold"}
-    notes = [
-        ax.annotate(
-            names[label],
-            tuple(median),
-            (0, 0),
-            textcoords="axes fraction",
-            arrowprops=line,
-            **font,
-        )
-        for label, median in zip(present, medians, strict=True)
-    ]
-    # Text's extent alone: an annotation's own would include its line.
-    sizes = np.array([Text.get_window_extent(note).size for note in notes]) + 4
-    pixels = ax.transData.transform(medians)
-    places = _apart(pixels, sizes, ax.bbox.get_points())
-    moved = (np.abs(places - pixels) > sizes / 2).any(axis=1)
-    fractions = ax.transAxes.inverted().transform(places)
-    for note, fraction, far in zip(notes, fractions, moved, strict=True):
-        note.set(position=fraction, in_layout=False)
-        note.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground="white")])
-        note.arrow_patch.set_visible(bool(far))
-
-
-@matplotlib.rc_context(STYLE)
-def plot_tsne(
-    projections: Mapping[str, TsneProjection],
-    labels: Int[np.ndarray, " n"],
-    classes: Sequence[str],
-    caption: Caption,
-) -> Figure:
-    """Both t-SNE maps, the second turned onto the first; the footer says how to read them."""
-    first = next(iter(projections.values())).coordinates
-    clouds = {key: align(first, map_.coordinates) for key, map_ in projections.items()}
-    footer = f"{caption.footer} Distances between clusters and cluster sizes carry no meaning."
-    figure, axes = _clouds(clouds, labels, classes, Caption(caption.title, footer))
-    for ax, (key, map_) in zip(axes, projections.items(), strict=True):
         ax.set(aspect="equal", adjustable="datalim", xticks=[], yticks=[])
-        quality = f"KL {map_.kl_divergence:.2f}, {map_.kept_neighbors:.0%} of the 10-NN kept"
-        if np.isnan(map_.kl_divergence):
-            quality = "no t-SNE, principal components instead"
-        ax.set_title(f"{MODEL_NAMES[key]}: {quality}", color=MODEL_COLORS[key])
-    figure.draw_without_rendering()
-    for ax, points in zip(axes, clouds.values(), strict=True):
-        _name_clouds(ax, points, labels, classes)
+        ax.set_title(f"{model_title(role, names)}\n{projection.note}", color=MODEL_COLORS[role])
+    if listed:
+        look = {"linestyle": "", "markersize": 5}
+        handles = [
+            Line2D([], [], color=color, marker=marker, label=name, **look)
+            for (color, marker), name in zip(styles, shown, strict=True)
+        ]
+        widest = max(TextPath((0, 0), name or "x", size=8).get_extents().width for name in shown)
+        rows = math.ceil(len(shown) / max((width * 72 - 20) // (widest + 25), 1))
+        figure.set_figheight(6.3 + 0.17 * rows)
+        look = {"columnspacing": 1.2, "handlelength": 1.2, "handletextpad": 0.1}
+        body.legend(handles=handles, ncols=math.ceil(len(shown) / rows), **look, **LEGEND)
+    figure.draw_without_rendering()  # names are placed in the final layout
+    for ax, projection in zip(axes, maps.values(), strict=True):
+        _name_classes(ax, projection.coordinates[:, :2], labels, shown)
     return figure
 
 
-@matplotlib.rc_context(STYLE)
-def plot_pca(
-    projections: Mapping[str, PcaProjection],
-    labels: Int[np.ndarray, " n"],
-    classes: Sequence[str],
-    caption: Caption,
-) -> Figure:
-    """Scores on the first two components, whose shares of the variance the axes tell."""
-    clouds = {key: pca.scores[:, :2] for key, pca in projections.items()}
-    figure, axes = _clouds(clouds, labels, classes, caption)
-    for ax, (key, pca) in zip(axes, projections.items(), strict=True):
-        shares = [*pca.variance_shares[:2], 0.0]  # one-dimensional embeddings have no second
-        ax.set(xlabel=f"PC1 ({shares[0]:.1%})", ylabel=f"PC2 ({shares[1]:.1%})")
-        ax.set_title(MODEL_NAMES[key], color=MODEL_COLORS[key])
-    figure.draw_without_rendering()
-    for ax, points in zip(axes, clouds.values(), strict=True):
-        _name_clouds(ax, points, labels, classes)
-    return figure
+def _name_classes(
+    ax: Axes, points: Float[np.ndarray, "n 2"], labels: Labels, names: list[str]
+) -> None:
+    """Write each class's name at its median, or a line or two above or below; else nowhere."""
+    present, taken = np.unique(labels), []
+    for label in present if len(present) <= MAX_LABELED else ():
+        place = np.median(points[labels == label], axis=0)
+        font = {"ha": "center", "va": "center", "fontsize": 8.5, "fontweight": "bold"}
+        note = ax.text(*place, names[label], **font)
+        note.set_in_layout(False)
+        note.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground=GROUND)])
+        box = note.get_window_extent()
+        places = [box.translated(0, lines * box.height) for lines in (0, 1, -1, 2, -2)]
+        free = [p for p in places if ax.bbox.count_contains(p.corners()) == 4]
+        free = [p for p in free if not any(p.overlaps(other) for other in taken)]
+        if free:
+            taken.append(free[0])
+            note.set_position(ax.transData.inverted().transform(free[0].corners().mean(axis=0)))
+        else:
+            note.remove()
 
 
 def _matrix(ax: Axes, matrix: Float[np.ndarray, "c c"], names: list[str], **colors: Any) -> Any:
-    """One matrix with its numbers as an image; ``colors`` are the map and its limits."""
-    image = ax.imshow(matrix, **colors)
-    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7.5)
-    ax.set_yticks(range(len(names)), names, fontsize=7.5)
-    if len(names) <= MAX_LABELLED:
-        for row, column in np.argwhere(np.isfinite(matrix)):
-            value = matrix[row, column]
-            dark = np.dot(image.to_rgba(value)[:3], (0.299, 0.587, 0.114)) < 0.5
-            number = f"{round(value, 2) + 0.0:.2f}"  # + 0.0 makes -0.00 plain
-            font = {"fontsize": min(6.5, 100 / len(names)), "color": "white" if dark else "black"}
-            ax.text(column, row, number, ha="center", va="center", **font)
-    return image
+    """One matrix with its numbers; ``colors`` are the map and its limits."""
+    count = len(names)
+    # Squares stay sharp at any zoom; many of them are one picture.
+    mesh = ax.pcolormesh(np.ma.masked_invalid(matrix), rasterized=count > MAX_LISTED, **colors)
+    ax.set(aspect="equal", ylim=(count, 0))
+    shown = names if count <= MAX_LISTED else []
+    ax.set_xticks(np.arange(len(shown)) + 0.5, shown, rotation=90, fontsize=7.5)
+    ax.set_yticks(np.arange(len(shown)) + 0.5, shown, fontsize=7.5)
+    digits = 2 if np.nan_to_num(np.abs(matrix)).max() >= 0.1 else 3
+    for row, column in np.argwhere(np.isfinite(matrix)) if count <= MAX_LABELED else []:
+        value = matrix[row, column]
+        dark = np.dot(mesh.to_rgba(value)[:3], (0.299, 0.587, 0.114)) < 0.5
+        number = f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0 makes -0.00 plain
+        font = {"fontsize": min(6.5, 100 / count), "color": "white" if dark else "black"}
+        ax.text(column + 0.5, row + 0.5, number, ha="center", va="center", **font)
+    return mesh
 
 
 @matplotlib.rc_context(STYLE)
 def plot_similarity_matrices(
     embeddings: Mapping[str, Float[np.ndarray, "n _"]],
-    labels: Int[np.ndarray, " n"],
-    classes: Sequence[str],
+    labels: Labels,
+    classes: Classes,
+    names: Names,
     caption: Caption,
 ) -> Figure:
     """Cosine similarity of class means, raw above and centered below; then HF - local."""
-    names = [_short(classes)[label] for label in np.unique(labels)]
-    side, columns = float(np.clip(0.33 * len(names), 2.6, 5)), 2 * len(embeddings) - 1
-    figure, body = _figure(caption, columns * side + 2.4, 2 * side + 1.6)
+    shown = [_short(classes)[label] for label in np.unique(labels)]
+    if len(shown) > MAX_LISTED:
+        caption = caption.add(f"{len(shown)} classes, in the order of their labels.")
+    side, columns = float(np.clip(0.33 * len(shown), 2.6, 5)), 2 * len(embeddings) - 1
+    figure, body = _figure(caption, columns * side + 2.4, 2 * side + 1.6, shown)
     axes = body.subplots(2, columns, squeeze=False, sharex=True, sharey=True)
-    for row, centered in enumerate((False, True)):
+    for row, kind in enumerate(("raw", "centered")):
+        centered = kind == "centered"
         matrices = [class_similarity(X, labels, centered=centered) for X in embeddings.values()]
         low = min(np.nan_to_num(matrix, nan=1).min() for matrix in matrices)
         colors = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1} if centered else {"vmin": low, "vmax": 1}
-        for ax, key, matrix in zip(axes[row], embeddings, matrices, strict=False):
-            image = _matrix(ax, matrix, names, **colors)
-            ax.set_title(f"{MODEL_NAMES[key]}, {'centred' if centered else 'raw'}")
-            ax.title.set_color(MODEL_COLORS[key])
-        body.colorbar(image, ax=list(axes[row, : len(matrices)]), shrink=0.9)
+        for ax, role, matrix in zip(axes[row], embeddings, matrices, strict=False):
+            mesh = _matrix(ax, matrix, shown, **colors)
+            ax.set_title(f"{model_title(role, names)}\n{kind}", color=MODEL_COLORS[role])
+        body.colorbar(mesh, ax=list(axes[row, : len(matrices)]), shrink=0.9)
         if len(matrices) == 2:
             difference = matrices[1] - matrices[0]
             largest = max(np.nan_to_num(np.abs(difference)).max(), 0.01)
             limits = {"cmap": "PuOr_r", "vmin": -largest, "vmax": largest}
-            image = _matrix(axes[row, 2], difference, names, **limits)
-            axes[row, 2].set_title(f"HF - local, {'centred' if centered else 'raw'}")
-            body.colorbar(image, ax=axes[row, 2], shrink=0.9)
+            mesh = _matrix(axes[row, 2], difference, shown, **limits)
+            axes[row, 2].set_title(f"HF - local\n{kind}")
+            body.colorbar(mesh, ax=axes[row, 2], shrink=0.9)
     return figure
 
 
 @matplotlib.rc_context(STYLE)
-def plot_variance_explained(projections: Mapping[str, PcaProjection], caption: Caption) -> Figure:
+def plot_variance_explained(
+    projections: Mapping[str, PcaProjection], names: Names, caption: Caption
+) -> Figure:
     """Variance per component, cumulative, and cumulative against the share of d."""
-    figure, body = _figure(caption, 12.5, 5.0)
+    figure, body = _figure(caption, 12.5, 4.6, names.values())
     axes = body.subplots(1, 3)
-    for key, pca in projections.items():
+    for role, pca in projections.items():
         shares, d = pca.variance_shares, len(pca.variance_shares)
         ranks, sums = np.arange(1, d + 1), np.cumsum(shares)
         marks = [k for k in (10, 50) if k <= d]
-        told = "".join(f", {sums[k - 1]:.1%} in {k} PCs" for k in marks)
-        labels = (f"{MODEL_NAMES[key]} (d = {d})", MODEL_NAMES[key] + told, MODEL_NAMES[key])
-        curves = ((ranks, shares), (ranks, sums), (ranks / d, sums))
-        for ax, (x, y), label in zip(axes, curves, labels, strict=True):
-            (line,) = ax.plot(x, y, MODEL_LINES[key], color=MODEL_COLORS[key], label=label)
-            line.set(marker=MODEL_MARKERS[key], markevery=[k - 1 for k in marks] or [0])
+        label = f"{model_title(role, names)} (d = {d})"
+        label += "".join(f", {sums[k - 1]:.1%} in {k} PCs" for k in marks)
+        look = {"color": MODEL_COLORS[role], "linestyle": MODEL_LINES[role], "label": label}
+        look |= {"marker": MODEL_MARKERS[role], "markevery": [k - 1 for k in marks] or [0]}
+        for ax, x, y in zip(axes, (ranks, ranks, ranks / d), (shares, sums, sums), strict=True):
+            ax.plot(x, y, **look)
     titles = ("Each component", "Cumulative", "Cumulative, by share of d")
     for ax, title in zip(axes, titles, strict=True):
         ax.set(title=title, ylabel="share of the variance", ylim=(0, None))
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
-        ax.grid(color="#dddddd", linewidth=0.6)
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize=8, frameon=False)
+        ax.grid()
     for ax in axes[:2]:
         ticks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 2000) if k <= ax.dataLim.x1]
         ax.set(xscale="log", xlabel="principal components (log scale)")
@@ -369,15 +353,94 @@ def plot_variance_explained(projections: Mapping[str, PcaProjection], caption: C
         ax.set_xticks([], minor=True)
     axes[2].xaxis.set_major_formatter(PercentFormatter(1))
     axes[2].set_xlabel("principal components / d")
+    body.legend(*axes[0].get_legend_handles_labels(), **LEGEND)
+    return figure
+
+
+def _intervals(
+    ax: Axes,
+    estimates: Sequence[Estimate],
+    heights: Float[np.ndarray, " c"],
+    key: str,
+    label: str = "",
+) -> None:
+    """Marks with 95% intervals and numbers in percent; ``key`` is a model or a reference."""
+    color = MODEL_COLORS.get(key, INK)
+    sign = "" if key in MODEL_MARKERS else "+"
+    font = {"textcoords": "offset points", "va": "center_baseline", "fontsize": 7}
+    for estimate, y in zip(estimates, heights, strict=True):
+        ends = [x for x in (*estimate.ci95, estimate.value) if np.isfinite(x)]
+        ax.plot(estimate.ci95, [y, y], color=color, linewidth=1.6)  # NaN is not drawn
+        text = f"{100 * estimate.value:{sign}.1f}" if ends else "n/a"
+        ax.annotate(text, (max(ends, default=0), y), (5, 0), color=color, **font)
+    fill, mark = GROUND if key in REFERENCES else color, MODEL_MARKERS.get(key, "o")
+    values = [estimate.value for estimate in estimates]
+    ax.plot(values, heights, mark, color=color, markerfacecolor=fill, markersize=5, label=label)
+
+
+def _share_axis(ax: Axes, names: list[str]) -> None:
+    """Shares from 0 to 1 across, one name to each row from the top down."""
+    ax.set(xlim=(-0.02, 1.12), ylim=(len(names) - 0.5, -0.5), xticks=[0, 0.25, 0.5, 0.75, 1])
+    ax.xaxis.set_major_formatter(PercentFormatter(1))
+    ax.set_yticks(range(len(names)), names)
+    ax.grid(axis="x")
+    ax.set_axisbelow(True)
+
+
+@matplotlib.rc_context(STYLE)
+def plot_class_precision(
+    precisions: Mapping[str, Sequence[Estimate]],
+    differences: Sequence[Estimate],
+    classes: Classes,
+    names: Names,
+    caption: Caption,
+) -> Figure:
+    """Precision@5 of each class with 95% intervals, and HF - local unless that is empty."""
+    order = np.arange(len(classes))
+    if len(classes) > MAX_LISTED:
+        sizes = [-abs(d.value) for d in differences] or np.zeros(len(classes))
+        order = np.sort(np.argsort(sizes, kind="stable")[:MAX_LISTED])
+        which = "that differ most" if differences else "that come first"
+        caption = caption.add(f"Of {len(classes)} classes, the {MAX_LISTED} {which}.")
+    shown, columns = [_short(classes)[i] for i in order], 2 if differences else 1
+    height, rows = 0.34 * len(order) + 1.6, np.arange(len(order), dtype=np.float64)
+    figure, body = _figure(caption, 4.6 * columns + 0.6, height, [*shown, *names.values()])
+    axes = body.subplots(1, columns, squeeze=False, sharey=True)[0]
+    for role, estimates in precisions.items():
+        heights = rows + {"local": -0.16, "hf": 0.16}[role] * (columns - 1)
+        found = [estimates[i] for i in order]
+        _intervals(axes[0], found, heights, role, model_title(role, names))
+    _share_axis(axes[0], shown)
+    axes[0].set_title("Precision@5 with 95% interval")
+    body.legend(*axes[0].get_legend_handles_labels(), **LEGEND, ncols=2)
+    if differences:
+        axes[1].axvline(0, color=SOFT, linewidth=1)
+        _intervals(axes[1], [differences[i] for i in order], rows, "difference")
+        limit = 1.15 * max(map(abs, axes[1].get_xlim()))
+        axes[1].set(title="HF - local with 95% interval, points", xlim=(-limit, limit))
+        axes[1].xaxis.set_major_formatter(lambda x, _: f"{100 * x:+.3g}" if x else "0")
+        axes[1].grid(axis="x")
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def plot_precision(precisions: Mapping[str, Estimate], names: Names, caption: Caption) -> Figure:
+    """Precision@5 of the models with 95% intervals, then of the `REFERENCES` given."""
+    figure, body = _figure(caption, 3.8, 0.28 * len(precisions) + 0.9, names.values())
+    ax = body.subplots()
+    for y, (key, estimate) in enumerate(precisions.items()):
+        _intervals(ax, [estimate], np.array([float(y)]), key)
+    _share_axis(ax, [REFERENCES.get(key) or model_title(key, names, 20) for key in precisions])
+    ax.spines[:].set_visible(False)
     return figure
 
 
 def _picture(ax: Axes, image: UInt8[np.ndarray, "3 h w"], left: float, top: float) -> Rectangle:
-    """An image on the ground of a unit square, its pixels as squares; gives its frame."""
+    """Draw an image at the bottom of a unit square, its pixels as squares; returns its frame."""
     _, height, width = image.shape
     w, h = width / max(height, width), height / max(height, width)
     left, top = left + (1 - w) / 2, top + 1 - h
-    # Photographs are shrunk, where the nearest pixel would flicker.
+    # Photographs are shrunk, and the nearest pixel alone would flicker.
     smooth = "nearest" if max(height, width) <= 128 else "auto"
     extent = (left, left + w, top + h, top)
     ax.imshow(image.transpose(1, 2, 0), extent=extent, interpolation=smooth)
@@ -385,43 +448,42 @@ def _picture(ax: Axes, image: UInt8[np.ndarray, "3 h w"], left: float, top: floa
 
 
 @matplotlib.rc_context(STYLE)
-def plot_neighbors(
-    neighbors: Mapping[str, Neighbors],
+def plot_neighbors(  # noqa: PLR0913
+    neighbors: Mapping[str, tuple[Int[np.ndarray, "q k"], Float[np.ndarray, "q k"]]],
     queries: Int[np.ndarray, " q"],
-    labels: Int[np.ndarray, " n"],
-    classes: Sequence[str],
+    labels: Labels,
+    classes: Classes,
     image_of: Callable[[int], UInt8[np.ndarray, "3 h w"]],
+    names: Names,
     caption: Caption,
 ) -> Figure:
     """One row per query: the image, then the nearest images of each model.
 
-    Args:
-        neighbors: What each model found for the queries.
-        queries: Positions of the queries among the n images.
-        labels: Class of each image.
-        classes: Names of the classes.
-        image_of: The pixels of the image at a position.
-        caption: Words around the figure.
+    ``neighbors`` holds positions and cosine similarities, best first, ``queries`` positions;
+    ``image_of`` gives the pixels of the image at a position.
     """
     gap, step = 0.3, 1.45  # inches: before each model's images, and from one row to the next
-    widths = [found.indices.shape[1] * 1.06 + gap for found in neighbors.values()]
-    figure, body = _figure(caption, max(1 + sum(widths), 4) + 0.2, step * len(queries) + 1.1)
+    widths = [indices.shape[1] * 1.06 + gap for indices, _ in neighbors.values()]
+    shown = _short(classes)
+    texts = [*shown, *names.values()]
+    figure, body = _figure(caption, max(1 + sum(widths), 4) + 0.2, step * len(queries) + 1.1, texts)
     ax = body.subplots()
-    names = _short(classes)
     ax.text(0.5, -0.12, "query", ha="center", fontweight="bold")
     for row, query in enumerate(queries):
         _picture(ax, image_of(int(query)), 0.0, step * row)
-        ax.text(0.5, step * row + 1.05, names[labels[query]], ha="center", va="top", fontsize=7.5)
-    for left, (key, found) in zip(np.cumsum([1, *widths]) + gap, neighbors.items(), strict=False):
-        title = f"{MODEL_NAMES[key]}: nearest by cosine similarity"
-        digits = similarity_digits(found.similarities)
-        ax.text(left, -0.12, title, color=MODEL_COLORS[key], fontweight="bold")
-        for (row, rank), index in np.ndenumerate(found.indices):
+        ax.text(0.5, step * row + 1.05, shown[labels[query]], ha="center", va="top", fontsize=7.5)
+    for left, (role, (indices, cosines)) in zip(
+        np.cumsum([1, *widths]) + gap, neighbors.items(), strict=False
+    ):
+        title = f"{model_title(role, names)}, nearest by cosine similarity"
+        digits = similarity_digits(cosines)
+        ax.text(left, -0.12, title, color=MODEL_COLORS[role], fontweight="bold")
+        for (row, rank), index in np.ndenumerate(indices):
             x, y = left + 1.06 * rank, step * row
             same = labels[index] == labels[queries[row]]
             color, sign = ("#1a7f37", "✓") if same else ("#b3261e", "✗")
             _picture(ax, image_of(int(index)), x, y).set(edgecolor=color, linewidth=2.5)
-            words = f"{sign} {found.similarities[row, rank]:.{digits}f}\n{names[labels[index]]}"
+            words = f"{sign} {cosines[row, rank]:.{digits}f}\n{shown[labels[index]]}"
             ax.text(x + 0.5, y + 1.05, words, ha="center", va="top", fontsize=7.5, color=color)
     ax.set(xlim=(-0.05, 1 + sum(widths) + 0.05), ylim=(step * len(queries), -0.35), aspect="equal")
     ax.set_axis_off()
@@ -439,10 +501,8 @@ def plot_training_curves(
 ) -> Figure:
     """A small panel for each column of `CURVES` that the training log has, over the epochs.
 
-    Args:
-        rows: The log, one mapping per epoch, each with ``"epoch"``. A value that is absent, None
-            or not finite was not measured in that epoch.
-        caption: Words around the figure.
+    Each row of the log has its ``"epoch"``; a value that is absent, None or not finite was not
+    measured in that epoch.
     """
     epochs = np.array([row["epoch"] for row in rows])
     # None becomes NaN, which is not drawn.
@@ -458,7 +518,7 @@ def plot_training_curves(
         ax.plot(epochs[measured], y[measured], color=MODEL_COLORS["local"], marker=sparse)
         ax.set(title=CURVES[key], xlabel="epoch")
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-        ax.grid(color="#dddddd", linewidth=0.6)
+        ax.grid()
         ax.tick_params(labelbottom=True)
     for ax in axes[len(curves) :]:
         ax.set_axis_off()

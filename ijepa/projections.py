@@ -1,13 +1,14 @@
-"""Embeddings in the plane: principal components, and t-SNE maps for display only.
+"""Embeddings in the plane, for display only: principal components and t-SNE maps.
 
-Dimension key: n images, d width of an embedding.
+Dimension key: n images, m of them shown, d width of an embedding.
 """
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,14 +17,16 @@ from jaxtyping import Float, Int
 from threadpoolctl import threadpool_limits
 
 from ijepa.data import balanced_rows
-from ijepa.files import read_sealed, write_sealed
-from ijepa.metrics import centered_gram
+from ijepa.files import write_atomically
 
+MAX_POINTS = 5000
+"""Images on a map at most; with more, t-SNE takes minutes and the map shows a blot."""
 TSNE_WIDTH = 50
 """Principal components that t-SNE sees at most."""
 PERPLEXITY = 30.0
-MAX_POINTS = 5000
-"""Images on a map at most; beyond that t-SNE takes minutes and a map shows a blot."""
+FACTS = ("kl_divergence", "kept_neighbors", "perplexity")
+# What NumPy and zipfile raise for files that are missing or damaged, found by flipping every bit.
+UNREADABLE = (OSError, EOFError, KeyError, RuntimeError, ValueError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -31,17 +34,23 @@ class PcaProjection:
     """Principal components of centered, not standardized, embeddings.
 
     Args:
-        scores: Coordinates on the first k components; zero beyond the d that there are.
+        coordinates: Scores on the first k components; zero beyond the d that there are.
         variance_shares: Share of the total variance of all d components, descending, in [0, 1].
     """
 
-    scores: Float[np.ndarray, "n k"]
+    coordinates: Float[np.ndarray, "n k"]
     variance_shares: Float[np.ndarray, " d"]
+
+    @property
+    def note(self) -> str:
+        """What the two axes hold."""
+        shares = [*self.variance_shares[:2], 0.0]  # one-dimensional embeddings have no second
+        return f"across: PC1 ({shares[0]:.1%}), up: PC2 ({shares[1]:.1%})"
 
 
 @dataclass(frozen=True)
 class TsneProjection:
-    """A t-SNE map and how far it can be believed.
+    """A t-SNE map and how faithful it is.
 
     Args:
         coordinates: Positions in the plane; the first two principal components where
@@ -57,15 +66,22 @@ class TsneProjection:
     kept_neighbors: float
     perplexity: float
 
+    @property
+    def note(self) -> str:
+        """How faithful the map is, in words."""
+        if not np.isfinite(self.kl_divergence):
+            return "no t-SNE of so few or equal images: principal components"
+        return f"KL {self.kl_divergence:.2f}, keeps {self.kept_neighbors:.0%} of the 10 nearest"
+
 
 @dataclass(frozen=True)
 class Maps:
-    """The projections to show.
+    """The projections to show, by model; the second model's are turned to resemble the first's.
 
     Args:
-        rows: The images on the maps; the page holds pictures of these alone.
-        tsne: By model, of `rows`.
-        pca: By model, of all images.
+        rows: The m images on the maps: all of them, or a class-balanced sample in order.
+        tsne: Of `rows`.
+        pca: Of `rows`, on the components of all images.
     """
 
     rows: Int[np.ndarray, " m"]
@@ -79,39 +95,47 @@ def make_maps(
     seed: int,
     cache: Path | None = None,
 ) -> Maps:
-    """PCA of all images and a t-SNE map of at most `MAX_POINTS` of them, for display only.
+    """PCA and t-SNE maps of each model, of at most `MAX_POINTS` images.
+
+    Args:
+        embeddings: By model, rows in the same order.
+        labels: Class of each row.
+        seed: Of the sample and of t-SNE.
+        cache: Folder that keeps t-SNE maps between runs.
 
     Raises:
-        UserError: If the folder that keeps the maps cannot be written.
+        UserError: If the folder cannot be written.
     """
     rows = balanced_rows(labels, int(labels.max()) + 1, MAX_POINTS, seed)
-    # A map takes one thread, so both are made at once. The limit is set here as well, because the
-    # map that is done first would lift it for the other.
+    # A t-SNE map takes one thread, so both models' are made at once. The limit is set here as
+    # well, because the map that is done first would lift it for the other.
     with threadpool_limits(limits=1), ThreadPoolExecutor() as pool:
-        shown = [X[rows] for X in embeddings.values()]
-        maps = list(pool.map(lambda X: project_tsne_cached(X, seed, cache), shown))
+        made = pool.map(lambda X: project_tsne_cached(X[rows], seed, cache), embeddings.values())
+        tsne = dict(zip(embeddings, made, strict=True))
     pca = {name: project_pca(X, 2) for name, X in embeddings.items()}
-    return Maps(rows, dict(zip(embeddings, maps, strict=True)), pca)
+    pca = {name: replace(p, coordinates=p.coordinates[rows]) for name, p in pca.items()}
+    first = next(iter(embeddings))
+    for name in embeddings:
+        if name != first:
+            turned = align(tsne[first].coordinates, tsne[name].coordinates)
+            tsne[name] = replace(tsne[name], coordinates=turned)
+            flipped = match_signs(pca[first].coordinates, pca[name].coordinates)
+            pca[name] = replace(pca[name], coordinates=flipped)
+    return Maps(rows, tsne, pca)
 
 
 def project_pca(X: Float[np.ndarray, "n d"], k: int) -> PcaProjection:
     """Project on k principal components, each with its largest absolute loading positive."""
-    centered, gram = centered_gram(X)
-    n, d = X.shape
-    # On cores shared with other work, more threads made these a hundred times slower.
+    centered = X.astype(np.float64)
+    centered -= centered.mean(axis=0)
+    # On cores shared with other work, more threads made this a hundred times slower.
     with threadpool_limits(limits=1):
-        if n < d:
-            _, singular, loadings = np.linalg.svd(centered, full_matrices=False)
-            variances = np.pad(singular**2, (0, d - n))
-        else:  # cheaper: 1 s instead of 8 s for 50,000 x 1280
-            ascending, vectors = np.linalg.eigh(gram)
-            variances, loadings = ascending[::-1].clip(min=0), vectors[:, ::-1].T
-    loadings = loadings[:k]
-    largest = loadings[np.arange(len(loadings)), np.abs(loadings).argmax(axis=1)]
-    axes = (loadings * np.sign(largest)[:, None]).T
-    scores = centered @ axes
+        ascending, vectors = np.linalg.eigh(centered.T @ centered)
+    variances, loadings = ascending[::-1].clip(min=0), vectors[:, ::-1][:, :k]
+    largest = np.take_along_axis(loadings, np.abs(loadings).argmax(axis=0)[None], axis=0)
+    scores = centered @ (loadings * np.sign(largest))
     total = variances.sum()
-    shares = variances / total if total > 0 else np.zeros(d)
+    shares = variances / total if total > 0 else variances
     return PcaProjection(np.pad(scores, ((0, 0), (0, k - scores.shape[1]))), shares)
 
 
@@ -123,51 +147,48 @@ def project_tsne(X: Float[np.ndarray, "n d"], seed: int) -> TsneProjection:
     from sklearn.manifold import TSNE
 
     unit = X.astype(np.float64) / np.linalg.norm(X.astype(np.float64), axis=1, keepdims=True)
-    pca = project_pca(unit, k=max(2, min(TSNE_WIDTH, *X.shape)))
-    spread = np.ptp(pca.scores, axis=0).max()
-    if len(X) < 4 or spread < 1e-6:  # no variance but that of rounding
-        coordinates, divergence, perplexity = pca.scores[:, :2], float("nan"), float("nan")
+    scores = project_pca(unit, k=max(2, min(TSNE_WIDTH, *X.shape))).coordinates
+    if len(X) < 4 or np.ptp(scores, axis=0).max() < 1e-6:  # no variance but that of rounding
+        coordinates, divergence, perplexity = scores[:, :2], float("nan"), float("nan")
     else:
         perplexity = min(PERPLEXITY, (len(X) - 1) / 3)
         tsne = TSNE(perplexity=perplexity, random_state=seed)
-        # Threads add up in any order and t-SNE magnifies the last digit; one thread is repeatable.
+        # Threads add in any order and t-SNE magnifies the last digit; one thread is repeatable.
         with threadpool_limits(limits=1):
-            coordinates = tsne.fit_transform(pca.scores).astype(np.float64)
+            coordinates = tsne.fit_transform(scores).astype(np.float64)
         divergence = float(tsne.kl_divergence_)
-    kept = kept_neighbors(unit, coordinates)
-    return TsneProjection(coordinates, divergence, kept, perplexity)
+    return TsneProjection(coordinates, divergence, kept_neighbors(unit, coordinates), perplexity)
 
 
 def project_tsne_cached(
     X: Float[np.ndarray, "n d"], seed: int, cache: Path | None
 ) -> TsneProjection:
-    """`project_tsne`, made once: a map that a folder keeps is read, any other is put there.
+    """`project_tsne`, read from a folder of maps if it is there and otherwise saved in it.
+
+    The file's name is a hash of the embeddings, the settings and the versions of the libraries. A
+    damaged file is replaced.
 
     Raises:
         UserError: If the folder cannot be written.
     """
     if cache is None:
         return project_tsne(X, seed)
-    file = cache / f"{map_key(X, seed)}.map"
-    content = read_sealed(file, 8 * (2 * len(X) + 3))
-    if content is not None:
-        *places, divergence, kept, perplexity = np.frombuffer(content, "<f8").tolist()
-        return TsneProjection(np.array(places).reshape(-1, 2), divergence, kept, perplexity)
-    made = project_tsne(X, seed)
-    facts = made.kl_divergence, made.kept_neighbors, made.perplexity
-    write_sealed(file, np.array([*made.coordinates.flat, *facts], "<f8").tobytes())
-    return made
-
-
-def map_key(X: Float[np.ndarray, "n d"], seed: int) -> str:
-    """A hash of everything that decides a map: numbers, settings and libraries."""
     versions = [version(name) for name in ("numpy", "scipy", "scikit-learn")]
-    facts = json.dumps([X.shape, str(X.dtype), seed, TSNE_WIDTH, PERPLEXITY, *versions])
-    return hashlib.sha256(facts.encode() + X.tobytes()).hexdigest()[:16]
+    settings = json.dumps([X.shape, str(X.dtype), seed, TSNE_WIDTH, PERPLEXITY, *versions])
+    key = hashlib.sha256(settings.encode() + X.tobytes()).hexdigest()[:16]
+    file = cache / f"{key}.npz"
+    try:
+        with file.open("rb") as opened, np.load(opened) as kept:
+            facts = [float(kept[name]) for name in FACTS]
+            return TsneProjection(kept["coordinates"], *facts)
+    except UNREADABLE:
+        made = project_tsne(X, seed)
+        write_atomically(file, lambda opened: np.savez(opened, **asdict(made)))
+        return made
 
 
 def kept_neighbors(original: Float[np.ndarray, "n d"], plane: Float[np.ndarray, "n 2"]) -> float:
-    """Share of the 10 nearest neighbors in ``original`` that are so in ``plane`` as well."""
+    """Share of the 10 nearest neighbors in ``original`` that are also among them in ``plane``."""
     from sklearn.neighbors import NearestNeighbors
 
     k = min(10, len(plane) - 1)
@@ -190,3 +211,11 @@ def align(
     left, stretch, right = np.linalg.svd(centered.T @ (reference - center))
     scale = stretch.sum() / max((centered**2).sum(), np.finfo(np.float64).tiny)
     return center + scale * centered @ left @ right
+
+
+def match_signs(
+    reference: Float[np.ndarray, "n k"], moving: Float[np.ndarray, "n k"]
+) -> Float[np.ndarray, "n k"]:
+    """Flip each column of ``moving`` that correlates negatively with that of ``reference``."""
+    products = ((reference - reference.mean(axis=0)) * (moving - moving.mean(axis=0))).sum(axis=0)
+    return moving * np.where(products < 0, -1, 1)

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
 from ijepa import plots
-from ijepa.comparison import MUTUAL_K, Comparison, neighbor_confusion
+from ijepa.comparison import Comparison, neighbor_confusion
 from ijepa.data import Split, shrink
 from ijepa.embeddings import save_embeddings
 from ijepa.errors import git_commit
@@ -33,7 +33,7 @@ from ijepa.metrics import KNN_K, TEMPERATURE
 from ijepa.narrative import class_means, summary
 from ijepa.page import page
 from ijepa.projections import PERPLEXITY, TSNE_WIDTH, Maps, make_maps
-from ijepa.uncertainty import NUM_HALVES
+from ijepa.uncertainty import MUTUAL_K, NUM_HALVES
 
 SCHEMA_VERSION = 2
 PACKAGES = ("torch", "torchvision", "transformers", "numpy", "scipy", "scikit-learn", "matplotlib")
@@ -44,6 +44,8 @@ SHOWN_SIDE = 224
 """Sides of a neighbor's picture in pixels at most."""
 NUM_DISAGREEMENTS = 4
 """Queries shown in each direction of disagreement."""
+ON_PAGE = ("class_precision.png", "similarity_matrices.png", "variance_explained.png")
+"""Figures that the page shows."""
 NOT_ALWAYS_MADE = ("embeddings_local.npz", "embeddings_hf.npz", "nn_queries.png")
 NOT_ALWAYS_MADE += ("nn_disagreement.png",)
 """Files that need pictures, or two models that disagree on one."""
@@ -95,51 +97,76 @@ def draw(
     comparison: Comparison, maps: Maps, split: Split, seed: int
 ) -> Iterator[tuple[str, Figure]]:
     """Every figure of the report with its file name; a new one is a line here."""
-    labels, classes = split.labels, split.classes
+    labels, classes, names = split.labels, split.classes, comparison.names
     where = f"{split.name} {split.split}, n = {len(split)}"
     embeddings = {name: a.embeddings for name, a in comparison.analyses.items()}
-    caption, rows = plots.Caption, maps.rows
-    shown = "" if len(rows) == len(split) else f" {len(rows):,} images shown, of every class alike."
+    on_maps = labels[maps.rows]
+
+    def caption(title: str, footer: str) -> plots.Caption:
+        return plots.Caption(f"{title}: {where}", footer)
+
+    shown = ""
+    if len(maps.rows) < len(split):
+        shown = f" {len(maps.rows):,} images shown, equally many of each class."
 
     perplexity = next(iter(maps.tsne.values())).perplexity
-    how = f"L2-normalized, PCA to 50, perplexity {perplexity:.0f}, seed {seed}.{shown}"
-    title = f"t-SNE of the embeddings: {where}"
-    yield (
-        "tsne_comparison.png",
-        plots.plot_tsne(maps.tsne, labels[rows], classes, caption(title, how)),
+    how = f"L2-normalized, PCA to 50, perplexity {perplexity:.0f}, seed {seed}.{shown} "
+    how += "Distances between clusters and cluster sizes have no meaning."
+    figure = plots.plot_maps(
+        maps.tsne, on_maps, classes, names, caption("t-SNE of the embeddings", how)
     )
+    yield "tsne_comparison.png", figure
 
-    title = f"Principal components: {where}"
-    how = f"Centered, not standardized; each component's largest loading is positive.{shown}"
-    points = {name: replace(pca, scores=pca.scores[rows]) for name, pca in maps.pca.items()}
-    yield "pca_comparison.png", plots.plot_pca(points, labels[rows], classes, caption(title, how))
+    how = f"Centered, not standardized; the largest loading is positive.{shown}"
+    if len(maps.pca) == 2:
+        how += " The HF model's axes are flipped where that makes both maps more alike."
+    figure = plots.plot_maps(
+        maps.pca, on_maps, classes, names, caption("Principal components", how)
+    )
+    yield "pca_comparison.png", figure
 
-    title = f"Cosine similarity of class means: {where}"
     how = "Raw: class means as they are. Centered: minus the mean of all images."
-    yield (
-        "similarity_matrices.png",
-        plots.plot_similarity_matrices(embeddings, labels, classes, caption(title, how)),
+    figure = plots.plot_similarity_matrices(
+        embeddings, labels, classes, names, caption("Cosine similarity of class means", how)
     )
+    yield "similarity_matrices.png", figure
 
-    title = f"Explained variance: {where}"
     how = "Share of the total variance; marks at 10 and 50 components."
-    yield "variance_explained.png", plots.plot_variance_explained(maps.pca, caption(title, how))
+    figure = plots.plot_variance_explained(maps.pca, names, caption("Explained variance", how))
+    yield "variance_explained.png", figure
+
+    how = "Intervals over images, from stratified half-samples."
+    figure = plots.plot_class_precision(
+        comparison.class_precision,
+        [row["difference"] for row in comparison.per_class],
+        [classes[label] for label in np.unique(labels)],
+        names,
+        caption("Precision@5 by class", how),
+    )
+    yield "class_precision.png", figure
 
     if not has_pictures(split):
         return
-    title = f"Nearest neighbors: {where}"
     how = f"Queries drawn by seed {seed}, one of each class (at most {MAX_QUERIES})."
     queries = draw_queries(labels, seed)
-    yield "nn_queries.png", draw_neighbors(comparison, queries, split, caption(title, how))
+    yield (
+        "nn_queries.png",
+        draw_neighbors(comparison, queries, split, caption("Nearest neighbors", how)),
+    )
 
     queries = disagreements(comparison, seed)
     if len(queries):
-        title = f"Where only one model is right: {where}"
         how = (
-            f"Nearest neighbor of the right class in only one model; at most {NUM_DISAGREEMENTS} "
-            f"each way, by difference in precision@5, ties in an order drawn by seed {seed}."
+            f"The nearest neighbor has the right class in one model only; at most "
+            f"{NUM_DISAGREEMENTS} each way, by difference in precision@5, ties in an order drawn "
+            f"by seed {seed}."
         )
-        yield "nn_disagreement.png", draw_neighbors(comparison, queries, split, caption(title, how))
+        yield (
+            "nn_disagreement.png",
+            draw_neighbors(
+                comparison, queries, split, caption("Where only one model is right", how)
+            ),
+        )
 
 
 def draw_queries(labels: Int[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " q"]:
@@ -172,7 +199,7 @@ def draw_neighbors(
 ) -> Figure:
     """The five nearest images of each query in each model."""
     found = {
-        name: plots.Neighbors(a.neighbors[queries, :5], a.similarities[queries, :5])
+        name: (a.neighbors[queries, :5], a.similarities[queries, :5])
         for name, a in comparison.analyses.items()
     }
     return plots.plot_neighbors(
@@ -181,16 +208,14 @@ def draw_neighbors(
         split.labels,
         split.classes,
         lambda row: shrink(split.images[row], SHOWN_SIDE),
+        comparison.names,
         caption,
     )
 
 
 def save_figure(path: Path, figure: Figure) -> None:
     """Write a PNG; the same figure gives the same bytes."""
-    write_atomically(
-        path,
-        lambda file: figure.savefig(file, format="png", metadata={"Software": None}),
-    )
+    write_atomically(path, lambda file: plots.save_png(figure, file))
 
 
 def per_image_csv(comparison: Comparison, maps: Maps, split: Split, probe: Any = None) -> str:
@@ -370,6 +395,7 @@ def write_files(  # noqa: PLR0913
 ) -> list[Path]:
     """Write the report of what is complete, and remove what an earlier run left."""
     began = time.perf_counter()
+    caveats = [*caveats, *filter(None, [plots.font_note([split.name, *split.classes])])]
     written: list[Path] = []
 
     def write(name: str, how: Callable[[Path], None]) -> None:
@@ -380,8 +406,11 @@ def write_files(  # noqa: PLR0913
         for role, analysis in comparison.analyses.items():
             X = analysis.embeddings
             write(f"embeddings_{role}.npz", lambda path, X=X: save_embeddings(path, X, split))
+    figures = {}
     for name, figure in draw(comparison, maps, split, comparison.seed):
         write(name, lambda path, figure=figure: save_figure(path, figure))
+        if name in ON_PAGE:
+            figures[name] = figure
     table = per_image_csv(comparison, maps, split, probe)
     write("per_image.csv", lambda path: write_text(path, table))
     files = [*(path.name for path in written), "report.html", "metrics.json"]
@@ -390,7 +419,7 @@ def write_files(  # noqa: PLR0913
 
     content = metrics_content(comparison, facts, caveats, probe)
     content["artifacts"] = [artifact(path) for path in written]
-    html = page(comparison, maps, pictured(split), facts, caveats, json_text(content))
+    html = page(comparison, maps, pictured(split), facts, caveats, json_text(content), figures)
     write("report.html", lambda path: write_text(path, html))
     content["artifacts"].append(artifact(written[-1]))
     if "seconds" in content["run"]:

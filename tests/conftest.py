@@ -3,15 +3,16 @@ import os
 # Before any import of transformers or huggingface_hub, which read it once: tests open no socket.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from ijepa.comparison import Comparison, compare
@@ -19,7 +20,7 @@ from ijepa.data import Split
 from ijepa.model import ViTConfig
 from ijepa.page import page
 from ijepa.projections import Maps, TsneProjection, project_pca
-from ijepa.report import complete, json_text, metrics_content
+from ijepa.report import ON_PAGE, complete, draw, json_text, metrics_content
 
 # Networks this small lose more time in handing work to threads than they gain.
 torch.set_num_threads(1)
@@ -72,7 +73,7 @@ def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Example:
     comparison: Comparison
     maps: Maps
@@ -92,16 +93,20 @@ def example_split(n: int, classes: tuple[str, ...], rng: np.random.Generator) ->
 
 @pytest.fixture(scope="session")
 def make_page() -> Callable[..., Example]:
-    """A whole page of clouds of random points, without any encoder or t-SNE."""
+    """A whole page of clouds of random points, without any encoder, t-SNE or (slow) figures."""
 
     def make(
         n: int = 66,
         classes: tuple[str, ...] = ("cat", "dog", "ship"),
         models: tuple[str, ...] = ("local", "hf"),
         shown: int | None = None,
+        paths: bool = False,
+        figures_too: bool = False,
     ) -> Example:
         rng = np.random.default_rng(0)
         split = example_split(n, classes, rng)
+        if paths:
+            object.__setattr__(split, "paths", tuple(f"x/{row:04d}.png" for row in range(n)))
         centers = rng.normal(size=(len(classes), 6))
 
         def cloud(noise: float) -> np.ndarray:
@@ -110,10 +115,12 @@ def make_page() -> Callable[..., Example]:
 
         references = {"pixels": cloud(1.5), "random_weights": cloud(3)}
         embeddings = {name: cloud(0.6 + 0.5 * row) for row, name in enumerate(models)}
-        comparison = compare(embeddings, references, split.labels, 0)
+        names = {"local": "small (target)", "hf": "large"}
+        comparison = compare(embeddings, references, split.labels, 0, names=names)
         rows = np.arange(n)[:: n // shown if shown else 1]
         pca = {name: project_pca(X, 2) for name, X in embeddings.items()}
-        tsne = {name: TsneProjection(p.scores[rows], 1.0, 0.5, 30.0) for name, p in pca.items()}
+        pca = {name: replace(p, coordinates=p.coordinates[rows]) for name, p in pca.items()}
+        tsne = {name: TsneProjection(p.coordinates, 1.0, 0.5, 30.0) for name, p in pca.items()}
         maps = Maps(rows, tsne, pca)
         model = {"source": "a/b", "sha256": 64 * "0", "embedding_dim": 6, "parameters": 123456}
         model |= {"input_size": 32, "dtype": "float32", "epochs": 3, "planned_epochs": 9}
@@ -126,7 +133,11 @@ def make_page() -> Callable[..., Example]:
         facts["dataset"]["sha256"] = 64 * "1"
         facts = complete(comparison, split, facts)
         metrics = json_text(metrics_content(comparison, facts, ["one draw"]) | {"artifacts": []})
-        html = page(comparison, maps, split, facts, ["one draw"], metrics)
+        figures = {name: Figure(figsize=(2, 1)) for name in ON_PAGE}
+        if figures_too:
+            drawn = draw(comparison, maps, split, 0)
+            figures = {name: figure for name, figure in drawn if name in ON_PAGE}
+        html = page(comparison, maps, split, facts, ["one draw"], metrics, figures)
         return Example(comparison, maps, split, metrics, html)
 
     return make

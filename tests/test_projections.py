@@ -4,9 +4,15 @@ from scipy.spatial import procrustes
 from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_limits
 
-from ijepa import projections
 from ijepa.errors import UserError
-from ijepa.projections import align, map_key, project_pca, project_tsne, project_tsne_cached
+from ijepa.projections import (
+    align,
+    make_maps,
+    match_signs,
+    project_pca,
+    project_tsne,
+    project_tsne_cached,
+)
 
 
 def embeddings(n: int = 24, d: int = 6, seed: int = 0) -> np.ndarray:
@@ -22,7 +28,7 @@ def test_pca_equals_scikit_learn_with_the_largest_loading_positive(n, d):
     loadings = expected.components_[:3]
     signs = [np.sign(row[np.argmax(np.abs(row))]) for row in loadings]
     scores = (X - X.mean(axis=0)) @ loadings.T * signs
-    np.testing.assert_allclose(pca.scores, scores, atol=1e-5)  # float32 embeddings
+    np.testing.assert_allclose(pca.coordinates, scores, atol=1e-5)  # float32 embeddings
     np.testing.assert_allclose(
         pca.variance_shares[: min(n, d)], expected.explained_variance_ratio_, atol=1e-9
     )
@@ -31,14 +37,16 @@ def test_pca_equals_scikit_learn_with_the_largest_loading_positive(n, d):
 
 def test_pca_turns_over_with_the_embeddings():
     X = embeddings()
-    np.testing.assert_allclose(np.abs(project_pca(-X, 2).scores), np.abs(project_pca(X, 2).scores))
-    np.testing.assert_allclose(project_pca(-X, 2).scores, -project_pca(X, 2).scores)
+    np.testing.assert_allclose(
+        np.abs(project_pca(-X, 2).coordinates), np.abs(project_pca(X, 2).coordinates)
+    )
+    np.testing.assert_allclose(project_pca(-X, 2).coordinates, -project_pca(X, 2).coordinates)
 
 
 def test_pca_of_fewer_dimensions_than_asked_for_or_of_no_variance_is_zero_there():
-    assert np.all(project_pca(embeddings(d=1), 2).scores[:, 1] == 0)
+    assert np.all(project_pca(embeddings(d=1), 2).coordinates[:, 1] == 0)
     constant = project_pca(np.ones((5, 3), np.float32), 2)
-    assert np.all(constant.scores == 0)
+    assert np.all(constant.coordinates == 0)
     assert np.all(constant.variance_shares == 0)
 
 
@@ -105,7 +113,7 @@ def test_perplexity_is_30_or_less_than_a_third_of_the_images(n, expected):
 def test_too_few_or_equal_embeddings_are_shown_by_their_principal_components(X):
     projection = project_tsne(X, seed=0)
     unit = X / np.linalg.norm(X, axis=1, keepdims=True)
-    np.testing.assert_allclose(projection.coordinates, project_pca(unit, 2).scores, atol=1e-6)
+    np.testing.assert_allclose(projection.coordinates, project_pca(unit, 2).coordinates, atol=1e-6)
     assert np.isnan(projection.kl_divergence)
     assert np.isnan(projection.perplexity)
 
@@ -120,24 +128,39 @@ def test_tsne_takes_one_dimensional_and_doubled_embeddings():
     assert np.isfinite(project_tsne(doubled, seed=0).coordinates).all()
 
 
-def never(*_):
-    raise AssertionError("a kept map was made again")
+def test_a_map_is_made_once_and_read_bit_for_bit(tmp_path):
+    for X in (embeddings(30), embeddings(2), embeddings(1)):
+        made = project_tsne_cached(X, 3, tmp_path)
+        (file,) = set(tmp_path.iterdir())
+        when = file.stat().st_mtime_ns
+        kept = project_tsne_cached(X, 3, tmp_path)
+        np.testing.assert_equal(vars(kept), vars(made))
+        np.testing.assert_equal(vars(kept), vars(project_tsne(X, 3)))
+        assert file.stat().st_mtime_ns == when
+        file.unlink()
 
 
-@pytest.mark.parametrize("X", [embeddings(30), embeddings(2), embeddings(1)])
-def test_a_kept_map_is_the_same_bit_for_bit_and_is_not_made_again(tmp_path, monkeypatch, X):
-    made = project_tsne_cached(X, 3, tmp_path)
-    monkeypatch.setattr(projections, "project_tsne", never)
-    kept = project_tsne_cached(X, 3, tmp_path)
-    np.testing.assert_array_equal(kept.coordinates, project_tsne(X, 3).coordinates)
-    assert kept.coordinates.dtype == np.float64
-    np.testing.assert_equal(
-        (kept.kl_divergence, kept.kept_neighbors, kept.perplexity),
-        (made.kl_divergence, made.kept_neighbors, made.perplexity),
-    )
+def test_a_kept_map_is_what_is_shown(tmp_path):
+    X = embeddings(12)
+    project_tsne_cached(X, 0, tmp_path)
+    (file,) = tmp_path.iterdir()
+    with np.load(file) as kept:
+        moved = {**kept, "coordinates": kept["coordinates"] + 1}
+    np.savez(file, **moved)
+    found = project_tsne_cached(X, 0, tmp_path).coordinates
+    np.testing.assert_array_equal(found, project_tsne(X, 0).coordinates + 1)
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-8], lambda data: data[:-1] + b"!"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:0],
+        lambda data: data[:-8],
+        lambda data: data.replace(b"kl_div", b"kl_dib"),
+        lambda data: data[:200] + bytes([data[200] ^ 1]) + data[201:],
+        lambda data: data[1:],
+    ],
+)
 def test_a_damaged_map_is_made_again(tmp_path, damage):
     X = embeddings(12)
     expected = project_tsne_cached(X, 0, tmp_path)
@@ -150,18 +173,55 @@ def test_a_damaged_map_is_made_again(tmp_path, damage):
     assert file.read_bytes() == whole
 
 
-def test_the_name_of_a_kept_map_changes_with_all_that_decides_it(monkeypatch):
+def test_other_numbers_or_another_seed_are_another_map(tmp_path):
     X = embeddings(12)
     moved = X.copy()
     moved[-1, -1] = np.nextafter(moved[-1, -1], np.float32(9))
-    names = {map_key(*what) for what in ((X, 0), (X, 1), (moved, 0), (X.reshape(6, 12), 0))}
-    for setting in ("TSNE_WIDTH", "PERPLEXITY"):
-        with monkeypatch.context() as patch:
-            patch.setattr(projections, setting, 20)
-            names.add(map_key(X, 0))
-    monkeypatch.setattr(projections, "version", lambda _: "0")
-    names.add(map_key(X, 0))
-    assert len(names) == 7
+    for what in ((X, 0), (X, 1), (moved, 0), (X.reshape(6, 12), 0), (X.astype(np.float64), 0)):
+        project_tsne_cached(*what, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_maps_of_two_models_are_those_of_each_turned_to_look_alike(tmp_path):
+    X, labels = embeddings(40), np.arange(40) % 4
+    Z = np.concatenate([-X, embeddings(40, seed=1)], axis=1)
+    maps = make_maps({"local": X, "hf": Z}, labels, 3, tmp_path)
+    np.testing.assert_array_equal(maps.rows, np.arange(40))
+    tsne = {"local": project_tsne(X, 3), "hf": project_tsne(Z, 3)}
+    np.testing.assert_array_equal(maps.tsne["local"].coordinates, tsne["local"].coordinates)
+    expected = align(*(map_.coordinates for map_ in tsne.values()))
+    np.testing.assert_array_equal(maps.tsne["hf"].coordinates, expected)
+    assert maps.tsne["hf"].kept_neighbors == tsne["hf"].kept_neighbors
+    local, hf = (maps.pca[name].coordinates for name in ("local", "hf"))
+    np.testing.assert_allclose(local, project_pca(X, 2).coordinates)
+    np.testing.assert_allclose(np.abs(hf), np.abs(project_pca(Z, 2).coordinates))
+    assert all(np.corrcoef(local[:, axis], hf[:, axis])[0, 1] > 0 for axis in (0, 1))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_maps_show_a_balanced_seeded_sample_in_order_when_images_are_many():
+    X = np.random.default_rng(0).normal(size=(6000, 1)).repeat(2, axis=1)
+    X[:] = 1  # no variance: no t-SNE, which would take minutes
+    labels = np.arange(6000) % 2
+    first, again, other = (make_maps({"local": X}, labels, seed).rows for seed in (0, 0, 1))
+    assert len(first) == 5000
+    assert (np.diff(first) > 0).all()
+    np.testing.assert_array_equal(np.bincount(labels[first]), [2500, 2500])
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_match_signs_flips_only_what_points_the_other_way():
+    reference = embeddings(20, 3)
+    flipped = reference * (1, -2, 3)
+    np.testing.assert_allclose(match_signs(reference, flipped), reference * (1, 2, 3))
+
+
+def test_notes_name_what_there_is():
+    assert "PC1 (" in project_pca(embeddings(d=1), 2).note
+    assert "PC2 (0.0%)" in project_pca(embeddings(d=1), 2).note
+    assert "no t-SNE" in project_tsne(embeddings(2), 0).note
+    assert "KL" in project_tsne(embeddings(12), 0).note
 
 
 def test_a_folder_of_maps_that_cannot_be_written_is_a_user_error(tmp_path):

@@ -3,7 +3,6 @@
 // Lightness rises throughout, and both ends stand out from white and from black.
 const SCALE = ["#6a4fb3", "#5070c0", "#3f8fb0", "#4aa888", "#a5bf63", "#f2d349"];
 const LEVELS = [["X", "few"], ["D", "some"], ["o", "most"]];
-const still = matchMedia("(prefers-reduced-motion: reduce)");
 const dark = matchMedia("(prefers-color-scheme: dark)");
 let sheet = null; // the context of a canvas that holds all pictures
 const tiles = new Map();
@@ -82,8 +81,6 @@ class Panel {
     Object.assign(this, { model, number: view, box: section.querySelector(".map"), note: section.querySelector(".note") });
     this.base = section.querySelector(".base").getContext("2d");
     this.over = section.querySelector(".over").getContext("2d");
-    this.from = this.to = model[state.projection];
-    this.progress = 1;
     // A fixed shuffle, so that no class lies on top of the others.
     this.order = Array.from({ length: points }, (_, i) => i);
     let seed = 1;
@@ -120,33 +117,14 @@ class Panel {
     return this.view.zoom * 0.92 * Math.min(this.width, this.height);
   }
 
-  // Where an image lies on the screen, also while the map changes into the other projection.
+  // Where an image is on the screen.
   place(row) {
-    const [[x0, y0], [x1, y1]] = [this.from[row], this.to[row]];
-    const t = this.progress;
-    const [x, y] = [(x0 + (x1 - x0) * t) / 10000, (y0 + (y1 - y0) * t) / 10000];
-    return [(x - this.view.x) * this.scale + this.width / 2, (y - this.view.y) * this.scale + this.height / 2];
+    const [x, y] = this.model[state.projection][row];
+    return [(x / 10000 - this.view.x) * this.scale + this.width / 2, (y / 10000 - this.view.y) * this.scale + this.height / 2];
   }
 
   world(x, y) {
     return [(x - this.width / 2) / this.scale + this.view.x, (y - this.height / 2) / this.scale + this.view.y];
-  }
-
-  show(projection) {
-    this.note.textContent = this.model.notes[projection];
-    if (this.to === this.model[projection]) return;
-    this.from = this.to;
-    this.to = this.model[projection];
-    this.progress = still.matches ? 1 : 0;
-    const began = performance.now();
-    const step = (now) => {
-      const t = Math.min(1, Math.max(0, (now - began) / 450));
-      this.progress = t * t * (3 - 2 * t);
-      this.draw();
-      this.drawOver();
-      if (t < 1) requestAnimationFrame(step);
-    };
-    if (!still.matches) requestAnimationFrame(step);
   }
 
   // Signs are drawn once into a row of stamps: drawing 2,000 paths anew takes four times as long.
@@ -236,13 +214,6 @@ class Panel {
       g.fillStyle = color("ink");
       g.fillText(name, x, y);
     }
-  }
-
-  // For paper: a browser may print a canvas of many signs empty, but never a picture.
-  snapshot() {
-    this.base.setTransform(1, 0, 0, 1, 0, 0);
-    this.base.drawImage(this.over.canvas, 0, 0);
-    return imageAt(this.base.canvas.toDataURL());
   }
 
   // The image under the pointer or chosen, with the neighbours of both models.

@@ -25,7 +25,7 @@ function update({ list = true } = {}) {
 function redraw() {
   for (const panel of panels) {
     panel.box.classList.toggle("selecting", state.drag !== "pan");
-    panel.show(state.projection);
+    panel.note.textContent = panel.model.notes[state.projection];
     panel.draw();
     panel.drawOver();
   }
@@ -45,7 +45,7 @@ function hover(row) {
   showChosen();
 }
 
-// A neighbour under the pointer is shown on the maps.
+// A neighbor under the pointer is shown on the maps.
 function point(row) {
   pointed = row;
   for (const panel of panels) panel.drawOver();
@@ -69,7 +69,7 @@ function signImage(kind) {
 function showLegend() {
   const parts = [];
   if (state.color !== "class") {
-    const [top, words] = state.color === "hits" ? [5, "Of five neighbours, right:"] : [10, "Of ten neighbours, shared:"];
+    const [top, words] = state.color === "hits" ? [5, "Of five neighbors, right:"] : [10, "Of ten neighbors, shared:"];
     parts.push(make("span", "", words));
     for (let value = 0; value <= top; value += top / 5) {
       const part = make("span", "", `${value}`);
@@ -80,19 +80,20 @@ function showLegend() {
   byId("legend").replaceChildren(...parts);
 }
 
-const percent = (rows, model) => {
-  if (!model.hits) return "not defined";
-  let sum = 0;
-  for (const row of rows) sum += model.hits[row];
-  return `${((20 * sum) / rows.length).toFixed(1)}%`;
-};
+// Halves round up, as in the report, whatever the last bit of a mean says.
+const rounded = (share) => `${(100 * share + 1e-9).toFixed(1)}%`;
+
+function means(rows) {
+  if (!rows.length || !models[0].hits) return "not defined";
+  const mean = (model) => rows.reduce((sum, row) => sum + model.hits[row], 0) / (5 * rows.length);
+  return models.map((model) => `${model.name} ${rounded(mean(model))}`).join(", ");
+}
 
 function showStatus() {
   const rows = [];
   for (let row = 0; row < points; row++) if (visible(row)) rows.push(row);
   const shown = `${rows.length.toLocaleString("en")} of ${points.toLocaleString("en")} images shown`;
-  const means = rows.length ? models.map((model) => `${model.name} ${percent(rows, model)}`).join(", ") : "";
-  byId("status").textContent = means ? `${shown}; their precision@5: ${means}.` : `${shown}.`;
+  byId("status").textContent = rows.length ? `${shown}; their precision@5: ${means(rows)}.` : `${shown}.`;
   showSelection();
 }
 
@@ -104,7 +105,6 @@ function showSelection() {
   const counts = new Map();
   for (const row of rows) counts.set(className(row), (counts.get(className(row)) ?? 0) + 1);
   const common = [...counts].sort((a, b) => b[1] - a[1]).slice(0, 6).map(([name, count]) => `${name} ${count}`);
-  const means = rows.length ? models.map((model) => `${model.name} ${percent(rows, model)}`).join(", ") : "not defined";
   const clear = make("button", "", "Clear selection");
   clear.type = "button";
   clear.id = "clear";
@@ -119,7 +119,7 @@ function showSelection() {
     thumbs.append(button);
   }
   const more = rows.length > 40 ? " The first 40 are below." : "";
-  refill(box, make("p", "", `${rows.length} selected (${common.join(", ")}). Precision@5: ${means}.${more}`), thumbs, clear);
+  refill(box, make("p", "", `${rows.length} selected (${common.join(", ")}). Precision@5: ${means(rows)}.${more}`), thumbs, clear);
 }
 
 function say(row) {
@@ -163,9 +163,8 @@ function setUpControls() {
   });
   byId("browser").addEventListener("submit", (event) => {
     event.preventDefault();
-    search(byId("browser").elements.index.value);
+    openImage(byId("browser").elements.index.value.trim());
   });
-  byId("browser").elements.index.addEventListener("input", ({ target }) => target.value || showQueries());
   byId("browser").elements.sort.addEventListener("change", ({ target }) => {
     Object.assign(state, { sort: target.value, page: 0 });
     update();
@@ -344,40 +343,25 @@ async function begin() {
     setUpPointer(panel);
     setUpKeys(panel);
   }
-  update();
+  const follow = () => {
+    update();
+    if (state.wanted !== null) openImage(state.wanted);
+  };
   addEventListener("hashchange", () => {
     if (!isState(location.hash)) return;
     readFragment(location.hash.slice(1));
-    update();
+    follow();
   });
-  const repaint = () => {
+  dark.addEventListener("change", () => {
     for (const panel of panels) panel.atlas = null;
-    setUpChipSigns();
+    for (const chip of byId("chips").children) {
+      const label = chip.dataset.label;
+      if (label) chip.firstChild.replaceWith(signImage([data.markers[label], data.colors[label]]));
+    }
     update();
-  };
-  dark.addEventListener("change", repaint);
-  const folded = [...document.querySelectorAll("details")];
-  addEventListener("beforeprint", () => {
-    document.documentElement.classList.add("paper");
-    for (const part of folded) part.dataset.was = part.open ? "open" : "";
-    for (const part of folded) part.open = true;
-    repaint();
-    for (const panel of panels) panel.box.append(panel.snapshot());
   });
-  addEventListener("afterprint", () => {
-    document.documentElement.classList.remove("paper");
-    for (const panel of panels) panel.box.querySelector("img")?.remove();
-    for (const part of folded) part.open = Boolean(part.dataset.was);
-    repaint();
-  });
+  follow();
   document.body.dataset.ready = "yes";
-}
-
-function setUpChipSigns() {
-  for (const chip of byId("chips").children) {
-    const label = chip.dataset.label;
-    if (label) chip.firstChild.replaceWith(signImage([data.markers[label], data.colors[label]]));
-  }
 }
 
 begin();

@@ -13,7 +13,7 @@ const SORTS = paired
       gap: "largest disagreement",
       hf: "HF better first",
       local: "local better first",
-      shared: "fewest shared neighbours",
+      shared: "fewest shared neighbors",
       index: "image index",
     }
   : { worst: "lowest precision@5", best: "highest precision@5", index: "image index" };
@@ -44,28 +44,6 @@ function fraction(count) {
   return count === null ? "not defined" : `${count} of 5`;
 }
 
-// One bit per image: 2,000 images take 334 characters of the address, whatever is selected.
-function packed(rows) {
-  const bytes = new Uint8Array(Math.ceil(points / 8));
-  for (const row of rows) bytes[row >> 3] |= 1 << (row & 7);
-  const text = btoa(String.fromCharCode(...bytes)).replace(/=+$/, "");
-  return text.replaceAll("+", "-").replaceAll("/", "_");
-}
-
-function unpacked(text) {
-  let bytes;
-  try {
-    bytes = atob(text.replaceAll("-", "+").replaceAll("_", "/"));
-  } catch {
-    return null;
-  }
-  const rows = new Set();
-  for (let row = 0; row < points; row++) {
-    if (bytes.charCodeAt(row >> 3) & (1 << (row & 7))) rows.add(row);
-  }
-  return rows.size ? rows : null;
-}
-
 function fragment() {
   const kept = new URLSearchParams();
   for (const [name, values] of Object.entries(CHOICES)) {
@@ -79,11 +57,10 @@ function fragment() {
     const numbers = [view.x, view.y, view.zoom].map((number) => +number.toFixed(4));
     if (numbers.join() !== "0.5,0.5,1") kept.set(`view-${models[i].key}`, numbers.join(" "));
   });
-  if (state.selected) kept.set("selected", packed(state.selected));
   return kept.toString();
 }
 
-// Anything that cannot be true of this page is passed over: links travel between runs.
+// Links travel between runs: what this page does not have is ignored, but a missing image is reported.
 function readFragment(text) {
   const kept = new URLSearchParams(text);
   resetState();
@@ -95,8 +72,8 @@ function readFragment(text) {
   }
   state.disagree = paired && kept.get("differ") === "1";
   state.chosen = rowOfIndex.get(Number(kept.get("image") ?? "none")) ?? -1;
+  state.wanted = kept.get("image");
   state.page = Math.max(0, Math.floor(Number(kept.get("page")) || 1) - 1);
-  state.selected = kept.has("selected") ? unpacked(kept.get("selected")) : null;
   state.views = models.map((model) => {
     const [x, y, zoom] = (kept.get(`view-${model.key}`) ?? "").split(" ").map(Number);
     return x > -1 && x < 2 && y > -1 && y < 2 && zoom >= 0.5 && zoom <= 60

@@ -1,4 +1,4 @@
-// Rows of a query with its neighbours in both models, and the browser that lists them.
+// Rows of a query with its neighbors in both models, and the browser that lists them.
 
 const PER_PAGE = 8;
 const RINGS = { local: "○", hf: "□" }; // as on the maps
@@ -10,7 +10,7 @@ function make(tag, className = "", text = "") {
   return made;
 }
 
-// What is drawn anew keeps the keyboard at the same place among its buttons.
+// After a redraw the keyboard focus is on the same button as before.
 function refill(box, ...content) {
   const place = [...box.querySelectorAll("button")].indexOf(document.activeElement);
   box.replaceChildren(...content);
@@ -37,7 +37,8 @@ function neighborTile(query, model, rank) {
   tile.append(make("b", model.digits > 2 ? "long" : "", `${right ? "✓" : "✗"} ${similarity}`), make("span", "", `${both ? "◎ " : ""}${className(id)}`));
   const words = `, ${right ? "right class" : "wrong class"}, image ${data.index[id]}${both ? ", listed by both models" : ""}`;
   tile.append(make("span", "unseen", words));
-  tile.title = `image ${data.index[id]}: ${className(id)}`;
+  if (data.paths) tile.append(make("span", "path", data.paths[id]));
+  tile.title = [`image ${data.index[id]}: ${className(id)}`, data.paths?.[id]].filter(Boolean).join("\n");
   if (id >= points) {
     tile.disabled = true;
     return tile;
@@ -54,13 +55,11 @@ function queryRow(query) {
   const image = make("div", "image");
   const words = make("div");
   words.append(make("p", "", className(query)), make("p", "note", `image ${data.index[query]}`));
+  if (data.paths) words.append(make("p", "path", data.paths[query]));
   const button = make("button", "", "Find on maps");
   button.type = "button";
   button.setAttribute("aria-label", `Find on maps: image ${data.index[query]}`);
-  button.addEventListener("click", () => {
-    choose(query);
-    byId("explore").scrollIntoView({ block: "start" });
-  });
+  button.addEventListener("click", () => openImage(data.index[query]));
   words.append(button);
   image.append(imageOf(query), words);
   row.append(image);
@@ -119,21 +118,15 @@ function showQueries() {
 function showChosen() {
   const row = active();
   const rings = models.map((model) => `${RINGS[model.key]} ${model.name}`).join(", ");
-  const empty = make("p", "empty", `Point at an image on a map, or go to one by arrow keys: here and on the maps its nearest neighbours are shown (${rings}).`);
+  const empty = make("p", "empty", `Point at an image on a map, or go to one by arrow keys: here and on the maps its nearest neighbors are shown (${rings}).`);
   refill(byId("chosen"), row >= 0 ? queryRow(row) : empty);
 }
 
-function search(text) {
-  if (!text.trim()) return showQueries();
-  const row = rowOfIndex.get(Number(text)) ?? -1;
-  if (row >= 0) {
-    choose(row);
-    byId("queries").replaceChildren(queryRow(row));
-    byId("page").textContent = "one image";
-    for (const button of document.querySelectorAll("[data-page]")) button.disabled = true;
-    byId("found").textContent = `Image ${data.index[row]} of class ${className(row)}; empty the field to list all again.`;
-  } else {
-    byId("found").textContent = `No image here has the index “${text.trim()}”.`;
-  }
-  return undefined;
+// Shows an image on the maps, or says that it is not there.
+function openImage(index) {
+  const row = rowOfIndex.get(Number(index)) ?? -1;
+  byId("missing").hidden = row >= 0;
+  byId("missing").textContent = `image ${index} is not on this page`;
+  choose(row);
+  byId(row >= 0 ? "explore" : "missing").scrollIntoView({ block: "start" });
 }
