@@ -34,8 +34,7 @@ CLAIMS = {
 }
 """By metric: the measure, and what a higher one means."""
 MISSING = "n/a"
-MAX_NAMES = 6
-"""Names in a sentence."""
+MAX_NAMES = 6  # in a sentence
 INTERVALS = (
     "Brackets hold 95% intervals over images: from stratified half-samples for silhouette and "
     "precision, from the influence of each image for variance and effective rank."
@@ -57,10 +56,7 @@ def number(metric: str, value: float, sign: str = "", extra: int = 0) -> str:
 
 
 def interval(metric: str, estimate: Estimate, sign: str = "") -> str:
-    """The value and, if there is one, its 95% interval in brackets.
-
-    Up to three extra digits show a standard error that the usual digits would hide.
-    """
+    """The value and its 95% interval, if any, with up to three more digits for a small error."""
     if not math.isfinite(estimate.se):
         return number(metric, estimate.value, sign)
     percent = metric in PERCENT
@@ -130,20 +126,19 @@ def ruling(metric: str, difference: Estimate, first: str, second: str, where: st
     if found == "unknown":
         return f"The {measure} differs by {shown}; without an interval this is no verdict."
     if found == "unclear":
-        both = f"{first} and {second}"
-        return f"No difference in {measure} between {both} can be shown at n = {n} ({shown})."
+        return (
+            f"No difference in {measure} of {first} and {second} can be shown at n = {n} ({shown})."
+        )
     ahead, behind = (first, second) if found == "higher" else (second, first)
     return f"{ahead} {claim} {behind} ({measure}, {shown})."
 
 
 def models_ruling(comparison: Comparison, metric: str, difference: Any = None) -> str:
     """The ruling on HF - local in a metric, or on a given difference; empty without one."""
+    found = difference or comparison.differences.get(metric, {}).get("estimate")
+    if found is None or not math.isfinite(found.value):
+        return ""
     names = short_names(comparison)
-    if "hf" not in names:
-        return ""
-    found = difference or comparison.differences[metric]["estimate"]
-    if not math.isfinite(found.value):
-        return ""
     change = Estimate(found.value, found.se, found.ci95)
     return ruling(metric, change, names["hf"], names["local"], f"HF - local|{count(comparison):,}")
 
@@ -243,12 +238,11 @@ def answer(comparison: Comparison) -> str:
 
 def references_finding(comparison: Comparison) -> str:
     """Whether the local model retrieves better than each reference."""
-    local, sentences = short_names(comparison)["local"], []
+    local, n, sentences = short_names(comparison)["local"], f"{count(comparison):,}", []
     for name, estimate in comparison.gains.items():
         words = label(name).lower()
         second = f"{words} ({number(P5, comparison.references[name][P5])})"
-        where = f"local - {words}|{count(comparison):,}"
-        sentences.append(ruling(P5, estimate, local, second, where))
+        sentences.append(ruling(P5, estimate, local, second, f"local - {words}|{n}"))
     return paragraph(*sentences)
 
 
@@ -261,11 +255,11 @@ def retrieval_finding(comparison: Comparison) -> str:
         return said
     facts, names = comparison.differences[P5], short_names(comparison)
     p, first = facts.get("p", math.nan), comparison.differences["precision_at_1"]
+    tested = f" (p = {p_value(p)} from half-samples)" * math.isfinite(p)
     return paragraph(
         said,
         f"Per image, {names['hf']} is better on {facts['wins']:,}, equal on {facts['ties']:,} and "
-        f"worse on {facts['losses']:,}"
-        + (f" (p = {p_value(p)} from half-samples)." if math.isfinite(p) else "."),
+        f"worse on {facts['losses']:,}{tested}.",
         f"The first neighbor has the right class for: {by_model(comparison, 'precision_at_1')} "
         f"(McNemar p = {first['mcnemar_p']:.2g}).",
     )
@@ -325,9 +319,8 @@ def separability_finding(comparison: Comparison) -> str:
 def confusion_finding(comparison: Comparison, classes: Sequence[str]) -> str:
     """The purest class and the most common confusions among the five nearest neighbors."""
 
-    def halves(share: float | None) -> str:
-        known = share is not None and math.isfinite(share)
-        return f"; so in {100 * share:.0f}% of half-samples" if known else ""
+    def halves(share: float) -> str:
+        return f"; so in {100 * share:.0f}% of half-samples" if math.isfinite(share) else ""
 
     parts = []
     for role, name in short_names(comparison).items():
@@ -335,7 +328,7 @@ def confusion_finding(comparison: Comparison, classes: Sequence[str]) -> str:
         own = confusion.diagonal().copy()
         np.fill_diagonal(confusion, 0)
         ranked = getattr(comparison, "rankings", {}).get(role, {})
-        first = ranked.get("purest_class", {}).get("share_of_halves")
+        first = ranked.get("purest_class", {}).get("share_of_halves", math.nan)
         best = int(own.argmax())
         parts.append(
             f"{name}: {classes[best]} has the purest neighborhoods ({100 * own[best]:.0f}% of "
@@ -348,7 +341,7 @@ def confusion_finding(comparison: Comparison, classes: Sequence[str]) -> str:
             if confusion[a, b] > 0
         ]
         if pairs:
-            same = halves(ranked.get("confusions_share_of_halves"))
+            same = halves(ranked.get("confusions_share_of_halves", math.nan))
             parts.append(f"Most common confusions: {', '.join(pairs)}{same}.")
     return paragraph(*parts)
 
@@ -367,10 +360,8 @@ def class_groups_finding(comparison: Comparison, classes: Sequence[str]) -> str:
     if len(said) == 2 and len(set(said.values())) == 1:
         parts = [f"Both models separate {next(iter(said.values()))}"]
     if math.isfinite(r := groups.get("cophenetic", math.nan)):
-        parts.append(
-            f"The two trees of classes have a cophenetic correlation of {r:.2f} "
-            f"(permutation p = {groups['p']:.2g})."
-        )
+        p = p_value(groups["p"])
+        parts.append(f"The trees have a cophenetic correlation of {r:.2f} (permutation p = {p}).")
     return paragraph(*parts)
 
 
@@ -392,10 +383,10 @@ def neighbors_in_common(comparison: Comparison) -> str:
         said = "The models agree on more than the classes"
     elif mutual.ci95[0] > chance:
         said = "The models agree beyond chance, but not demonstrably beyond the classes"
+    levels = [number("mutual_knn", level) for level in (chance, class_only)]
     return (
         f"{said}: they share {interval('mutual_knn', mutual)} of their 10 nearest neighbors. "
-        f"Chance is {number('mutual_knn', chance)}; models that agree only on classes would share "
-        f"{number('mutual_knn', class_only)}."
+        f"Chance is {levels[0]}; models that agree only on classes would share {levels[1]}."
     )
 
 
