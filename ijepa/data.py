@@ -10,23 +10,18 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
-from io import BytesIO
+from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from jaxtyping import Int
+from PIL import Image
 from torch import Tensor
 
 from ijepa.errors import UserError
+from ijepa.images import FolderImages, check_mode, image_suffixes, use_image
 
-COMMON_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "PPM", "JPEG2000")
-"""A file may hold any of these whatever its suffix; other formats only below their own suffix."""
-REFUSED_FORMATS = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FLI")
-"""Documents that Pillow gives to other programs, data that it only recognizes, and video."""
 SYSTEM_NAMES = {
     *("__macosx", "@eadir", "lost+found", "#recycle", "$recycle.bin"),
     *("system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"),
@@ -36,27 +31,8 @@ SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
 LAYOUT_NAMES = {"images", "imgs", "labels", "masks", "annotations"}
 """Folders of detection and segmentation data sets, which are no classes."""
 MASKS = ("_mask", "_seg", "_gt", "_label")
-# What Pillow's decoders raise on damaged files.
-BAD_IMAGES = (
-    *(OSError, SyntaxError, ValueError, RuntimeError, AssertionError),
-    Image.DecompressionBombError,
-)
 LeftOut = defaultdict[str, Counter[str]]
 """What a folder holds besides images: numbers of files by reason and by name or suffix."""
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class FolderImages:
-    """Image files, decoded to RGB when asked for."""
-
-    files: tuple[Path, ...]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, row: int) -> UInt8[Tensor, "3 h w"]:
-        return read_image(self.files[row])
 
 
 @dataclass(frozen=True)
@@ -112,13 +88,10 @@ class Split:
     @cached_property
     def _keys(self) -> list[bytes]:
         if isinstance(self.images, FolderImages):
-            return [hash16(file.read_bytes()) for file in self.images.files]
-        return [hash16(str(tuple(x.shape)).encode(), x.numpy().tobytes()) for x in self.images]
-
-
-def hash16(*parts: bytes) -> bytes:
-    """BLAKE2 of the parts, 16 bytes."""
-    return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
+            contents = (file.read_bytes() for file in self.images.files)
+        else:
+            contents = (str(tuple(x.shape)).encode() + x.numpy().tobytes() for x in self.images)
+        return [hashlib.blake2b(content, digest_size=16).digest() for content in contents]
 
 
 def find_unreadable(split: Split) -> list[tuple[int, str]]:
@@ -132,106 +105,28 @@ def find_unreadable(split: Split) -> list[tuple[int, str]]:
     return failures
 
 
-def check_mode(image: Image.Image) -> None:
-    """Raise ValueError for 32-bit values, whose white is not defined."""
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        raise ValueError(f"32-bit values (mode {image.mode}); convert them to 8 or 16 bits")
-
-
-def read_image(file: Path) -> UInt8[Tensor, "3 h w"]:
-    """Decode one file to RGB, upright by its EXIF orientation; transparency becomes white.
-
-    Of 16-bit gray values the upper byte is kept, of several frames or pages the first. Decoding
-    takes up to 10 bytes per pixel, so at most 1.8 GB: Pillow refuses twice Image.MAX_IMAGE_PIXELS
-    (179 million). From once that number on it warns, which scripts may ignore.
-
-    Raises:
-        UserError: If the file is no readable image, or has 32-bit values, whose white is undefined.
-    """
-    return use_image(file, to_rgb)
-
-
-def use_image(file: Path, use: Callable[[Image.Image], Result]) -> Result:
-    """What a function makes of an image file, of which only the header has been read before.
-
-    Raises:
-        UserError: If the file is no readable image.
-    """
-    formats = (image_suffixes().get(file.suffix.lower(), "PNG"), *COMMON_FORMATS)
-    try:
-        if not file.is_file():  # a pipe would never end
-            raise ValueError("no such file")
-        try:
-            with Image.open(file, formats=formats) as image:
-                return use(image)
-        except ValueError:  # among them Pillow's limit for texts and color profiles of PNG
-            content = file.read_bytes()
-            if not content.startswith(b"\x89PNG"):
-                raise
-            with Image.open(BytesIO(without_texts(content)), formats=("PNG",)) as image:
-                return use(image)
-    except BAD_IMAGES as error:
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = "not an image, or damaged" if unknown else str(error) or repr(error)
-        raise UserError(f"{reason}: {str(file)!r}", hint="replace or remove that file") from error
-
-
-def without_texts(png: bytes) -> bytes:
-    """A PNG file without its compressed texts and color profile, which do not change pixels."""
-    kept, at = [png[:8]], 8
-    while at < len(png):
-        end = at + 12 + int.from_bytes(png[at : at + 4])
-        if png[at + 4 : at + 8] not in (b"iCCP", b"zTXt", b"iTXt"):
-            kept.append(png[at:end])
-        at = end
-    return b"".join(kept)
-
-
-@cache
-def image_suffixes() -> dict[str, str]:
-    """The format of each suffix that is taken for an image's."""
-    Image.init()
-    known = {s: "JPEG" if f == "MPO" else f for s, f in Image.registered_extensions().items()}
-    return {s: f for s, f in known.items() if f in Image.OPEN and f not in REFUSED_FORMATS}
-
-
-def to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
-    """Decoded pixels; see `read_image`."""
-    check_mode(image)
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
 def doubtful_pixels(split: Split, looked_at: int = 32) -> tuple[str, ...]:
     """Notes on files that may not mean what they are read as, found in evenly chosen ones."""
 
     def look(image: Image.Image) -> tuple[bool, bool]:
-        deep = image.mode.startswith("I")
         frames = image.format != "MPO" and getattr(image, "is_animated", False)
-        return frames, deep and bool(np.asarray(image).max() < 4096)
+        return frames, image.mode.startswith("I") and bool(np.asarray(image).max() < 4096)
 
     files = getattr(split.images, "files", ())
     seen = []
-    for row in np.unique(np.linspace(0, len(files) - 1, looked_at).astype(int)) if files else ():
+    for file in files[:: -(-len(files) // looked_at) or 1]:
         with suppress(UserError):  # reported where every image is read
-            seen.append(use_image(files[row], look))
-    texts = (
-        "hold several frames, of which the first is used",
-        "are 16-bit gray without a value above 4,095, like 12-bit data: they are read as nearly "
-        "black, 0 to 15 of 255",
-    )
-    counts = [sum(column) for column in zip(*seen, strict=True)]
-    return tuple(
-        f"{count} of {len(seen)} files looked at {text}"
-        for count, text in zip(counts, texts, strict=False)
-        if count
-    )
+            seen.append(use_image(file, look))
+    frames, dark = (sum(found[at] for found in seen) for at in (0, 1))
+    notes = []
+    if frames:
+        notes.append(f"{frames} of {len(seen)} files looked at hold several frames: one is used")
+    if dark:
+        notes.append(
+            f"{dark} of {len(seen)} files looked at are 16-bit gray without a value above 4,095, "
+            "like 12-bit data: they are read as nearly black, 0 to 15 of 255"
+        )
+    return tuple(notes)
 
 
 def duplicates(keys: Sequence[bytes], labels: Int[np.ndarray, " n"]) -> tuple[int, int]:
@@ -241,16 +136,6 @@ def duplicates(keys: Sequence[bytes], labels: Int[np.ndarray, " n"]) -> tuple[in
         groups[key].append(label)
     copied = [group for group in groups.values() if len(group) > 1]
     return sum(map(len, copied)), sum(len(group) for group in copied if len(set(group)) > 1)
-
-
-def shrink(image: UInt8[Tensor, "3 h w"], side: int) -> UInt8[np.ndarray, "3 H W"]:
-    """The image as an array for display, neither side above `side`; a small one unchanged."""
-    factor = max(image.shape[1:]) / side
-    if factor <= 1:
-        return image.numpy()
-    height, width = (max(1, round(length / factor)) for length in image.shape[1:])
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    return np.asarray(picture.resize((width, height), Image.Resampling.BOX)).transpose(2, 0, 1)
 
 
 def load_cifar10(data_dir: Path, split: str, offline: bool) -> Split:
@@ -268,9 +153,8 @@ def load_cifar10(data_dir: Path, split: str, offline: bool) -> Split:
     packed = check_integrity(str(data_dir / CIFAR10.filename), CIFAR10.tgz_md5)
     hint = f"put the folder cifar-10-batches-py into {data_dir}, or pass --data-dir with its parent"
     if offline and not (present or packed):
-        raise UserError(
-            f"CIFAR-10 is not in {data_dir} and --offline forbids the download", hint=hint
-        )
+        problem = f"CIFAR-10 is not in {data_dir} and --offline forbids the download"
+        raise UserError(problem, hint=hint)
     try:
         dataset = CIFAR10(str(data_dir), train=split == "train", download=not present)
     except RuntimeError as error:  # torchvision's for a wrong checksum or a missing file
@@ -279,9 +163,8 @@ def load_cifar10(data_dir: Path, split: str, offline: bool) -> Split:
             hint="delete the folder cifar-10-batches-py there and run again to download it",
         ) from error
     except OSError as error:
-        raise UserError(
-            f"CIFAR-10 could not be downloaded or unpacked: {error}", hint=hint
-        ) from error
+        problem = f"CIFAR-10 could not be downloaded or unpacked: {error}"
+        raise UserError(problem, hint=hint) from error
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
     labels = np.asarray(dataset.targets, dtype=np.int64)
     return Split("cifar10", split, tuple(dataset.classes), images, labels, np.arange(len(labels)))
@@ -317,19 +200,21 @@ def load_folder(folder: Path, split: str) -> Split:
     """
     left_out: LeftOut = defaultdict(Counter)
     root = choose_split(folder, split, left_out)
-    classes, empty = {}, []
+    classes = {}
     for path in entries(root, left_out):
-        if not path.is_dir():
-            left_out["files outside the class folders"][path.suffix.lower()] += 1
-        elif files := find_images(path, left_out):
-            classes[path] = files
+        if path.is_dir():
+            classes[path] = find_images(path, left_out, (root.resolve(),))
         else:
-            empty.append(path.name)
-            left_out["empty class folders"][path.name] += 1
-    names = [path.name for path in classes]
-    if len(classes) < 2 or {name.lower() for name in names + empty} <= LAYOUT_NAMES:
+            left_out["files outside the class folders"][path.suffix.lower()] += 1
+    layout = {path.name.lower() for path in classes} <= LAYOUT_NAMES
+    empty = [path for path, files in classes.items() if not files]
+    for path in empty:
+        left_out["empty class folders"][path.name] += 1
+        del classes[path]
+    if len(classes) < 2 or layout:
+        names = [path.name for path in classes][:3]
         raise UserError(
-            f"{str(root)!r} has {len(classes)} class folders with images {names[:3]}, need 2",
+            f"{str(root)!r} has {len(classes)} class folders with images {names}, need 2",
             hint="expected FOLDER/CLASS/IMAGE, not folders of other classes or of images and "
             f"labels; {''.join(left_out_note(left_out)) or 'every file was used'}",
         )
@@ -354,11 +239,7 @@ def load_unlabeled(folder: Path) -> Split:
 def folder_split(
     folder: Path, split: str, classes: dict[Path, list[Path]], left_out: LeftOut
 ) -> Split:
-    """The split of these files, with its notes.
-
-    Raises:
-        UserError: If the name of a class is not UTF-8.
-    """
+    """The split of these files, with its notes."""
     files = tuple(file for found in classes.values() for file in found)
     labels = np.repeat(np.arange(len(classes)), [len(found) for found in classes.values()])
     try:  # whatever the locale says
@@ -368,13 +249,13 @@ def folder_split(
         raise UserError(problem, hint="rename the folder") from error
     relative = (os.fsencode(file.relative_to(folder).as_posix()) for file in files)
     paths = tuple(path.decode(errors="backslashreplace") for path in relative)
+    notes = left_out_note(left_out)
     stems = {path.rpartition(".")[0] for path in paths}
     masks = sum(stem.endswith(e) and stem.removesuffix(e) in stems for stem in stems for e in MASKS)
-    notes = left_out_note(left_out)
     if masks:
         notes += (f"{masks:,} files look like masks of other images, but count as images",)
-    images, indices = FolderImages(files), np.arange(len(files))
-    return Split(str(folder), split, names, images, labels, indices, paths, notes)
+    indices = np.arange(len(files))
+    return Split(str(folder), split, names, FolderImages(files), labels, indices, paths, notes)
 
 
 def choose_split(folder: Path, split: str, left_out: LeftOut) -> Path:
@@ -386,8 +267,7 @@ def choose_split(folder: Path, split: str, left_out: LeftOut) -> Path:
     Raises:
         UserError: If it has splits, but not this one, or more than one of that name.
     """
-    found = entries(folder, defaultdict(Counter))
-    folders = [path for path in found if path.is_dir()]
+    folders, _ = listing(folder)
     named = all(path.name.lower() in SPLIT_NAMES for path in folders)
     if not (named and holds_classes(folder) and any(map(holds_classes, folders))):
         return folder
@@ -404,26 +284,27 @@ def choose_split(folder: Path, split: str, left_out: LeftOut) -> Path:
     return chosen[0]
 
 
+def listing(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The folders in a folder, and the files."""
+    found = entries(folder, defaultdict(Counter))
+    return [path for path in found if path.is_dir()], [path for path in found if not path.is_dir()]
+
+
 def holds_classes(folder: Path) -> bool:
     """Whether a folder has subfolders and no images next to them."""
-    found = entries(folder, defaultdict(Counter))
-    images = any(path.suffix.lower() in image_suffixes() and not path.is_dir() for path in found)
-    return not images and any(path.is_dir() for path in found)
+    folders, files = listing(folder)
+    return bool(folders) and not any(path.suffix.lower() in image_suffixes() for path in files)
 
 
 def entries(folder: Path, left_out: LeftOut) -> list[Path]:
-    """What a folder holds in the order of names; hidden and system files are left out.
-
-    Raises:
-        UserError: If it cannot be read.
-    """
+    """What a folder holds in the order of names; hidden and system files are left out."""
     try:
-        every = sorted(folder.iterdir())
+        found = sorted(folder.iterdir())
     except OSError as error:
         problem = f"cannot read folder {str(folder)!r}: {error.strerror}"
         raise UserError(problem, hint="check its permissions") from error
     seen = []
-    for path in every:
+    for path in found:
         if not path.name.startswith(".") and path.name.lower() not in SYSTEM_NAMES:
             seen.append(path)
             continue
@@ -455,9 +336,7 @@ def left_out_note(left_out: LeftOut) -> tuple[str, ...]:
     """One sentence on what was not used, or nothing."""
     parts = []
     for reason, names in left_out.items():
-        most = ", ".join(
-            f"{count:,} {name or 'without suffix'}" for name, count in names.most_common(5)
-        )
+        most = ", ".join(f"{count:,} {name or 'no suffix'}" for name, count in names.most_common(5))
         parts.append(f"{names.total():,} {reason} ({most}{', ...' if len(names) > 5 else ''})")
     return (f"not used: {'; '.join(parts)}",) if parts else ()
 

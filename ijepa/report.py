@@ -23,10 +23,11 @@ from matplotlib.figure import Figure
 
 from ijepa import plots
 from ijepa.comparison import Comparison, neighbor_confusion
-from ijepa.data import Split, shrink
+from ijepa.data import Split
 from ijepa.embeddings import save_embeddings
 from ijepa.errors import git_commit
 from ijepa.files import sha256, write_atomically, write_text
+from ijepa.images import shrink
 from ijepa.markdown import caveats as find_caveats
 from ijepa.markdown import markdown
 from ijepa.metrics import KNN_K, TEMPERATURE

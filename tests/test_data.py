@@ -21,10 +21,9 @@ from ijepa.data import (
     find_unreadable,
     load_split,
     load_unlabeled,
-    read_image,
-    shrink,
 )
 from ijepa.errors import UserError
+from ijepa.images import read_image, shrink
 
 NOWHERE = Path("does-not-exist")
 CIFAR_CLASSES = ["plane", "car", "bird"]

@@ -174,7 +174,7 @@ def test_each_file_is_decoded_once_in_a_first_run_and_never_in_a_cached_one(
 ):
     folder, decoded = make_image_folder({"a": 5, "b": 6}), []
     monkeypatch.setattr(
-        "ijepa.data.to_rgb",
+        "ijepa.images.to_rgb",
         lambda image: decoded.append(image) or torch.zeros(3, 8, 8, dtype=torch.uint8),
     )
     for encoders, expected in (

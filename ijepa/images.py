@@ -1,0 +1,126 @@
+"""Image files: what Pillow decodes, as uint8 tensors of RGB pixels."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from ijepa.errors import UserError
+
+COMMON_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "PPM", "JPEG2000")
+"""A file may hold any of these whatever its suffix; other formats only below their own suffix."""
+REFUSED_FORMATS = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FLI")
+"""Documents that Pillow gives to other programs, data that it only recognizes, and video."""
+# What Pillow's decoders raise on damaged files.
+BAD_IMAGES = (
+    *(OSError, SyntaxError, ValueError, RuntimeError, AssertionError),
+    Image.DecompressionBombError,
+)
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """Image files, decoded to RGB when asked for."""
+
+    files: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, row: int) -> UInt8[Tensor, "3 h w"]:
+        return read_image(self.files[row])
+
+
+def check_mode(image: Image.Image) -> None:
+    """Raise ValueError for 32-bit values, whose white is not defined."""
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise ValueError(f"32-bit values (mode {image.mode}); convert them to 8 or 16 bits")
+
+
+def read_image(file: Path) -> UInt8[Tensor, "3 h w"]:
+    """Decode one file to RGB, upright by its EXIF orientation; transparency becomes white.
+
+    Of 16-bit gray values the upper byte is kept, of several frames or pages the first. Decoding
+    takes up to 10 bytes per pixel, so at most 1.8 GB: Pillow refuses twice Image.MAX_IMAGE_PIXELS
+    (179 million). From once that number on it warns, which scripts may ignore.
+
+    Raises:
+        UserError: If the file is no readable image, or has 32-bit values, whose white is undefined.
+    """
+    return use_image(file, to_rgb)
+
+
+def use_image(file: Path, use: Callable[[Image.Image], Result]) -> Result:
+    """What a function makes of an image file, of which only the header has been read before.
+
+    Raises:
+        UserError: If the file is no readable image.
+    """
+    formats = (image_suffixes().get(file.suffix.lower(), "PNG"), *COMMON_FORMATS)
+    try:
+        if not file.is_file():  # a pipe would never end
+            raise ValueError("no such file")
+        try:
+            with Image.open(file, formats=formats) as image:
+                return use(image)
+        except ValueError:  # among them Pillow's limit for texts and color profiles of PNG
+            content = file.read_bytes()
+            if not content.startswith(b"\x89PNG"):
+                raise
+            with Image.open(BytesIO(without_texts(content)), formats=("PNG",)) as image:
+                return use(image)
+    except BAD_IMAGES as error:
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "not an image, or damaged" if unknown else str(error) or repr(error)
+        raise UserError(f"{reason}: {str(file)!r}", hint="replace or remove that file") from error
+
+
+def without_texts(png: bytes) -> bytes:
+    """A PNG file without its compressed texts and color profile, which do not change pixels."""
+    kept, at = [png[:8]], 8
+    while at < len(png):
+        end = at + 12 + int.from_bytes(png[at : at + 4])
+        if png[at + 4 : at + 8] not in (b"iCCP", b"zTXt", b"iTXt"):
+            kept.append(png[at:end])
+        at = end
+    return b"".join(kept)
+
+
+@cache
+def image_suffixes() -> dict[str, str]:
+    """The format of each suffix that is taken for an image's."""
+    Image.init()
+    known = {s: "JPEG" if f == "MPO" else f for s, f in Image.registered_extensions().items()}
+    return {s: f for s, f in known.items() if f in Image.OPEN and f not in REFUSED_FORMATS}
+
+
+def to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
+    """Decoded pixels; see `read_image`."""
+    check_mode(image)
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def shrink(image: UInt8[Tensor, "3 h w"], side: int) -> UInt8[np.ndarray, "3 H W"]:
+    """The image as an array for display, neither side above `side`; a small one unchanged."""
+    factor = max(image.shape[1:]) / side
+    if factor <= 1:
+        return image.numpy()
+    height, width = (max(1, round(length / factor)) for length in image.shape[1:])
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    return np.asarray(picture.resize((width, height), Image.Resampling.BOX)).transpose(2, 0, 1)
