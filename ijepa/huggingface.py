@@ -270,7 +270,9 @@ def read_model(
             model = model.to(device)
     except (*UNREADABLE, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"cannot load {source!r}: {first_line(error)}", hint=RETRY) from error
-    unused = Counter(name.split(".")[0] for name in report["unexpected_keys"])
+    prefix = f"{model.base_model_prefix}."
+    names = (name.removeprefix(prefix) for name in report["unexpected_keys"])
+    unused = Counter(name.split(".")[0] for name in names)
     parts = ", ".join(f"{part} ({count})" for part, count in sorted(unused.items()))
     notes = [f"{source}: tensors that {family.model} does not use: {parts}"] if unused else []
     return processor, model.eval().requires_grad_(False), notes
