@@ -71,13 +71,9 @@ def centered_gram(
 def without_rounding_errors(
     values: Float[np.ndarray, " m"], longer: int
 ) -> Float[np.ndarray, " m"]:
-    """Ascending eigenvalues in descending order; those below the rounding error are exactly 0.
+    """Ascending eigenvalues of X^T X in descending order; rounding errors become exactly 0.
 
-    An entropy would count rounding errors as dimensions.
-
-    Args:
-        values: Eigenvalues of X^T X or X X^T.
-        longer: The longer side of X.
+    An entropy would count them as dimensions. Their size depends on the longer side of X.
     """
     floor = values[-1] * longer * np.finfo(np.float64).eps
     return np.where(values > floor, values, 0.0)[::-1]
@@ -197,7 +193,11 @@ def all_pairs(
     if labels is not None and np.bincount(codes).max() > 1 and codes.max() > 0:
         everywhere = np.ones((0, n), bool) if halves is None else halves
         silhouettes = _Silhouettes(codes[order], everywhere[:, order], device)
-    widest = n if silhouettes is None else max(n, silhouettes.counts.numel())
+    widest = (
+        n
+        if silhouettes is None
+        else max(n, silhouettes.columns.shape[1] * len(silhouettes.classes))
+    )
     step = max(1, min(BLOCK_ROWS, BLOCK_ENTRIES // widest))
     # A key is one int64 per pair: the similarity in the upper half, in the lower one a number that
     # falls with the index. `topk` by value would order ties arbitrarily.
@@ -290,58 +290,61 @@ class _Silhouettes:
         self.classes = [slice(e - s, e) for s, e in zip(sizes, ends, strict=True)]
         self.codes = torch.tensor(codes, device=device)
         # Of a pair only the first half is multiplied: the sums of the second one follow.
-        columns = [np.ones_like(codes, bool), halves[:2].all(axis=0), *halves[::2]]
-        self.columns = torch.tensor(np.stack(columns, axis=1), dtype=torch.float32, device=device)
-        keep = np.vstack([columns[0], halves[::2], halves[1::2]])
-        self.keep = torch.tensor(keep.T, device=device)
-        counts = np.stack([keep[:, part].sum(axis=1) for part in self.classes])
-        self.counts = torch.tensor(counts, dtype=torch.float64, device=device)
-        self.totals = torch.zeros((2, len(keep)), dtype=torch.float64, device=device)
+        everyone = np.ones((1, len(codes)), bool)
+        columns = np.vstack([everyone, halves[:2].all(axis=0), halves[::2]])
+        self.columns = torch.tensor(columns.T, dtype=torch.float32, device=device)
+        self.keep = [
+            torch.tensor(keep.T, device=device) for keep in (everyone, halves[::2], halves[1::2])
+        ]
+        self.counts = [
+            torch.stack([keep[part].sum(dim=0) for part in self.classes]) for keep in self.keep
+        ]
+        self.totals = torch.zeros((2, len(halves) // 2, 2), dtype=torch.float64)
 
     def add(self, rows: slice, distances: Tensor, cosines: Tensor) -> Float[np.ndarray, " t"]:
         """Count some rows in the means; return their Euclidean silhouettes among all images."""
-        scores = silhouettes_of_sums(self._sums(distances), self.counts, self.codes[rows])
-        self.totals[0] += (scores * self.keep[rows]).sum(dim=0)
-        if self.totals.shape[1] > 1:
+        everyone, *halves = self._sums(distances)
+        if self.columns.shape[1] > 2:
             cosines[:, rows].fill_diagonal_(ROUNDING)
-            sums = self.counts - self._sums(cosines) / ROUNDING
-            # Equal directions leave only rounding errors, whose quotient would be any number.
-            sums = torch.where(sums < 1e-6 * self.counts, 0, sums)
-            cosine = silhouettes_of_sums(sums, self.counts, self.codes[rows])
-            self.totals[1] += (cosine * self.keep[rows]).sum(dim=0)
+            similar = self._sums(cosines)[1:]
+            for half, counts in enumerate(self.counts[1:]):
+                sums = counts - similar[half] / ROUNDING
+                # Equal directions leave only rounding errors, whose quotient would be any number.
+                sums = torch.where(sums < 1e-6 * counts, 0, sums)
+                for metric, values in enumerate((halves[half], sums)):
+                    scores = silhouettes_of_sums(values, counts, self.codes[rows])
+                    kept = (scores * self.keep[half + 1][rows]).sum(dim=0, dtype=torch.float64)
+                    self.totals[metric, :, half] += kept.cpu()
+        scores = silhouettes_of_sums(everyone.double(), self.counts[0], self.codes[rows])
         return scores[:, 0].cpu().numpy()
 
-    def _sums(self, values: Float[Tensor, "t n"]) -> Float[Tensor, "t C b"]:
+    def _sums(self, values: Float[Tensor, "t n"]) -> tuple[Tensor, Tensor, Tensor]:
         """Sums over the kept images of each class: of all, of the first and the second halves."""
         found = [values[:, part] @ self.columns[part] for part in self.classes]
-        sums = torch.stack(found, dim=1)
-        total, common, first = sums[..., :1], sums[..., 1:2], sums[..., 2:]
-        return torch.cat([total, first, total + common - first], dim=2).double()
+        total, common, first = torch.stack(found, dim=1).tensor_split((1, 2), dim=2)
+        return total, first, total + common - first
 
     def means(self) -> dict[str, Float[np.ndarray, " b"]]:
         """Mean over the kept images of each half, in the order of the halves."""
-        means = (self.totals / self.keep.sum(dim=0))[:, 1:].reshape(2, 2, -1)
-        euclidean, cosine = means.transpose(1, 2).reshape(2, -1).cpu().numpy()
+        kept = torch.stack([keep.sum(dim=0) for keep in self.keep[1:]], dim=1).cpu()
+        euclidean, cosine = (self.totals / kept).reshape(2, -1).numpy()
         return {"euclidean": euclidean, "cosine": cosine}
 
 
 def silhouettes_of_sums(
-    sums: Float[Tensor, "t C b"], counts: Float[Tensor, "C b"], codes: Int[Tensor, " t"]
+    sums: Float[Tensor, "t C b"], counts: Int[Tensor, "C b"], codes: Int[Tensor, " t"]
 ) -> Float[Tensor, "t b"]:
     """Silhouettes (b - a) / max(a, b) of some images in several subsets.
 
     a is the mean distance to the rest of the own class and b the smallest mean distance to another
-    class; 0 in a class of one image and where both are 0. Rousseeuw 1987,
+    class, from the sums of distances to the kept images of each class and their counts; 0 in a
+    class of one image and where both are 0. Rousseeuw 1987,
     https://doi.org/10.1016/0377-0427(87)90125-7.
-
-    Args:
-        sums: Of the distances to the kept images of each class.
-        counts: Kept images of each class.
-        codes: Class of each image, numbered from 0.
     """
     own = codes[:, None, None].expand(-1, 1, sums.shape[2])
     inside = sums.gather(1, own)[:, 0] / (counts[codes] - 1).clamp(min=1)
-    means = torch.where(counts > 0, sums / counts, torch.inf)
+    absent = torch.where(counts > 0, 0, torch.inf)
+    means = torch.addcmul(absent.to(sums), sums, 1 / counts.clamp(min=1).to(sums))
     outside = means.scatter_(1, own, torch.inf).amin(dim=1)
     larger = torch.maximum(inside, outside)
     defined = (counts[codes] > 1) & (larger > 0)
@@ -376,8 +379,9 @@ def silhouette_samples(
     sums = counts * (1 - unit @ class_means(unit, codes).T)
     # Equal directions leave only rounding errors, whose quotient would be any number.
     sums = torch.tensor(np.where(sums < 1e-12 * counts, 0.0, sums))[..., None]
-    sizes = torch.tensor(counts[:, None], dtype=torch.float64)
-    return silhouettes_of_sums(sums, sizes, torch.from_numpy(codes))[:, 0].numpy()
+    return silhouettes_of_sums(sums, torch.tensor(counts[:, None]), torch.from_numpy(codes))[
+        :, 0
+    ].numpy()
 
 
 def precision_at_k(
@@ -415,10 +419,9 @@ def knn_vote(
     """
     # exp(s - 1) changes no order and cannot overflow at small temperatures.
     weights = np.exp((similarities.astype(np.float64) - 1.0) / TEMPERATURE)
-    votes, rows = np.zeros((len(codes), num_classes)), np.arange(len(codes))
-    for rank in range(codes.shape[1]):
-        votes[rows, codes[:, rank]] += weights[:, rank]
-    return votes.argmax(axis=1)
+    cells = np.arange(len(codes))[:, None] * num_classes + codes
+    votes = np.bincount(cells.ravel(), weights.ravel(), len(codes) * num_classes)
+    return votes.reshape(-1, num_classes).argmax(axis=1)
 
 
 def knn_correct(

@@ -167,13 +167,13 @@ def neighbors_within(
     As if the other images had never been embedded. A list with fewer than k kept neighbors repeats
     its last one: see `LIST_LENGTH`.
     """
-    images = np.flatnonzero(keep)
-    chosen = keep[neighbors[images]]
-    ends = np.cumsum(chosen.sum(axis=1))
-    starts = np.concatenate([[0], ends[:-1]])
-    first = np.minimum(starts[:, None] + np.arange(k), ends[:, None] - 1)
-    row, column = np.divmod(np.flatnonzero(chosen)[first], neighbors.shape[1])
-    return neighbors[images[row], column], similarities[images[row], column]
+    neighbors, similarities = neighbors[keep], similarities[keep]
+    chosen = keep[neighbors]
+    places = np.flatnonzero(chosen)
+    bounds = np.searchsorted(places, np.arange(len(chosen) + 1) * chosen.shape[1])
+    first = np.minimum(bounds[:-1, None] + np.arange(k), bounds[1:, None] - 1)
+    places = places[first]
+    return neighbors.take(places), similarities.take(places)
 
 
 def class_average(
@@ -190,10 +190,14 @@ def overall(
     return by_class @ np.unique(labels, return_counts=True)[1] / len(labels)
 
 
-def half_precision(hits: Bool[np.ndarray, "h m"], k: int) -> Float[np.ndarray, " h"]:
-    """Share of hits among the first k / 2 neighbors; of an odd k the last one counts half."""
-    whole, odd = divmod(k, 2)
-    return (2 * hits[:, :whole].sum(axis=1) + hits[:, whole : whole + odd].sum(axis=1)) / k
+def half_precision(hits: Int[np.ndarray, "h m"], k: int) -> Float[np.ndarray, " h"]:
+    """Share of hits among the first k / 2 neighbors; of an odd k the last one counts half.
+
+    Args:
+        hits: How many of the first 0, 1, 2 ... neighbors have the image's class.
+        k: Among all images; at most 2 (m - 1).
+    """
+    return (hits[:, k // 2] + hits[:, (k + 1) // 2]) / k
 
 
 def most_confused(
@@ -250,7 +254,8 @@ def neighbor_halves(
             neighbors, similarities, keep, max(KNN_K, *PRECISION_KS) // 2
         )
         others = codes[nearest]
-        hits = others == own[:, None]
+        hits = np.zeros((len(own), others.shape[1] + 1), np.int64)
+        np.cumsum(others == own[:, None], axis=1, out=hits[:, 1:])
         scores = {f"precision_at_{k}": half_precision(hits, k) for k in PRECISION_KS}
         votes = knn_vote(others[:, : KNN_K // 2], near[:, : KNN_K // 2], len(classes))
         scores["knn_accuracy"] = (votes == own).astype(np.float64)
