@@ -1,12 +1,12 @@
-"""An update of the shipped recipe, and what PyTorch's own Muon would make of it.
+"""Time of one update of the recipe `matched`, and with PyTorch's own Muon.
 
     python benchmarks/training.py --repeats 5
 
-Four works by turns in one process, on random images: an update while the further views are cut to
-20 patches, one while they are whole, the same with one further view for two, and the first again
-with `torch.optim.Muon`, which multiplies in bfloat16 on every processor. Medians of the processor
-seconds of all threads, which other programs beside do not add to; with one thread
-(`OMP_NUM_THREADS=1`) images/s are those of one idle core.
+Four kinds of updates take turns in one process, on random images: further views cut to 20 patches,
+further views whole, the same with one further view instead of two, and the first kind again with
+`torch.optim.Muon`, which multiplies in bfloat16 on every processor. The table shows medians of CPU
+seconds over all threads, which other programs hardly change; with one thread (`OMP_NUM_THREADS=1`)
+images/s are those of one idle core.
 """
 
 import argparse
@@ -29,7 +29,7 @@ STEPS_PER_EPOCH = 187
 
 
 def make_update(config, dtype, images, step, peer=False):
-    """A function that does one update of a run that is at `step`."""
+    """A function that does the update of a run at `step`."""
     state = init_state(config, CPU, dtype)
     if peer:
         group = state.muon.param_groups[0]
@@ -66,7 +66,7 @@ def main():
         ),
     }
     operations = {}
-    for name, work in works.items():  # which warms everything up
+    for name, work in works.items():  # this also warms up
         with FlopCounterMode(display=False) as counter:
             work()
         operations[name] = counter.get_total_flops()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ijepa.augmentation import standardize
 from ijepa.checkpoint import load_checkpoint, load_predictor, read_torch_file, save_checkpoint
+from ijepa.distributed import num_processes
 from ijepa.errors import UserError
 from ijepa.files import write_atomically, write_text
 from ijepa.metrics import effective_rank, nearest_neighbors, precision_at_k
@@ -26,6 +27,8 @@ from ijepa.training import TrainConfig, TrainState, check_finite, decay_start
 CHECKPOINT, LOG = "checkpoint_latest.pt", "training_log.csv"
 STATE, PREVIOUS = "state.pt", "state_previous.pt"
 EARLY_EPOCHS = 5
+FEW_IMAGES = 5000
+"""With fewer, more images help most."""
 NORMALIZATION = (0.5, 0.5)
 """Mean and deviation of every channel in `ijepa.augmentation.standardize`."""
 
@@ -44,6 +47,8 @@ class Run:
     seconds: float = 0.0  # of whole epochs
     epoch_seconds: float = 0.0  # of the epoch that a signal cut off
     earlier_runs: list[dict[str, Any]] = field(default_factory=list)
+    random_rank: float = 0.0
+    """Effective rank of the held-out images before training."""
     notes: list[str] = field(default_factory=list)
     """What the user should know about how it was begun or resumed."""
 
@@ -136,6 +141,27 @@ class Run:
         facts = {k: v for k, v in target.training.items() if isinstance(v, str | int | float)}
         self.rows, self.earlier_runs = rows, [*target.training.get("earlier_runs", []), facts]
 
+    def log(self, row: dict[str, Any]) -> None:
+        """Add the row of one epoch, with six significant digits."""
+        self.seconds, self.epoch_seconds = self.seconds + row["seconds"], 0.0
+        whole = (int, type(None))
+        self.rows.append(
+            {k: v if isinstance(v, whole) else float(f"{v:.6g}") for k, v in row.items()}
+        )
+
+    def collapse_warning(self) -> str | None:
+        """What to say and to do if the last epoch is the first one that looks collapsed."""
+        ranks = [row["effective_rank"] for row in self.rows]
+        if not collapses_now(ranks, self.random_rank):
+            return None
+        few = self.images["num_images"] < FEW_IMAGES
+        advice = "train on more images" if few else "try a lower --lr or a larger --batch-size"
+        other = ", or --recipe matched" if self.settings["recipe"] == "paper" else ""
+        return (
+            f"the embeddings may have collapsed: effective rank {ranks[-1]:.3g} after epoch "
+            f"{len(ranks)}, {self.random_rank:.3g} before training; {advice}{other}"
+        )
+
     def save(self, state: TrainState) -> None:
         """Write everything that `resume` needs, keeping the state before it."""
         check_finite(state)
@@ -146,15 +172,26 @@ class Run:
         write_atomically(self.folder / STATE, lambda file: torch.save(content, file))
 
     def publish(self, state: TrainState, facts: dict[str, Any]) -> None:
-        """Write the log and the checkpoint of the epochs so far, with facts about their origin."""
+        """Write log and checkpoint of the epochs so far, with further facts about their origin."""
         text = io.StringIO()
         writer = csv.DictWriter(text, list(self.rows[-1]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         write_text(self.folder / LOG, text.getvalue())
-        names = ("seconds", "settings", "images", "earlier_runs")
-        training = {name: getattr(self, name) for name in names} | facts
-        training["epochs"] = self.rows[-1]["epoch"]
+        names = ("seconds", "settings", "images", "earlier_runs", "random_rank")
+        training = {name: getattr(self, name) for name in names} | {
+            "epochs": self.rows[-1]["epoch"],
+            "planned_epochs": self.config.epochs,
+            "recipe": self.settings["recipe"],
+            "terms": list(self.config.terms),
+            "dataset": self.images["dataset"],
+            "num_images": self.images["num_images"],
+            "device": state.loss_sums.device.type,
+            "dtype": str(state.dtype).removeprefix("torch."),
+            "processes": num_processes(),
+            "torch": str(torch.__version__),
+            **facts,
+        }
         networks = {
             "target": state.target_encoder,
             "context": state.context_encoder,

@@ -16,9 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ijepa.errors import UserError
 
-FEW_IMAGES = 5000
-"""With fewer, more images are the best advice."""
-
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; heavy imports come later so that usage errors are instant."""
@@ -28,17 +25,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    folder = lambda text: Path(text).expanduser()  # noqa: E731
-    positive = checked(int, lambda value: value >= 1, "at least 1")
-    width = checked(int, lambda value: value >= 64 and value % 64 == 0, "a multiple of 64")
-    rate = checked(float, lambda value: 0 < value < float("inf"), "positive and finite")
+    positive, seed, width = (
+        checked(int, lambda n: n >= 1, "at least 1"),
+        checked(int, lambda n: 0 <= n < 2**32, "from 0 to 2**32 - 1"),
+        checked(int, lambda n: n >= 64 and n % 64 == 0, "a multiple of 64"),
+    )
+    rate = checked(float, lambda x: 0 < x < float("inf"), "positive and finite")
     by_recipe = {"default": argparse.SUPPRESS}  # the recipe decides where they are not given
-    add("--output-dir", type=folder, default=Path("runs/mine"), help="a run found there is resumed")
+    add("--output-dir", type=home, default=Path("runs/mine"), help="a run found there is resumed")
     add("--resume", action="store_true", help="fail if there is no run to resume")
-    add("--init-from", type=folder, help="begin with the weights and the log of the run there")
+    add("--init-from", type=home, help="begin with the weights and the log of the run there")
     add("--epochs", type=positive, default=300, help="passes over the images, earlier ones too")
     add("--dataset", default="cifar10", help="cifar10, digits, or a folder of images")
-    add("--data-dir", type=folder, default=Path("data"), help="where CIFAR-10 is or will be put")
+    add("--data-dir", type=home, default=Path("data"), help="where CIFAR-10 is or will be put")
     recipe = "paper: only I-JEPA's loss; matched: with two more terms on the mean token"
     add("--recipe", choices=["matched", "paper"], default="matched", help=recipe)
     add("--batch-size", type=positive, help="images per update (256; paper 64)", **by_recipe)
@@ -49,12 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--patch-size", type=int, choices=[1, 2, 4], default=4, help="side of a patch in pixels")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="matrix products")
-    add(
-        "--seed",
-        type=checked(int, lambda n: 0 <= n < 2**32, "from 0 to 2**32 - 1"),
-        default=0,
-        help="of weights, order, crops and masks",
-    )
+    add("--seed", type=seed, default=0, help="of weights, order, crops and masks")
     add("--save-every", type=positive, default=1, metavar="EPOCHS", help="between checkpoints")
     add("--debug", action="store_true", help="show the traceback of an error")
     add("--version", action="store_true", help="print the version")
@@ -71,6 +65,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def home(path: str) -> Path:
+    """The path, with `~` for the home folder."""
+    return Path(path).expanduser()
 
 
 def checked(kind: type, accepts: Callable[[Any], bool], rule: str) -> Callable[[str], Any]:
@@ -138,28 +137,6 @@ def build_config(args: argparse.Namespace) -> Any:
     return replace(RECIPES[args.recipe], epochs=args.epochs, seed=args.seed, vit=vit, **given)
 
 
-def describe(args: argparse.Namespace, config: Any, state: Any, num_images: int) -> dict[str, Any]:
-    """Where a checkpoint comes from, apart from what its run keeps."""
-    import torch
-
-    from ijepa.distributed import num_processes
-    from ijepa.errors import git_commit
-
-    return {
-        "planned_epochs": config.epochs,
-        "recipe": args.recipe,
-        "terms": list(config.terms),
-        "dataset": args.dataset,
-        "num_images": num_images,
-        "device": state.loss_sums.device.type,
-        "dtype": str(state.dtype).removeprefix("torch."),
-        "processes": num_processes(),
-        "torch": str(torch.__version__),
-        "git_commit": git_commit(),
-        "command": args.command,
-    }
-
-
 def say(text: str) -> None:
     """Print a line on stderr, once for all processes and above the progress bar."""
     from tqdm import tqdm
@@ -193,23 +170,22 @@ def train_run(args: argparse.Namespace) -> int:
     settings = asdict(config) | {"recipe": args.recipe, "init_from": init_from}
     run, state = Run(args.output_dir, config, settings, images), init_state(config, device, dtype)
     watched = (held_out.images.to(device), held_out.labels if held_out.classes else None, dtype)
-    random_rank = evaluate(state.target_encoder, *watched)["effective_rank"]
+    run.random_rank = evaluate(state.target_encoder, *watched)["effective_rank"]
     resumed = run.resume(state)
     if args.resume and not resumed:
         hint = "check --output-dir, or leave out --resume to begin a run there"
         raise UserError(f"there is no run in {args.output_dir} to resume", hint=hint)
     if args.init_from and not resumed:
         run.begin_from(args.init_from, state)
-    labels = f"P@5 by {len(split.classes)} classes" if split.classes else "no classes: no P@5"
-    terms = ", ".join(config.terms)
+    terms, classes = ", ".join(config.terms), len(split.classes)
+    labels = f"P@5 by {classes} classes" if classes else "without class folders there is no P@5"
     say(f"recipe {args.recipe} ({terms}); {len(split)} images; {len(held_out)} held out, {labels}")
     for note in (*split.notes, *run.notes):
         say(note)
     if resumed:
         say(f"resuming {args.output_dir} after {state.step} updates")
-    facts = describe(args, config, state, len(split)) | {"random_effective_rank": random_rank}
     try:
-        stopped = train_epochs(args, run, state, split.images.to(device), watched, facts)
+        stopped = train_epochs(args, run, state, split.images.to(device), watched)
     except FloatingPointError as error:
         hint = "try a lower --lr or --dtype float32; the last saved state is kept"
         raise UserError(str(error), hint=hint) from error
@@ -217,9 +193,7 @@ def train_run(args: argparse.Namespace) -> int:
     return 130 if stopped else 0
 
 
-def train_epochs(
-    args: argparse.Namespace, run: Any, state: Any, images: Any, watched: Any, facts: dict[str, Any]
-) -> bool:
+def train_epochs(args: argparse.Namespace, run: Any, state: Any, images: Any, watched: Any) -> bool:
     """Train to the end or to a signal, log and save each epoch; whether a signal came."""
     from tqdm import tqdm
 
@@ -243,7 +217,7 @@ def train_epochs(
             run.epoch_seconds = time.monotonic() - began
             if ends_epoch:
                 row = log_row(state, config, len(images)) | {"seconds": run.epoch_seconds}
-                end_epoch(args, run, state, row | evaluate(state.target_encoder, *watched), facts)
+                end_epoch(args, run, state, row | evaluate(state.target_encoder, *watched))
                 began = time.monotonic()
             if stopped := any_process(bool(stop), images.device):
                 break
@@ -274,33 +248,20 @@ def catch_signals() -> list[int]:
     return caught
 
 
-def end_epoch(
-    args: argparse.Namespace, run: Any, state: Any, row: dict[str, Any], facts: dict[str, Any]
-) -> None:
+def end_epoch(args: argparse.Namespace, run: Any, state: Any, row: dict[str, Any]) -> None:
     """Log one epoch; write the checkpoint and the state where it is their turn."""
     from ijepa.distributed import process_rank
-    from ijepa.runs import collapses_now
+    from ijepa.errors import git_commit
 
-    run.seconds, run.epoch_seconds = run.seconds + run.epoch_seconds, 0.0
-    digits = {
-        k: v if v is None or isinstance(v, int) else float(f"{v:.6g}") for k, v in row.items()
-    }
-    run.rows.append(digits)
+    run.log(row)
     due = row["epoch"] % args.save_every == 0 or row["epoch"] == args.epochs
     if due and process_rank() == 0:
         # In this order: a kill in between repeats the epoch.
-        run.publish(state, facts)
+        run.publish(state, {"git_commit": git_commit(), "command": args.command})
         run.save(state)
-    say(" ".join(f"{name}={value:g}" for name, value in digits.items() if value is not None))
-    random_rank, rank = facts["random_effective_rank"], digits["effective_rank"]
-    if collapses_now([one["effective_rank"] for one in run.rows], random_rank):
-        few = run.images["num_images"] < FEW_IMAGES
-        advice = "train on more images" if few else "try a lower --lr or a larger --batch-size"
-        say(
-            f"warning: the embeddings may have collapsed: effective rank {rank:.3g} after epoch "
-            f"{row['epoch']}, {random_rank:.3g} before training; {advice}"
-            + (", or --recipe matched" if args.recipe == "paper" else "")
-        )
+    say(" ".join(f"{name}={value:g}" for name, value in run.rows[-1].items() if value is not None))
+    if warning := run.collapse_warning():
+        say(f"warning: {warning}")
 
 
 def finish(run: Any) -> None:
