@@ -26,7 +26,7 @@ from scipy.stats import binomtest
 
 from ijepa.agreement import holm, mcnemar_exact_p
 from ijepa.data import balanced_rows
-from ijepa.metrics import row_blocks, validate_embeddings
+from ijepa.metrics import validate_embeddings
 from ijepa.uncertainty import Estimate
 
 KS = (20, 10, 100, 200)
@@ -40,6 +40,7 @@ ENOUGH = 2000
 NUM_PAIRS = 10
 FEW_IMAGES = (1, 10)
 NUM_DRAWS = 20
+BLOCK = 2**23  # similarities at once
 MEASURES = {"knn": f"knn_{KS[0]}", "linear": "linear"}
 _NORMAL, _BANK_T = float(ndtri(0.975)), float(stdtrit(NUM_PAIRS - 1, 0.975))
 
@@ -48,8 +49,10 @@ Queries = Float[np.ndarray, "n d"]
 BankLabels = Int[np.ndarray, " N"]
 QueryLabels = Int[np.ndarray, " n"]
 Keep = Bool[np.ndarray, " N"]
+Parts = tuple[Keep, list[Keep], dict[int, list[Keep]]]
+"""A tenth of the bank, pairs of halves of it, and draws by images of each class."""
+Axes = Float[np.ndarray, "m r"]
 Weights = Float[np.ndarray, "r+1 C"]
-"""Of logistic regression; the last row are the offsets."""
 Scores = Bool[np.ndarray, "B n"]
 """Which queries are given their class with each bank."""
 
@@ -126,7 +129,7 @@ def probe(
         for name, X in banks.items():
             own = X, queries[name]
             reduced = principal_components(*own) if name == "pixels" else own
-            found[name] = answer(*reduced, bank_labels, query_labels, *parts)
+            found[name] = answer(*reduced, bank_labels, query_labels, parts)
             if bar is not None:
                 bar.update(len(query_labels))
     paired = {"local", "hf"} <= found.keys()
@@ -142,7 +145,7 @@ def probe(
         per_class=per_class(found, query_labels),
         notes=notes(codes, int((~np.isin(query_labels, bank_labels)).sum())),
         correct={
-            name: {measure: answers.scores[key][0] for measure, key in MEASURES.items()}
+            name: {m: answers.scores[key][0] for m, key in MEASURES.items()}
             for name, answers in found.items()
         },
     )
@@ -159,16 +162,13 @@ def notes(codes: BankLabels, num_missing: int) -> list[str]:
     if skipped := ", ".join(str(size) for size in FEW_IMAGES if size > counts.min()):
         found.append(f"A class has {counts.min()} images in the bank: no draws of {skipped}.")
     if counts.max() < 2:
-        found.append(
-            f"No class has two images in the bank: the L2 penalty is {L2_GRID[0]:g} without a "
-            "choice, and the intervals leave out what another bank would change."
-        )
+        found.append("No class has two images: no L2 is chosen; intervals hold for this bank only.")
     elif n < ENOUGH and (singles := int((counts < 2).sum())):
         found.append(f"{singles} classes have one image, which both halves of the bank keep.")
     return found
 
 
-def draw_parts(codes: BankLabels, seed: int) -> tuple[Keep, list[Keep], dict[int, list[Keep]]]:
+def draw_parts(codes: BankLabels, seed: int) -> Parts:
     """A tenth to choose on, halves of a small bank, and draws of a few images of each class.
 
     Classes have their share of each part. A single image of a class is in both halves and is not
@@ -194,16 +194,11 @@ def draw_parts(codes: BankLabels, seed: int) -> tuple[Keep, list[Keep], dict[int
     return held_out, halves, {size: [order < size for order in orders] for size in sizes}
 
 
-def answer(  # noqa: PLR0913
-    X: Bank,
-    Q: Queries,
-    bank_labels: BankLabels,
-    query_labels: QueryLabels,
-    held_out: Keep,
-    halves: list[Keep],
-    draws: dict[int, list[Keep]],
+def answer(
+    X: Bank, Q: Queries, bank_labels: BankLabels, query_labels: QueryLabels, parts: Parts
 ) -> Answers:
     """What one model answers with every bank."""
+    held_out, halves, draws = parts
     classes, codes = np.unique(bank_labels, return_inverse=True)
     linear, chosen = linear_answers(X, codes, Q, held_out)
 
@@ -216,16 +211,13 @@ def answer(  # noqa: PLR0913
         return dict(zip(["linear", *(f"knn_{k}" for k in ks)], right, strict=True))
 
     # Each image of a half counts for two.
-    half_ks = [k // 2 for k in KS]
-    on_halves = [of(keep, half_ks, chosen["l2"]) for keep in halves]
-    return Answers(
-        scores([[linear, *knn_answers(X, codes, Q, KS)], *on_halves], KS),
-        {
-            size: scores([of(keep, KS[:1], L2_GRID[0]) for keep in banks], KS[:1])
-            for size, banks in draws.items()
-        },
-        chosen,
-    )
+    on_halves = [of(keep, [k // 2 for k in KS], chosen["l2"]) for keep in halves]
+    with_few = {
+        size: scores([of(keep, KS[:1], L2_GRID[0]) for keep in banks], KS[:1])
+        for size, banks in draws.items()
+    }
+    whole = [linear, *knn_answers(X, codes, Q, KS)]
+    return Answers(scores([whole, *on_halves], KS), with_few, chosen)
 
 
 def knn_answers(X: Bank, codes: BankLabels, Q: Queries, ks: Sequence[int]) -> list[QueryLabels]:
@@ -242,8 +234,9 @@ def knn_answers(X: Bank, codes: BankLabels, Q: Queries, ks: Sequence[int]) -> li
 
     bank, num_classes, most = unit(X), codes.max() + 1, min(max(ks), len(X))
     answers: list[list[QueryLabels]] = [[] for _ in ks]
-    for rows in row_blocks(len(Q), len(X) + X.shape[1]):
-        similarities = unit(Q[rows]) @ bank.T
+    step = max(1, BLOCK // len(X))
+    for at in range(0, len(Q), step):
+        similarities = unit(Q[at : at + step]) @ bank.T
         # By index before the stable sort by similarity: ties go to the first image.
         top = np.sort(np.argpartition(-similarities, most - 1, axis=1)[:, :most], axis=1)
         found = np.take_along_axis(similarities, top, axis=1)
@@ -312,7 +305,7 @@ def linear_answers(
 
 
 def fit(
-    Z: Float[np.ndarray, "m r"],
+    Z: Axes,
     codes: Int[np.ndarray, " m"],
     l2: float,
     start: Weights,
@@ -320,8 +313,9 @@ def fit(
 ) -> Weights:
     """Minimum of the mean cross-entropy plus l2 / 2 times the squared weights without offsets.
 
-    scikit-learn's `LogisticRegression` with C = 1 / (l2 m), by L-BFGS.
+    The last row are the offsets. As scikit-learn's `LogisticRegression` with C = 1 / (l2 m).
     """
+    step = max(1, BLOCK // (8 * sum(start.shape)))
     # About the inverse root of the curvature along each axis.
     scale = np.append(1 / np.sqrt(0.1 * variances + l2), 1.0)[:, None]
 
@@ -329,26 +323,27 @@ def fit(
         weights = flat.reshape(start.shape) * scale
         slopes, offsets = weights[:-1].astype(np.float32), weights[-1].astype(np.float32)
         loss, gradient = 0.0, np.zeros_like(weights)
-        for rows in row_blocks(len(Z), 8 * sum(weights.shape)):
-            logits = Z[rows] @ slopes + offsets
+        for at in range(0, len(Z), step):
+            rows = Z[at : at + step]
+            logits = rows @ slopes + offsets
             logits -= logits.max(axis=1, keepdims=True)
-            own = np.arange(len(logits)), codes[rows]
+            own = np.arange(len(logits)), codes[at : at + step]
             loss -= float(logits[own].sum(dtype=np.float64))
             np.exp(logits, out=logits)
             totals = logits.sum(axis=1, keepdims=True)
             loss += float(np.log(totals).sum(dtype=np.float64))
             logits /= totals
             logits[own] -= 1
-            gradient[:-1] += Z[rows].T @ logits
+            gradient[:-1] += rows.T @ logits
             gradient[-1] += logits.sum(axis=0)
         gradient /= len(Z)
         gradient[:-1] += l2 * weights[:-1]
         penalty = l2 / 2 * float(np.square(weights[:-1]).sum())
         return loss / len(Z) + penalty, (gradient * scale).ravel()
 
-    options = {"maxiter": 1000, "ftol": 1e-6, "gtol": 1e-5}
-    first = (start / scale).ravel()
-    found = minimize(objective, first, jac=True, method="L-BFGS-B", options=options)
+    limits = {"maxiter": 1000, "ftol": 1e-6, "gtol": 1e-5}
+    at = (start / scale).ravel()
+    found = minimize(objective, at, jac=True, method="L-BFGS-B", options=limits)
     return found.x.reshape(start.shape) * scale
 
 
@@ -416,7 +411,6 @@ def over_draws(scores: Shaped[np.ndarray, "R n"]) -> dict[str, Any]:
 
 def per_class(found: Mapping[str, Answers], labels: QueryLabels) -> list[dict[str, Any]]:
     """Accuracies and differences by class of the queries; p-values also after Holm."""
-    paired = {"local", "hf"} <= found.keys()
     rows: list[dict[str, Any]] = []
     for label in np.unique(labels):
         own = labels == label
@@ -424,10 +418,10 @@ def per_class(found: Mapping[str, Answers], labels: QueryLabels) -> list[dict[st
         for measure, key in MEASURES.items():
             scores = {name: answers.scores[key][:, own] for name, answers in found.items()}
             row[measure] = {name: accuracy(one) for name, one in scores.items()}
-            if paired:
+            if {"local", "hf"} <= found.keys():
                 row[measure]["difference"] = difference(scores["hf"], scores["local"])
         rows.append(row)
-    for measure in MEASURES if paired else ():
+    for measure in MEASURES if {"local", "hf"} <= found.keys() else ():
         changes = [row[measure]["difference"] for row in rows]
         corrected = holm(np.array([one["mcnemar_p"] for one in changes]))
         for one, p in zip(changes, corrected, strict=True):
@@ -436,21 +430,16 @@ def per_class(found: Mapping[str, Answers], labels: QueryLabels) -> list[dict[st
 
 
 def select_bank(
-    labels: BankLabels,
-    keys: Sequence[bytes],
-    compared: Collection[bytes],
-    max_samples: int,
-    seed: int,
+    labels: BankLabels, keys: Sequence[bytes], compared: Collection[bytes], limit: int, seed: int
 ) -> tuple[Int[np.ndarray, " m"], int]:
     """Rows for a bank with equal shares of the classes, and how many images it must not have.
 
     Images whose key is among those compared are left out before the draw. Banks of one seed are
-    nested: a smaller one is part of every larger one. 0 samples mean all.
+    nested: a smaller one is part of every larger one. A limit of 0 keeps all.
     """
     compared = frozenset(compared)
     rows = np.array([row for row, key in enumerate(keys) if key not in compared], np.int64)
-    num_classes = int(labels.max()) + 1
-    chosen = balanced_rows(labels[rows], num_classes, max_samples or len(rows), seed)
+    chosen = balanced_rows(labels[rows], int(labels.max()) + 1, limit or len(rows), seed)
     return rows[chosen], len(keys) - len(rows)
 
 
