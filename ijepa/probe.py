@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from scipy.optimize import minimize
-from scipy.special import ndtri, stdtrit
+from scipy.special import ndtri, stdtr, stdtrit
 from scipy.stats import binomtest
 
 from ijepa.agreement import holm, mcnemar_exact_p
@@ -154,18 +154,20 @@ def probe(
 def notes(codes: BankLabels, num_missing: int) -> list[str]:
     """What was capped or left out."""
     n, counts = len(codes), np.bincount(codes)
-    found = []
-    if num_missing:
-        found.append(f"{num_missing} queries have a class that the bank lacks and count as wrong.")
-    if capped := ", ".join(str(k) for k in sorted(KS) if k > n):
-        found.append(f"k = {capped} exceeds the bank and means all of its {n} images.")
-    if skipped := ", ".join(str(size) for size in FEW_IMAGES if size > counts.min()):
-        found.append(f"A class has {counts.min()} images in the bank: no draws of {skipped}.")
-    if counts.max() < 2:
-        found.append("No class has two images: no L2 is chosen; intervals hold for this bank only.")
-    elif n < ENOUGH and (singles := int((counts < 2).sum())):
-        found.append(f"{singles} classes have one image, which both halves of the bank keep.")
-    return found
+    fewest, singles = counts.min(), int((counts < 2).sum())
+    none, some = singles == len(counts), n < ENOUGH and 0 < singles < len(counts)
+    capped = ", ".join(str(k) for k in sorted(KS) if k > n)
+    skipped = ", ".join(str(m) for m in FEW_IMAGES if m > fewest)
+    close = ", ".join(str(m) for m in FEW_IMAGES if m <= fewest < NUM_DRAWS * m)
+    found = {
+        f"{num_missing} queries have a class that the bank lacks and count as wrong.": num_missing,
+        f"k = {capped} exceeds the bank and means all of its {n} images.": capped,
+        f"A class has {fewest} images in the bank: no draws of {skipped}.": skipped,
+        f"Draws of {close} per class overlap: their spread is that of this bank.": close,
+        "No class has two images: no L2 is chosen; intervals hold for this bank only.": none,
+        f"{singles} classes have one image, which both halves of the bank keep.": some,
+    }
+    return [sentence for sentence, applies in found.items() if applies]
 
 
 def draw_parts(codes: BankLabels, seed: int) -> Parts:
@@ -186,11 +188,11 @@ def draw_parts(codes: BankLabels, seed: int) -> Parts:
     held_out = ranks() < np.maximum(counts // 10, counts > 1)[codes]
     orders = [ranks() for _ in range(NUM_DRAWS)]
     sizes = [size for size in FEW_IMAGES if size <= counts.min()]
-    halves, single = [], (counts == 1)[codes]
+    halves: list[Keep] = []
     for _ in range(NUM_PAIRS if len(codes) < ENOUGH and counts.max() > 1 else 0):
         # Classes of odd size round up in either half.
         first = (ranks() + generator.integers(0, 2, len(counts))[codes]) % 2 == 0
-        halves += [first | single, ~first | single]
+        halves += [half | (counts == 1)[codes] for half in (first, ~first)]
     return held_out, halves, {size: [order < size for order in orders] for size in sizes}
 
 
@@ -385,18 +387,20 @@ def accuracy(scores: Scores) -> Estimate:
 
 
 def difference(first: Scores, second: Scores) -> dict[str, Any]:
-    """First less second on the same queries; McNemar's p is exact for this bank."""
+    """First less second on the same queries.
+
+    McNemar's test is exact for this bank; `p` is its p-value, or that of Student's t where the
+    standard error holds the part of a small bank.
+    """
     means = first.mean(axis=1) - second.mean(axis=1)
     wins, losses = int((first[0] & ~second[0]).sum()), int((second[0] & ~first[0]).sum())
     n, value, bank = first.shape[1], float(means[0]), bank_se(means)
     images = np.sqrt(((wins + losses) / n - value**2) / n)
     margin, se = (float(np.hypot(z * images, t * bank)) for z, t in ((_NORMAL, _BANK_T), (1, 1)))
-    return {
-        "estimate": Estimate(value, se, (value - margin, value + margin)),
-        "wins": wins,
-        "losses": losses,
-        "mcnemar_p": mcnemar_exact_p(first[0], second[0]),
-    }
+    estimate = Estimate(value, se, (value - margin, value + margin))
+    mcnemar = mcnemar_exact_p(first[0], second[0])
+    p = 2 * float(stdtr(NUM_PAIRS - 1, -abs(value) / se)) if bank else mcnemar
+    return {"estimate": estimate, "wins": wins, "losses": losses, "mcnemar_p": mcnemar, "p": p}
 
 
 def over_draws(scores: Shaped[np.ndarray, "R n"]) -> dict[str, Any]:
@@ -423,7 +427,7 @@ def per_class(found: Mapping[str, Answers], labels: QueryLabels) -> list[dict[st
         rows.append(row)
     for measure in MEASURES if {"local", "hf"} <= found.keys() else ():
         changes = [row[measure]["difference"] for row in rows]
-        corrected = holm(np.array([one["mcnemar_p"] for one in changes]))
+        corrected = holm(np.array([one["p"] for one in changes]))
         for one, p in zip(changes, corrected, strict=True):
             one["holm_p"] = float(p)
     return rows
