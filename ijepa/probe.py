@@ -13,7 +13,7 @@ whole one, then both halves of each pair), R draws of a few images.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -21,18 +21,17 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from scipy.optimize import minimize
-from scipy.special import ndtri, stdtrit
+from scipy.special import ndtri, stdtr, stdtrit
 from scipy.stats import binomtest
 
 from ijepa.agreement import holm, mcnemar_exact_p
 from ijepa.data import balanced_rows
-from ijepa.metrics import TEMPERATURE, validate_embeddings
+from ijepa.metrics import validate_embeddings
 from ijepa.uncertainty import Estimate
 
 KS = (20, 10, 100, 200)
 """Numbers of neighbors; the first is the headline."""
-BLOCK_ENTRIES = 2**23
-"""Numbers that are computed at once: about 100 MB."""
+TEMPERATURE = 0.07
 L2_GRID = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 """Penalties per image, strongest first: each fit starts from the one before."""
 PIXEL_COMPONENTS = 512
@@ -41,6 +40,7 @@ ENOUGH = 2000
 NUM_PAIRS = 10
 FEW_IMAGES = (1, 10)
 NUM_DRAWS = 20
+BLOCK = 2**23  # similarities at once
 MEASURES = {"knn": f"knn_{KS[0]}", "linear": "linear"}
 _NORMAL, _BANK_T = float(ndtri(0.975)), float(stdtrit(NUM_PAIRS - 1, 0.975))
 
@@ -49,8 +49,10 @@ Queries = Float[np.ndarray, "n d"]
 BankLabels = Int[np.ndarray, " N"]
 QueryLabels = Int[np.ndarray, " n"]
 Keep = Bool[np.ndarray, " N"]
+Parts = tuple[Keep, list[Keep], dict[int, list[Keep]]]
+"""A tenth of the bank, pairs of halves of it, and draws by images of each class."""
+Axes = Float[np.ndarray, "m r"]
 Weights = Float[np.ndarray, "r+1 C"]
-"""Of logistic regression; the last row are the offsets."""
 Scores = Bool[np.ndarray, "B n"]
 """Which queries are given their class with each bank."""
 
@@ -127,7 +129,7 @@ def probe(
         for name, X in banks.items():
             own = X, queries[name]
             reduced = principal_components(*own) if name == "pixels" else own
-            found[name] = answer(*reduced, bank_labels, query_labels, *parts)
+            found[name] = answer(*reduced, bank_labels, query_labels, parts)
             if bar is not None:
                 bar.update(len(query_labels))
     paired = {"local", "hf"} <= found.keys()
@@ -143,7 +145,7 @@ def probe(
         per_class=per_class(found, query_labels),
         notes=notes(codes, int((~np.isin(query_labels, bank_labels)).sum())),
         correct={
-            name: {measure: answers.scores[key][0] for measure, key in MEASURES.items()}
+            name: {m: answers.scores[key][0] for m, key in MEASURES.items()}
             for name, answers in found.items()
         },
     )
@@ -152,24 +154,23 @@ def probe(
 def notes(codes: BankLabels, num_missing: int) -> list[str]:
     """What was capped or left out."""
     n, counts = len(codes), np.bincount(codes)
-    found = []
-    if num_missing:
-        found.append(f"{num_missing} queries have a class that the bank lacks and count as wrong.")
-    if capped := ", ".join(str(k) for k in sorted(KS) if k > n):
-        found.append(f"k = {capped} exceeds the bank and means all of its {n} images.")
-    if skipped := ", ".join(str(size) for size in FEW_IMAGES if size > counts.min()):
-        found.append(f"A class has {counts.min()} images in the bank: no draws of {skipped}.")
-    if counts.max() < 2:
-        found.append(
-            f"No class has two images in the bank: the L2 penalty is {L2_GRID[0]:g} without a "
-            "choice, and the intervals leave out what another bank would change."
-        )
-    elif n < ENOUGH and (singles := int((counts < 2).sum())):
-        found.append(f"{singles} classes have one image, which both halves of the bank keep.")
-    return found
+    fewest, singles = counts.min(), int((counts < 2).sum())
+    none, some = singles == len(counts), n < ENOUGH and 0 < singles < len(counts)
+    capped = ", ".join(str(k) for k in sorted(KS) if k > n)
+    skipped = ", ".join(str(m) for m in FEW_IMAGES if m > fewest)
+    close = ", ".join(str(m) for m in FEW_IMAGES if m <= fewest < NUM_DRAWS * m)
+    found = {
+        f"{num_missing} queries have a class that the bank lacks and count as wrong.": num_missing,
+        f"k = {capped} exceeds the bank and means all of its {n} images.": capped,
+        f"A class has {fewest} images in the bank: no draws of {skipped}.": skipped,
+        f"Draws of {close} per class overlap: their spread is that of this bank.": close,
+        "No class has two images: no L2 is chosen; intervals hold for this bank only.": none,
+        f"{singles} classes have one image, which both halves of the bank keep.": some,
+    }
+    return [sentence for sentence, applies in found.items() if applies]
 
 
-def draw_parts(codes: BankLabels, seed: int) -> tuple[Keep, list[Keep], dict[int, list[Keep]]]:
+def draw_parts(codes: BankLabels, seed: int) -> Parts:
     """A tenth to choose on, halves of a small bank, and draws of a few images of each class.
 
     Classes have their share of each part. A single image of a class is in both halves and is not
@@ -187,24 +188,19 @@ def draw_parts(codes: BankLabels, seed: int) -> tuple[Keep, list[Keep], dict[int
     held_out = ranks() < np.maximum(counts // 10, counts > 1)[codes]
     orders = [ranks() for _ in range(NUM_DRAWS)]
     sizes = [size for size in FEW_IMAGES if size <= counts.min()]
-    halves, single = [], (counts == 1)[codes]
+    halves: list[Keep] = []
     for _ in range(NUM_PAIRS if len(codes) < ENOUGH and counts.max() > 1 else 0):
         # Classes of odd size round up in either half.
         first = (ranks() + generator.integers(0, 2, len(counts))[codes]) % 2 == 0
-        halves += [first | single, ~first | single]
+        halves += [half | (counts == 1)[codes] for half in (first, ~first)]
     return held_out, halves, {size: [order < size for order in orders] for size in sizes}
 
 
-def answer(  # noqa: PLR0913
-    X: Bank,
-    Q: Queries,
-    bank_labels: BankLabels,
-    query_labels: QueryLabels,
-    held_out: Keep,
-    halves: list[Keep],
-    draws: dict[int, list[Keep]],
+def answer(
+    X: Bank, Q: Queries, bank_labels: BankLabels, query_labels: QueryLabels, parts: Parts
 ) -> Answers:
     """What one model answers with every bank."""
+    held_out, halves, draws = parts
     classes, codes = np.unique(bank_labels, return_inverse=True)
     linear, chosen = linear_answers(X, codes, Q, held_out)
 
@@ -217,22 +213,13 @@ def answer(  # noqa: PLR0913
         return dict(zip(["linear", *(f"knn_{k}" for k in ks)], right, strict=True))
 
     # Each image of a half counts for two.
-    half_ks = [k // 2 for k in KS]
-    on_halves = [of(keep, half_ks, chosen["l2"]) for keep in halves]
-    return Answers(
-        scores([[linear, *knn_answers(X, codes, Q, KS)], *on_halves], KS),
-        {
-            size: scores([of(keep, KS[:1], L2_GRID[0]) for keep in banks], KS[:1])
-            for size, banks in draws.items()
-        },
-        chosen,
-    )
-
-
-def row_blocks(n: int, width: int) -> Iterator[slice]:
-    """Slices that cover n rows, so many at once that rows of this width fill a block."""
-    step = max(1, BLOCK_ENTRIES // width)
-    return (slice(start, min(start + step, n)) for start in range(0, n, step))
+    on_halves = [of(keep, [k // 2 for k in KS], chosen["l2"]) for keep in halves]
+    with_few = {
+        size: scores([of(keep, KS[:1], L2_GRID[0]) for keep in banks], KS[:1])
+        for size, banks in draws.items()
+    }
+    whole = [linear, *knn_answers(X, codes, Q, KS)]
+    return Answers(scores([whole, *on_halves], KS), with_few, chosen)
 
 
 def knn_answers(X: Bank, codes: BankLabels, Q: Queries, ks: Sequence[int]) -> list[QueryLabels]:
@@ -249,8 +236,9 @@ def knn_answers(X: Bank, codes: BankLabels, Q: Queries, ks: Sequence[int]) -> li
 
     bank, num_classes, most = unit(X), codes.max() + 1, min(max(ks), len(X))
     answers: list[list[QueryLabels]] = [[] for _ in ks]
-    for rows in row_blocks(len(Q), len(X) + X.shape[1]):
-        similarities = unit(Q[rows]) @ bank.T
+    step = max(1, BLOCK // len(X))
+    for at in range(0, len(Q), step):
+        similarities = unit(Q[at : at + step]) @ bank.T
         # By index before the stable sort by similarity: ties go to the first image.
         top = np.sort(np.argpartition(-similarities, most - 1, axis=1)[:, :most], axis=1)
         found = np.take_along_axis(similarities, top, axis=1)
@@ -319,7 +307,7 @@ def linear_answers(
 
 
 def fit(
-    Z: Float[np.ndarray, "m r"],
+    Z: Axes,
     codes: Int[np.ndarray, " m"],
     l2: float,
     start: Weights,
@@ -327,8 +315,9 @@ def fit(
 ) -> Weights:
     """Minimum of the mean cross-entropy plus l2 / 2 times the squared weights without offsets.
 
-    scikit-learn's `LogisticRegression` with C = 1 / (l2 m), by L-BFGS.
+    The last row are the offsets. As scikit-learn's `LogisticRegression` with C = 1 / (l2 m).
     """
+    step = max(1, BLOCK // (8 * sum(start.shape)))
     # About the inverse root of the curvature along each axis.
     scale = np.append(1 / np.sqrt(0.1 * variances + l2), 1.0)[:, None]
 
@@ -336,26 +325,27 @@ def fit(
         weights = flat.reshape(start.shape) * scale
         slopes, offsets = weights[:-1].astype(np.float32), weights[-1].astype(np.float32)
         loss, gradient = 0.0, np.zeros_like(weights)
-        for rows in row_blocks(len(Z), 8 * sum(weights.shape)):
-            logits = Z[rows] @ slopes + offsets
+        for at in range(0, len(Z), step):
+            rows = Z[at : at + step]
+            logits = rows @ slopes + offsets
             logits -= logits.max(axis=1, keepdims=True)
-            own = np.arange(len(logits)), codes[rows]
+            own = np.arange(len(logits)), codes[at : at + step]
             loss -= float(logits[own].sum(dtype=np.float64))
             np.exp(logits, out=logits)
             totals = logits.sum(axis=1, keepdims=True)
             loss += float(np.log(totals).sum(dtype=np.float64))
             logits /= totals
             logits[own] -= 1
-            gradient[:-1] += Z[rows].T @ logits
+            gradient[:-1] += rows.T @ logits
             gradient[-1] += logits.sum(axis=0)
         gradient /= len(Z)
         gradient[:-1] += l2 * weights[:-1]
         penalty = l2 / 2 * float(np.square(weights[:-1]).sum())
         return loss / len(Z) + penalty, (gradient * scale).ravel()
 
-    options = {"maxiter": 1000, "ftol": 1e-6, "gtol": 1e-5}
-    first = (start / scale).ravel()
-    found = minimize(objective, first, jac=True, method="L-BFGS-B", options=options)
+    limits = {"maxiter": 1000, "ftol": 1e-6, "gtol": 1e-5}
+    at = (start / scale).ravel()
+    found = minimize(objective, at, jac=True, method="L-BFGS-B", options=limits)
     return found.x.reshape(start.shape) * scale
 
 
@@ -397,18 +387,20 @@ def accuracy(scores: Scores) -> Estimate:
 
 
 def difference(first: Scores, second: Scores) -> dict[str, Any]:
-    """First less second on the same queries; McNemar's p is exact for this bank."""
+    """First less second on the same queries.
+
+    McNemar's test is exact for this bank; `p` is its p-value, or that of Student's t where the
+    standard error holds the part of a small bank.
+    """
     means = first.mean(axis=1) - second.mean(axis=1)
     wins, losses = int((first[0] & ~second[0]).sum()), int((second[0] & ~first[0]).sum())
     n, value, bank = first.shape[1], float(means[0]), bank_se(means)
     images = np.sqrt(((wins + losses) / n - value**2) / n)
     margin, se = (float(np.hypot(z * images, t * bank)) for z, t in ((_NORMAL, _BANK_T), (1, 1)))
-    return {
-        "estimate": Estimate(value, se, (value - margin, value + margin)),
-        "wins": wins,
-        "losses": losses,
-        "mcnemar_p": mcnemar_exact_p(first[0], second[0]),
-    }
+    estimate = Estimate(value, se, (value - margin, value + margin))
+    mcnemar = mcnemar_exact_p(first[0], second[0])
+    p = 2 * float(stdtr(NUM_PAIRS - 1, -abs(value) / se)) if bank else mcnemar
+    return {"estimate": estimate, "wins": wins, "losses": losses, "mcnemar_p": mcnemar, "p": p}
 
 
 def over_draws(scores: Shaped[np.ndarray, "R n"]) -> dict[str, Any]:
@@ -423,7 +415,6 @@ def over_draws(scores: Shaped[np.ndarray, "R n"]) -> dict[str, Any]:
 
 def per_class(found: Mapping[str, Answers], labels: QueryLabels) -> list[dict[str, Any]]:
     """Accuracies and differences by class of the queries; p-values also after Holm."""
-    paired = {"local", "hf"} <= found.keys()
     rows: list[dict[str, Any]] = []
     for label in np.unique(labels):
         own = labels == label
@@ -431,33 +422,28 @@ def per_class(found: Mapping[str, Answers], labels: QueryLabels) -> list[dict[st
         for measure, key in MEASURES.items():
             scores = {name: answers.scores[key][:, own] for name, answers in found.items()}
             row[measure] = {name: accuracy(one) for name, one in scores.items()}
-            if paired:
+            if {"local", "hf"} <= found.keys():
                 row[measure]["difference"] = difference(scores["hf"], scores["local"])
         rows.append(row)
-    for measure in MEASURES if paired else ():
+    for measure in MEASURES if {"local", "hf"} <= found.keys() else ():
         changes = [row[measure]["difference"] for row in rows]
-        corrected = holm(np.array([one["mcnemar_p"] for one in changes]))
+        corrected = holm(np.array([one["p"] for one in changes]))
         for one, p in zip(changes, corrected, strict=True):
             one["holm_p"] = float(p)
     return rows
 
 
 def select_bank(
-    labels: BankLabels,
-    keys: Sequence[bytes],
-    compared: Collection[bytes],
-    max_samples: int,
-    seed: int,
+    labels: BankLabels, keys: Sequence[bytes], compared: Collection[bytes], limit: int, seed: int
 ) -> tuple[Int[np.ndarray, " m"], int]:
     """Rows for a bank with equal shares of the classes, and how many images it must not have.
 
     Images whose key is among those compared are left out before the draw. Banks of one seed are
-    nested: a smaller one is part of every larger one. 0 samples mean all.
+    nested: a smaller one is part of every larger one. A limit of 0 keeps all.
     """
     compared = frozenset(compared)
     rows = np.array([row for row, key in enumerate(keys) if key not in compared], np.int64)
-    num_classes = int(labels.max()) + 1
-    chosen = balanced_rows(labels[rows], num_classes, max_samples or len(rows), seed)
+    chosen = balanced_rows(labels[rows], int(labels.max()) + 1, limit or len(rows), seed)
     return rows[chosen], len(keys) - len(rows)
 
 

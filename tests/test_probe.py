@@ -3,6 +3,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
@@ -146,6 +147,7 @@ def test_wilson_intervals_and_paired_tests_of_a_large_bank():
     assert (change["wins"], change["losses"]) == ((gains > 0).sum(), (gains < 0).sum())
     table = [[0, change["wins"]], [change["losses"], 0]]
     assert change["mcnemar_p"] == pytest.approx(mcnemar(table, exact=True).pvalue)
+    assert change["p"] == change["mcnemar_p"]
 
 
 def test_a_small_bank_widens_the_intervals():
@@ -165,6 +167,9 @@ def test_a_small_bank_widens_the_intervals():
     halves = np.subtract(accuracies[::2], accuracies[1::2]) / 2
     image = correct.mean() * (1 - correct.mean()) / 300
     assert found.se == pytest.approx(np.sqrt(image + np.square(halves).mean()))
+    change = probed.differences["linear"]
+    statistic = abs(change["estimate"].value) / change["estimate"].se
+    assert change["p"] == pytest.approx(2 * stats.t.sf(statistic, 9))
     for first, second in zip(pairs[::2], pairs[1::2], strict=True):
         assert (first != second).all()
         assert np.bincount(labels[0][first]).tolist() == [10, 10, 10]
@@ -198,7 +203,7 @@ def test_each_class_has_its_accuracy_and_the_tests_are_corrected():
             expected = proportion_confint(correct.sum(), own.sum(), method="wilson")
             assert row[measure]["hf"].ci95 == pytest.approx(expected)
         changes = [row[measure]["difference"] for row in probed.per_class]
-        expected = multipletests([change["mcnemar_p"] for change in changes], method="holm")[1]
+        expected = multipletests([change["p"] for change in changes], method="holm")[1]
         assert [change["holm_p"] for change in changes] == pytest.approx(list(expected))
 
 
