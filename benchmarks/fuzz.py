@@ -34,7 +34,7 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 from tqdm import tqdm
-from victims import COMPARE, print_table, run, tiny_models
+from victims import COMPARE, print_table, run, some_images, tiny_models
 
 from ijepa.data import Split, balanced_sample, load_split
 from ijepa.embeddings import extract, save_embeddings
@@ -175,7 +175,7 @@ def file_targets():
         others = changed(content).map(lambda new: json.dumps(new).encode())
         yield f"directory, {name}", f"hf/{name}", others, hf, 10
     yield "directory, weights", "hf/model.safetensors", mutated(weights), hf, 15
-    yield "image", "images/a/0.png", pictures, read_folder, 50
+    yield "image", "images/a/000.png", pictures, read_folder, 50
     yield "npz", "old.npz", mutated(old), lambda f: use(f / "old.npz", "hf"), 15
     chunks = st.binary(max_size=100) | mutated(chunk.read_bytes())
     yield "cached chunk", str(chunk.relative_to("models")), chunks, read_chunk, 15
@@ -232,10 +232,7 @@ def fuzz_arguments(extra):
 
 def make_models(folder):
     """What every example starts from."""
-    for name in ("images/a", "images/b"):
-        (folder / name).mkdir(parents=True)
-        for number in range(3):
-            (folder / name / f"{number}.png").write_bytes(picture("PNG"))
+    some_images(folder / "images", 6, 9)
     tiny_models(folder)
     save_embeddings(folder / "old.npz", pixels(folder / "cache"), SPLIT)
 

@@ -22,9 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from victims import COMPARE, print_table, run, tiny_models
+from victims import COMPARE, print_table, run, some_images, tiny_models
 
 LIMIT = 3000
 FLAGS = ["--offline", "--local-checkpoint", "tiny.pt", "--hf-model", "hf", "--dataset", "images"]
@@ -240,10 +239,7 @@ CASES = {
 def pristine(folder):
     """Tiny models, twelve images, and what an earlier run made of them."""
     tiny_models(folder)
-    for number in range(12):
-        place = folder / "images" / "ab"[number % 2]
-        place.mkdir(parents=True, exist_ok=True)
-        Image.effect_noise((20, 20), 20 + 10 * number).convert("RGB").save(place / f"{number}.png")
+    some_images(folder / "images", 12, 20)
     os.chdir(folder)
     outcome = run(COMPARE, FLAGS, folder / "log")
     assert outcome.code == 0, outcome.text

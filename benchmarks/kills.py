@@ -29,11 +29,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from victims import COMPARE, TRAIN, print_table, run, tiny_models
+from victims import COMPARE, TRAIN, print_table, run, some_images, tiny_models
 
 from ijepa.encoders import FrozenEncoder
 
-IMAGES = 400
+IMAGES = 300
 KINDS = ("at a random moment", "at a file operation", "inside a write", "disk full")
 OPERATIONS = ("os.rename", "os.remove", "os.mkdir")
 NEW, WRITES = os.O_WRONLY | os.O_CREAT, os.O_WRONLY | os.O_RDWR
@@ -56,7 +56,8 @@ READERS = {
 def result(folder):
     """What a run made: everything but times, rates and the hashes of files with them."""
     kinds = (".png", ".npz", ".safetensors")
-    made = {path.name: path.read_bytes() for path in folder.rglob("*") if path.suffix in kinds}
+    paths = [*folder.glob("*"), *folder.glob("hf/*")]
+    made = {path.name: path.read_bytes() for path in paths if path.suffix in kinds}
     if (path := folder / "metrics.json").exists():
         made["metrics"] = json.loads(path.read_text())
         del made["metrics"]["run"]["seconds"], made["metrics"]["artifacts"]
@@ -82,16 +83,14 @@ class Campaign:
             tiny_models(folder)
             self.arguments = ["--offline", "--dataset", "digits", "--max-samples", IMAGES]
             self.arguments += ["--local-checkpoint", "tiny.pt", "--hf-model", "hf"]
-            self.arguments += ["--output-dir", "out"]
+            self.arguments += ["--cache-dir", "cache", "--output-dir", "out"]
         else:
-            for row in range(120):
-                place = folder / "images" / "ab"[row % 2]
-                place.mkdir(parents=True, exist_ok=True)
-                Image.effect_noise((32, 32), 20 + row).save(place / f"{row:03d}.png")
+            some_images(folder / "images", 120, 32)
             self.arguments = ["--dataset", "images", "--epochs", 3, "--batch-size", 16]
             self.arguments += ["--embed-dim", 64, "--depth", 1, "--output-dir", "out"]
         began = time.monotonic()
         self.undisturbed()
+        assert not self.problems, "an undisturbed run must end well"
         self.seconds = time.monotonic() - began
         self.reference = result(folder / "out")
         self.num_operations = (folder / "operations").stat().st_size
@@ -132,13 +131,15 @@ class Campaign:
 
     def disturb(self, kind):
         """One victim, and what it left."""
-        fatal = self.rng.randint(1, self.num_operations) if kind == KINDS[1] else 0
-        size = self.rng.randint(20_000, self.largest) if kind in KINDS[2:] else 0
+        fatal = self.rng.randint(1, self.num_operations * 2 // 3) if kind == KINDS[1] else 0
+        size = (
+            int(20_000 * (self.largest / 20_000) ** self.rng.random()) if kind in KINDS[2:] else 0
+        )
         prepare = partial(self.prepare, fatal, size, kind != KINDS[3])
-        after = self.rng.uniform(0, self.seconds) if kind == KINDS[0] else 300
+        after = self.rng.uniform(0, 2 / 3 * self.seconds) if kind == KINDS[0] else 300
         outcome = run(self.script, self.arguments, self.folder / "log", prepare, after)
         self.died[kind] += outcome.refused if kind == KINDS[3] else outcome.code < 0
-        if outcome.code > 0 and not outcome.refused:
+        if (outcome.code > 0 and not outcome.refused) or outcome.seconds > 300:
             self.problems[f"a victim ended with {outcome.code}: {outcome.said}"] += 1
             print(outcome.text[-2000:], file=sys.stderr)
         self.check()

@@ -21,6 +21,7 @@ import compare_embeddings
 import torch
 import train_ijepa
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ijepa import encoders, report  # noqa: F401  what every run imports, once for all
 from ijepa.checkpoint import load_checkpoint, save_checkpoint
@@ -41,6 +42,14 @@ def tiny_models(folder):
     facts = {"epochs": 1, "planned_epochs": 1}
     save_checkpoint(folder / "tiny.pt", config, networks, (0.5, 0.5), facts)
     export_huggingface(load_checkpoint(folder / "tiny.pt", "context"), folder / "hf")
+
+
+def some_images(folder, count, side):
+    """Write PNG files of noise, in turn into the class folders `a` and `b`."""
+    for number in range(count):
+        path = folder / "ab"[number % 2] / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((side, side), 20 + number).convert("RGB").save(path)
 
 
 @dataclass(frozen=True)
