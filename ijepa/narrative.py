@@ -50,8 +50,9 @@ def number(metric: str, value: float, sign: str = "", extra: int = 0) -> str:
         return MISSING
     percent = metric in PERCENT
     digits = DIGITS.get(metric, 1 if percent else 3) + extra
-    # Adding 0 turns a negative zero, left by rounding, into a plain one.
-    value = round(100 * value if percent else value, digits) + 0.0
+    # Halves round up, as on the page, whatever the last bit of a mean says. Adding 0 turns a
+    # negative zero, left by rounding, into a plain one.
+    value = round((100 * value if percent else value) + 1e-9, digits) + 0.0
     return f"{value:{sign},.{digits}f}" + ("%" if percent else "")
 
 

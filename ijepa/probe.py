@@ -26,12 +26,11 @@ from scipy.stats import binomtest
 
 from ijepa.agreement import holm, mcnemar_exact_p
 from ijepa.data import balanced_rows
-from ijepa.metrics import validate_embeddings
+from ijepa.metrics import TEMPERATURE, validate_embeddings
 from ijepa.uncertainty import Estimate
 
 KS = (20, 10, 100, 200)
 """Numbers of neighbors; the first is the headline."""
-TEMPERATURE = 0.07
 L2_GRID = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 """Penalties per image, strongest first: each fit starts from the one before."""
 PIXEL_COMPONENTS = 512

@@ -407,11 +407,10 @@ def write_files(  # noqa: PLR0913
         for role, analysis in comparison.analyses.items():
             X = analysis.embeddings
             write(f"embeddings_{role}.npz", lambda path, X=X: save_embeddings(path, X, split))
-    figures = {}
-    for name, figure in draw(comparison, maps, split, comparison.seed):
+    figures = dict(draw(comparison, maps, split, comparison.seed))
+    for name, figure in figures.items():
         write(name, lambda path, figure=figure: save_figure(path, figure))
-        if name in ON_PAGE:
-            figures[name] = figure
+    figures = {name: figures[name] for name in ON_PAGE}
     table = per_image_csv(comparison, maps, split, probe)
     write("per_image.csv", lambda path: write_text(path, table))
     files = [*(path.name for path in written), "report.html", "metrics.json"]
@@ -426,7 +425,6 @@ def write_files(  # noqa: PLR0913
     if "seconds" in content["run"]:
         content["run"]["seconds"]["write"] = round(time.perf_counter() - began, 3)
     write("metrics.json", lambda path: write_text(path, json_text(content)))
-    for name in NOT_ALWAYS_MADE:
-        if folder / name not in written:
-            (folder / name).unlink(missing_ok=True)
+    for left in {folder / name for name in NOT_ALWAYS_MADE} - set(written):
+        left.unlink(missing_ok=True)
     return written

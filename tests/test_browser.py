@@ -15,6 +15,8 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 
+from ijepa import narrative
+
 ROOT = Path(__file__).resolve().parent.parent
 AXE = ROOT / ".venv" / "npm" / "node_modules" / "axe-core" / "axe.min.js"
 HOSTILE = "<script>alert(1)</script>"
@@ -42,7 +44,7 @@ def chromium():
 
 @pytest.fixture(scope="module")
 def example(make_page):
-    return make_page(N, (HOSTILE, "bird", "cat", "dog", "frog"))
+    return make_page(N, (HOSTILE, "bird", "cat", "dog", "frog"), figures_too=True)
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +121,11 @@ def ink(page, model, layer="over"):
 
 def lonely(example, model="local"):
     """An image far from the others on the map, so that a pointer cannot miss it."""
-    points = example.maps.pca[model].scores
+    points = example.maps.pca[model].coordinates
     return int(np.linalg.norm(points - points.mean(axis=0), axis=1).argmax())
 
 
-def test_hover_shows_an_image_with_its_neighbours_in_both_models(opened, example):
+def test_hover_shows_an_image_with_its_neighbors_in_both_models(opened, example):
     page = opened()
     row = lonely(example)
     assert ink(page, "hf") == 0
@@ -162,17 +164,15 @@ def test_a_lasso_in_one_map_selects_the_same_images_in_the_other(opened):
     for place in places[1:]:
         page.mouse.move(*place, steps=6)
     page.mouse.up()
-    x = np.array(page.evaluate("panels[0].to.map((point) => point[0])"))
+    x = np.array(page.evaluate("panels[0].model.tsne.map((point) => point[0])"))
     page.wait_for_selector("#selection p")
     count = int(page.locator("#selection p").inner_text().split()[0])
     assert count == pytest.approx((x < 5000).sum(), abs=2)
     assert page.evaluate("state.selected.size") == count
     assert ink(page, "hf", "base") != before
     assert f"{count:,} selected images" in page.locator("#found").inner_text()
-    linked = opened(page.evaluate("fragment()"))
-    assert linked.evaluate("state.selected.size") == count
     page.locator("#clear").click()
-    assert "selected" not in state(page)
+    assert page.evaluate("state.selected") is None
 
 
 def test_filters_leave_only_what_they_say(opened, example):
@@ -181,7 +181,7 @@ def test_filters_leave_only_what_they_say(opened, example):
     assert page.locator("#status").inner_text().startswith("400 of 2,000 images shown")
     local, hf = (example.comparison.analyses[name].precisions(5) for name in ("local", "hf"))
     cats = example.split.labels == 2
-    assert f"Local model {100 * local[cats].mean():.1f}%" in page.locator("#status").inner_text()
+    assert f"small (target) {100 * local[cats].mean():.1f}%" in page.locator("#status").inner_text()
     page.get_by_label("Only where they disagree").check()
     left = int((cats & (local != hf)).sum())
     assert page.locator("#status").inner_text().startswith(f"{left} of 2,000")
@@ -202,16 +202,12 @@ def test_the_browser_is_sorted_by_disagreement_and_found_by_index(opened, exampl
     assert [gaps[place[index]] for index in first] == [gaps.max()] * len(first)
     index = int(example.split.indices[17])
     page.get_by_role("textbox").fill(str(index))
-    page.get_by_role("button", name="Show", exact=True).click()
-    assert page.locator("#queries .query").count() == 1
+    page.keyboard.press("Enter")
+    assert f"image {index}" in page.locator("#chosen").inner_text()
     assert state(page)["image"] == str(index)
     page.get_by_role("textbox").fill("99999999")
-    page.get_by_role("button", name="Show", exact=True).click()
-    assert "No image here has the index" in page.locator("#found").inner_text()
-    page.get_by_role("textbox").fill("")
     page.keyboard.press("Enter")
-    assert page.locator("#queries .query").count() == 8
-    assert page.locator("#found").inner_text() == "2,000 images"
+    assert page.locator("#missing").inner_text() == "image 99999999 is not on this page"
     page.get_by_label("Sorted by").select_option("index")
     page.get_by_role("button", name="Next").click()
     assert state(page)["sort"] == "index"
@@ -246,7 +242,7 @@ def test_everything_can_be_done_by_keyboard(opened):
     page.keyboard.press("Enter")
     chosen = state(page)["image"]
     page.keyboard.press("ArrowLeft")
-    for _ in range(2):  # over the other map to the first neighbour, and on from neighbour to it
+    for _ in range(2):  # over the other map to the first neighbor, and on from neighbor to it
         page.keyboard.press("Tab")
     assert page.evaluate("byId('chosen').contains(document.activeElement)")
     page.keyboard.press("Enter")
@@ -280,18 +276,62 @@ def test_an_address_brings_back_what_was_seen(opened, example):
     assert page.locator("#chosen .empty").count() == 1
 
 
+def in_view(page, selector):
+    return page.locator(selector).evaluate(
+        """(part) => {
+            const { top, bottom } = part.getBoundingClientRect();
+            return top >= 0 && top < innerHeight && bottom > 0;
+        }"""
+    )
+
+
+def test_a_link_to_an_image_opens_at_the_map(opened, example):
+    index = int(example.split.indices[5])
+    page = opened(f"image={index}", reduced_motion="reduce")
+    page.wait_for_timeout(100)
+    assert in_view(page, '[data-model="local"] .map')
+    assert f"image {index}" in page.locator("#chosen").inner_text()
+    assert not page.locator("#missing").is_visible()
+    page.evaluate("location.hash = 'image=99999'")
+    page.wait_for_selector("#missing:visible")
+    assert page.locator("#missing").inner_text() == "image 99999 is not on this page"
+    assert in_view(page, "#missing")
+    assert page.locator("#chosen .empty").count() == 1
+
+
+def test_without_an_image_in_the_link_the_page_opens_at_its_top(opened):
+    page = opened("projection=pca")
+    assert page.evaluate("scrollY") == 0
+    assert not page.locator("#missing").is_visible()
+
+
 @pytest.mark.parametrize(
     "fragment",
     [
         "projection=x&color=&classes=99+-1+a&image=abc&sort=no&page=-4&view-local=1+2",
-        "selected=%00%01&view-hf=NaN+NaN+NaN&page=1e99",
+        "view-hf=NaN+NaN+NaN&page=1e99",
         "=&=&&&=",
     ],
 )
-def test_a_damaged_address_is_passed_over(opened, fragment):
+def test_a_damaged_address_is_ignored(opened, fragment):
     page = opened(fragment)
     assert page.locator("#status").inner_text().startswith("2,000 of 2,000")
     assert page.locator("#queries .query").count() > 0
+
+
+def test_percentages_are_rounded_as_in_the_report(opened):
+    page = opened()
+    sums = np.arange(0, 2001, 7)
+    shown = page.evaluate("(sums) => sums.map((sum) => rounded(sum / 2000))", sums.tolist())
+    assert shown == [narrative.number("precision_at_5", total / 2000) for total in sums.tolist()]
+    hits = np.full(400, 5)
+    hits[:266] = 3
+    hits[266] = 2.0
+    mean = (hits / 5).mean()
+    assert f"{100 * mean:.2f}" == "73.25"
+    set_hits = "(hits) => { models[0].hits = hits; return means(hits.map((_, row) => row)); }"
+    text = page.evaluate(set_hits, hits.tolist())
+    assert text.startswith(f"small (target) {narrative.number('precision_at_5', mean)},")
 
 
 def test_zoom_and_pan_move_one_map_and_reset_brings_both_back(opened):
@@ -328,7 +368,9 @@ def test_without_javascript_table_figures_and_words_are_there(opened):
     assert page.locator("#results table").first.is_visible()
     for figure in page.locator("#figures figure").all():
         assert figure.is_visible()
-        assert figure.locator("svg").first.is_visible()
+        picture = figure.locator("img").first
+        assert picture.is_visible()
+        assert picture.evaluate("image => image.naturalWidth") > 0
     assert page.get_by_text("need JavaScript").is_visible()
     assert not page.locator("#tools").is_visible()
     assert not page.locator(".map").first.is_visible()
@@ -373,7 +415,7 @@ def test_the_longest_intervals_fit_into_the_table(opened, width):
 @pytest.mark.parametrize(
     ("width", "height"), [(1280, 900), (1440, 780), (1920, 1080), (3840, 2160)]
 )
-def test_controls_maps_and_neighbours_fit_on_one_screen(opened, example, width, height):
+def test_controls_maps_and_neighbors_fit_on_one_screen(opened, example, width, height):
     index = example.split.indices[lonely(example)]
     size = {"width": width, "height": height}
     page = opened(f"image={index}&color=mutual", viewport=size, reduced_motion="reduce")
@@ -394,7 +436,7 @@ def test_controls_maps_and_neighbours_fit_on_one_screen(opened, example, width, 
         assert cut == 0, name
 
 
-def test_a_neighbour_under_the_pointer_is_ringed_on_both_maps(opened, example):
+def test_a_neighbor_under_the_pointer_is_ringed_on_both_maps(opened, example):
     page = opened(f"image={example.split.indices[lonely(example)]}")
     before = [ink(page, name) for name in ("local", "hf")]
     page.locator("#chosen .local .tile").first.hover()
@@ -484,12 +526,6 @@ def test_metrics_can_be_saved_from_the_page(opened, example):
     assert saved == json.loads(example.metrics)
 
 
-def test_motion_is_left_out_where_it_is_not_wanted(opened):
-    page = opened(reduced_motion="reduce")
-    page.get_by_role("radio", name="PCA").check()
-    assert page.evaluate("panels.map((panel) => panel.progress)") == [1, 1]
-
-
 def test_one_model_alone_has_one_map(opened, make_page, tmp_path):
     path = tmp_path / "alone.html"
     path.write_text(make_page(models=("local",)).html, encoding="utf-8")
@@ -509,26 +545,30 @@ def test_four_images_are_enough(opened, make_page, tmp_path):
     assert not re.search(r"\b(NaN|undefined|null)\b", page.locator("body").inner_text())
 
 
-def test_neighbours_without_a_picture_are_named(opened, make_page, tmp_path):
+def test_neighbors_without_a_picture_are_named(opened, make_page, tmp_path):
     path = tmp_path / "part.html"
     path.write_text(make_page(90, shown=30).html, encoding="utf-8")
     page = opened(at=path.as_uri())
     assert page.locator(".absent").count() > 0
 
 
-def test_printing_opens_what_is_folded_and_uses_light_colours(opened):
+def test_paper_is_light(opened):
     page = opened(color_scheme="dark")
     page.emulate_media(media="print", color_scheme="dark")
-    page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    assert page.locator("details:not([open])").count() == 0
     ground = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
     assert ground == "rgb(255, 255, 255)"
     assert not page.locator("#tools .segments").first.is_visible()
-    assert page.locator("#chips").is_visible()  # on paper the legend of the classes
-    assert page.locator(".map img").count() == 2
-    page.evaluate("dispatchEvent(new Event('afterprint'))")
-    assert page.locator(".map img").count() == 0
-    assert page.locator("details[open]").count() == 0
+
+
+def test_file_paths_are_shown_with_the_images(opened, make_page, tmp_path):
+    example = make_page(paths=True, classes=("<b>", "c"))
+    path = tmp_path / "paths.html"
+    path.write_text(example.html, encoding="utf-8")
+    page = opened(f"image={example.split.indices[3]}", at=path.as_uri())
+    assert page.locator("#chosen .image .path").inner_text() == "x/0003.png"
+    nearest = example.comparison.analyses["local"].neighbors[3, :5]
+    shown = page.locator("#chosen .local .path").all_inner_texts()
+    assert shown == [example.split.paths[row] for row in nearest]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -540,8 +580,9 @@ def test_axe_finds_no_violation(chromium, address, example, scheme, width):
     # The checker is put in from outside, which the page's own policy would rightly refuse.
     context = chromium.new_context(viewport=size, color_scheme=scheme, bypass_csp=True)
     page = context.new_page()
-    page.goto(f"{address}#image={example.split.indices[0]}&color=hits&selected=_w")
+    page.goto(f"{address}#image={example.split.indices[0]}&color=hits")
     page.wait_for_selector("body[data-ready]")
+    page.evaluate("select(new Set([0, 1, 2]))")
     page.evaluate("document.querySelectorAll('details').forEach((part) => (part.open = true))")
     page.evaluate(AXE.read_text())
     found = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")

@@ -10,30 +10,20 @@ const tiles = new Map();
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
 function sign(g, shape, x, y, r) {
-  const polygon = (count, turn, radius = r, inner = radius) => {
-    for (let i = 0; i < count; i++) {
-      const angle = turn + (2 * Math.PI * i) / count;
-      const far = i % 2 ? inner : radius;
-      g.lineTo(x + far * Math.cos(angle), y + far * Math.sin(angle));
-    }
+  const line = (corners) => {
+    for (const [u, v] of corners) g.lineTo(x + u * r, y + v * r);
     g.closePath();
   };
-  const cross = (turn) => {
-    const [long, wide] = [1.15 * r, 0.4 * r];
-    const corners = [[wide, wide], [wide, long], [-wide, long], [-wide, wide], [-long, wide], [-long, -wide],
-      [-wide, -wide], [-wide, -long], [wide, -long], [wide, -wide], [long, -wide], [long, wide]];
-    for (const [u, v] of corners) {
-      g.lineTo(x + u * Math.cos(turn) - v * Math.sin(turn), y + u * Math.sin(turn) + v * Math.cos(turn));
-    }
-    g.closePath();
-  };
+  const plus = [[0.4, 0.4], [0.4, 1.15], [-0.4, 1.15], [-0.4, 0.4], [-1.15, 0.4], [-1.15, -0.4],
+    [-0.4, -0.4], [-0.4, -1.15], [0.4, -1.15], [0.4, -0.4], [1.15, -0.4], [1.15, 0.4]];
   g.beginPath();
   if (shape === "o") g.arc(x, y, r, 0, 7);
-  else if (shape === "^") polygon(3, -Math.PI / 2, 1.25 * r);
-  else if (shape === "v") polygon(3, Math.PI / 2, 1.25 * r);
-  else if (shape === "s") g.rect(x - 0.9 * r, y - 0.9 * r, 1.8 * r, 1.8 * r);
-  else if (shape === "D") polygon(4, 0, 1.25 * r);
-  else cross(shape === "X" ? Math.PI / 4 : 0);
+  else if (shape === "^") line([[0, -1.25], [1.08, 0.62], [-1.08, 0.62]]);
+  else if (shape === "v") line([[0, 1.25], [1.08, -0.62], [-1.08, -0.62]]);
+  else if (shape === "s") line([[-0.9, -0.9], [0.9, -0.9], [0.9, 0.9], [-0.9, 0.9]]);
+  else if (shape === "D") line([[0, -1.25], [1.25, 0], [0, 1.25], [-1.25, 0]]);
+  else if (shape === "P") line(plus);
+  else line(plus.map(([u, v]) => [(u - v) / Math.SQRT2, (u + v) / Math.SQRT2])); // X, a turned plus
 }
 
 function drawSign(g, [shape, fill], x, y, r) {
@@ -82,7 +72,7 @@ class Panel {
     this.base = section.querySelector(".base").getContext("2d");
     this.over = section.querySelector(".over").getContext("2d");
     // A fixed shuffle, so that no class lies on top of the others.
-    this.order = Array.from({ length: points }, (_, i) => i);
+    this.order = [...allRows];
     let seed = 1;
     for (let i = points - 1; i > 0; i--) {
       seed = (seed * 48271) % 2147483647;
@@ -108,7 +98,11 @@ class Panel {
       g.canvas.width = Math.round(width * ratio);
       g.canvas.height = Math.round(height * ratio);
     }
-    this.atlas = null;
+    this.stamps = new Map();
+    this.redraw();
+  }
+
+  redraw() {
     this.draw();
     this.drawOver();
   }
@@ -127,32 +121,25 @@ class Panel {
     return [(x - this.width / 2) / this.scale + this.view.x, (y - this.height / 2) / this.scale + this.view.y];
   }
 
-  // Signs are drawn once into a row of stamps: drawing 2,000 paths anew takes four times as long.
-  stamps() {
-    const [kinds, kindOf] = signs(this.model);
-    const base = Math.min(7, Math.max(2.6, Math.sqrt((this.width * this.height) / points) / 4));
-    const radius = base * Math.min(1.8, this.view.zoom ** 0.35);
-    const key = [state.color, radius.toFixed(1), this.ratio, dark.matches].join();
-    if (this.atlas?.key !== key) {
-      const side = Math.ceil(2 * this.ratio * (radius * 1.35 + 1));
+  // A mark as a small picture, kept: drawing 2,000 paths takes four times as long.
+  stamp([shape, fill], radius, dim) {
+    const key = [shape, fill, radius.toFixed(1), dim].join();
+    if (!this.stamps.has(key)) {
       const canvas = document.createElement("canvas");
-      canvas.width = side * kinds.length;
-      canvas.height = 2 * side;
+      canvas.width = canvas.height = Math.ceil(2 * this.ratio * (radius * 1.35 + 1));
       const g = canvas.getContext("2d");
-      kinds.forEach((kind, i) => {
-        drawSign(g, kind, (i + 0.5) * side, side / 2, radius * this.ratio);
-        g.globalAlpha = 0.16;
-        drawSign(g, [kind[0], color("edge")], (i + 0.5) * side, 1.5 * side, radius * this.ratio * 0.8);
-        g.globalAlpha = 1;
-      });
-      this.atlas = { key, canvas, side };
+      g.globalAlpha = dim ? 0.16 : 1;
+      drawSign(g, [shape, dim ? color("edge") : fill], canvas.width / 2, canvas.width / 2, radius * this.ratio * (dim ? 0.8 : 1));
+      this.stamps.set(key, canvas);
     }
-    return { ...this.atlas, kindOf };
+    return this.stamps.get(key);
   }
 
   draw() {
     if (!this.width) return;
-    const { canvas, side, kindOf } = this.stamps();
+    const [kinds, kindOf] = signs(this.model);
+    const base = Math.min(7, Math.max(2.6, Math.sqrt((this.width * this.height) / points) / 4));
+    const radius = base * Math.min(1.8, this.view.zoom ** 0.35);
     const g = this.base;
     const ratio = this.ratio;
     g.setTransform(1, 0, 0, 1, 0, 0);
@@ -165,19 +152,17 @@ class Panel {
     }
     const dim = ([row]) => state.selected && !state.selected.has(row);
     if (state.selected) shown.sort((a, b) => dim(b) - dim(a));
-    for (const point of shown) {
-      const [row, x, y] = point;
-      const top = dim(point) ? side : 0;
-      g.drawImage(canvas, kindOf(row) * side, top, side, side, Math.round(x * ratio - side / 2), Math.round(y * ratio - side / 2), side, side);
+    for (const [row, x, y] of shown) {
+      const mark = this.stamp(kinds[kindOf(row)], radius, Boolean(dim([row])));
+      g.drawImage(mark, Math.round(x * ratio - mark.width / 2), Math.round(y * ratio - mark.width / 2));
     }
     g.setTransform(ratio, 0, 0, ratio, 0, 0);
     // Near enough, the images themselves take the place of their signs.
-    if (this.view.zoom > 3 && shown.length <= 150) this.drawImages(shown.filter((point) => !dim(point)), kindOf);
+    if (this.view.zoom > 3 && shown.length <= 150) this.drawImages(shown.filter((point) => !dim(point)), kinds, kindOf);
     this.drawNames(shown);
   }
 
-  drawImages(shown, kindOf) {
-    const kinds = signs(this.model)[0];
+  drawImages(shown, kinds, kindOf) {
     for (const [row, x, y] of shown) {
       const half = 13 * this.unit;
       this.base.fillStyle = kinds[kindOf(row)][1];
@@ -190,33 +175,28 @@ class Panel {
   drawNames(shown) {
     if (data.classes.length > 20 || this.view.zoom > 6 || state.selected) return;
     const spread = new Map();
-    for (const [row, x, y] of shown) {
-      const label = data.label[row];
-      if (!spread.has(label)) spread.set(label, [[], []]);
-      spread.get(label)[0].push(x);
-      spread.get(label)[1].push(y);
+    for (const [row, ...place] of shown) {
+      if (!spread.has(data.label[row])) spread.set(data.label[row], []);
+      spread.get(data.label[row]).push(place);
     }
-    const middle = (values) => values.sort((a, b) => a - b)[values.length >> 1];
     const g = this.base;
     Object.assign(g, { textAlign: "center", textBaseline: "middle", lineJoin: "round", lineWidth: 4 });
-    g.font = `650 ${13 * this.unit}px ${color("sans")}`;
+    Object.assign(g, { strokeStyle: color("sheet"), fillStyle: color("ink"), font: `650 ${13 * this.unit}px ${color("sans")}` });
     const taken = [];
-    for (const [label, [xs, ys]] of spread) {
-      let [x, y] = [middle(xs), middle(ys)];
+    for (const [label, places] of spread) {
+      const [left, top] = [0, 1].map((axis) => places.map((place) => place[axis]).sort((a, b) => a - b)[places.length >> 1]);
       const name = data.classes[label].length > 16 ? `${data.classes[label].slice(0, 15)}…` : data.classes[label];
       const half = g.measureText(name).width / 2 + 3;
-      x = Math.min(Math.max(x, half), this.width - half);
-      // A name on another gives way downwards.
+      const x = Math.min(Math.max(left, half), this.width - half);
+      let y = top; // a name on another gives way downwards
       while (taken.some(([u, v, w]) => Math.abs(u - x) < w + half && Math.abs(v - y) < 17 * this.unit)) y += 6;
       taken.push([x, y, half]);
-      g.strokeStyle = color("sheet");
       g.strokeText(name, x, y);
-      g.fillStyle = color("ink");
       g.fillText(name, x, y);
     }
   }
 
-  // The image under the pointer or chosen, with the neighbours of both models.
+  // The image under the pointer or chosen, with the neighbors of both models.
   drawOver(path = null) {
     const g = this.over;
     g.setTransform(this.ratio, 0, 0, this.ratio, 0, 0);
@@ -237,22 +217,18 @@ class Panel {
   drawNeighbors(g, row) {
     const [x, y] = this.place(row);
     models.forEach((model, number) => {
-      g.strokeStyle = color(model.key);
+      const near = model.neighbors[row].filter((id) => id < points).map((id) => this.place(id));
+      Object.assign(g, { strokeStyle: color(model.key), lineWidth: model === this.model ? 1.4 : 0.8 });
       g.setLineDash(number ? [5, 4] : []);
-      for (const id of model.neighbors[row]) {
-        if (id >= points) continue;
-        const [u, v] = this.place(id);
-        g.lineWidth = model === this.model ? 1.4 : 0.8;
-        g.beginPath();
+      g.beginPath();
+      for (const [u, v] of near) {
         g.moveTo(x, y);
         g.lineTo(u, v);
-        g.stroke();
       }
+      g.stroke();
       g.setLineDash([]);
       g.lineWidth = 2.2;
-      for (const id of model.neighbors[row]) {
-        if (id >= points) continue;
-        const [u, v] = this.place(id);
+      for (const [u, v] of near) {
         g.beginPath();
         if (number) g.rect(u - 9, v - 9, 18, 18);
         else g.arc(u, v, 7, 0, 7);
@@ -272,62 +248,56 @@ class Panel {
     if (x > 0 && y > 0 && x < this.width && y < this.height) this.drawPicture(g, row, x, y);
   }
 
-  // Beside the image's sign, where the picture hides the fewest neighbours.
+  // Next to the image's mark, on the side with more room.
   drawPicture(g, row, x, y) {
     const side = 48 * this.unit;
-    const near = models.flatMap((model) => model.neighbors[row]).filter((id) => id < points).map((id) => this.place(id));
-    const hidden = ([left, top]) =>
-      near.filter(([u, v]) => u > left - 9 && u < left + side + 9 && v > top - 9 && v < top + side + 9).length;
-    const spots = [[14, -side / 2], [-side - 14, -side / 2], [-side / 2, -side - 14], [-side / 2, 14]]
-      .map(([dx, dy]) => [x + dx, y + dy])
-      .filter(([left, top]) => left > 2 && top > 2 && left + side < this.width - 2 && top + side < this.height - 2);
-    if (!spots.length) return;
-    const [left, top] = spots.reduce((best, spot) => (hidden(spot) < hidden(best) ? spot : best));
+    const left = x < this.width / 2 ? x + 14 : x - side - 14;
+    const top = Math.min(Math.max(y - side / 2, 3), this.height - side - 3);
     g.fillStyle = color("ink");
     g.fillRect(left - 2, top - 2, side + 4, side + 4);
     drawImage(g, row, left, top, side);
   }
 
-  nearest(x, y, reach) {
-    let [best, least] = [-1, reach * reach];
-    for (let row = 0; row < points; row++) {
-      if (!visible(row)) continue;
-      const [u, v] = this.place(row);
-      const distance = (u - x) ** 2 + (v - y) ** 2;
-      if (distance < least) [best, least] = [row, distance];
+  // The shown image of the least cost, which is a function of its place; -1 if none is below the limit.
+  best(cost, limit = Infinity) {
+    let [best, least] = [-1, limit];
+    for (const row of shownRows()) {
+      const found = cost(...this.place(row), row);
+      if (found < least) [best, least] = [row, found];
     }
     return best;
+  }
+
+  nearest(x, y, reach) {
+    return this.best((u, v) => Math.hypot(u - x, v - y), reach);
   }
 
   // The next image in a direction: near, and not far off the line.
   next(row, dx, dy) {
     if (row < 0 || !visible(row)) return this.nearest(this.width / 2, this.height / 2, Infinity);
     const [x, y] = this.place(row);
-    let [best, least] = [row, Infinity];
-    for (let other = 0; other < points; other++) {
-      if (other === row || !visible(other)) continue;
-      const [u, v] = this.place(other);
+    const found = this.best((u, v) => {
       const along = (u - x) * dx + (v - y) * dy;
       const aside = Math.abs((u - x) * dy - (v - y) * dx);
-      const cost = along + 2.5 * aside;
-      if (along > 0.5 && aside <= along * 1.5 && cost < least) [best, least] = [other, cost];
-    }
-    return best;
+      return along > 0.5 && aside <= along * 1.5 ? along + 2.5 * aside : Infinity;
+    });
+    return found < 0 ? row : found;
   }
 
   zoomBy(factor, x = this.width / 2, y = this.height / 2) {
     const [u, v] = this.world(x, y);
     const view = this.view;
     view.zoom = Math.min(60, Math.max(0.5, view.zoom * factor));
-    view.x = u - (x - this.width / 2) / this.scale;
-    view.y = v - (y - this.height / 2) / this.scale;
-    this.panBy(0, 0);
+    const [left, top] = this.world(x, y);
+    this.panBy((left - u) * this.scale, (top - v) * this.scale);
   }
 
   panBy(dx, dy) {
     const view = this.view;
     view.x = Math.min(1.5, Math.max(-0.5, view.x - dx / this.scale));
     view.y = Math.min(1.5, Math.max(-0.5, view.y - dy / this.scale));
+    this.redraw();
+    keepState();
   }
 
   // Brings an image into sight without moving what is there already.
@@ -338,17 +308,12 @@ class Panel {
   }
 
   inside(path) {
-    const found = new Set();
-    for (let row = 0; row < points; row++) {
-      if (!visible(row)) continue;
+    return new Set(shownRows().filter((row) => {
       const [x, y] = this.place(row);
-      let within = false;
-      for (let i = 0, j = path.length - 1; i < path.length; j = i++) {
-        const [[a, b], [c, d]] = [path[i], path[j]];
-        if (b > y !== d > y && x < ((c - a) * (y - b)) / (d - b) + a) within = !within;
-      }
-      if (within) found.add(row);
-    }
-    return found;
+      return path.reduce((within, [a, b], i) => {
+        const [c, d] = path.at(i - 1);
+        return b > y !== d > y && x < ((c - a) * (y - b)) / (d - b) + a ? !within : within;
+      }, false);
+    }));
   }
 }

@@ -10,6 +10,14 @@ function make(tag, className = "", text = "") {
   return made;
 }
 
+function makeButton(action, text = "", label = "") {
+  const button = make("button", "", text);
+  button.type = "button";
+  if (label) button.setAttribute("aria-label", label);
+  button.addEventListener("click", action);
+  return button;
+}
+
 // After a redraw the keyboard focus is on the same button as before.
 function refill(box, ...content) {
   const place = [...box.querySelectorAll("button")].indexOf(document.activeElement);
@@ -31,19 +39,15 @@ function neighborTile(query, model, rank) {
   const similarity = model.similarities[query][rank].toFixed(model.digits).replace("-", "−");
   const right = data.label[id] === data.label[query];
   const both = paired && models.every((other) => other.neighbors[query].includes(id));
-  const tile = make("button", right ? "tile" : "tile wrong");
-  tile.type = "button";
+  const tile = makeButton(() => choose(id));
+  tile.className = right ? "tile" : "tile wrong";
   tile.append(id < points ? imageOf(id) : make("div", "absent", "not on the map"));
   tile.append(make("b", model.digits > 2 ? "long" : "", `${right ? "✓" : "✗"} ${similarity}`), make("span", "", `${both ? "◎ " : ""}${className(id)}`));
   const words = `, ${right ? "right class" : "wrong class"}, image ${data.index[id]}${both ? ", listed by both models" : ""}`;
   tile.append(make("span", "unseen", words));
   if (data.paths) tile.append(make("span", "path", data.paths[id]));
   tile.title = [`image ${data.index[id]}: ${className(id)}`, data.paths?.[id]].filter(Boolean).join("\n");
-  if (id >= points) {
-    tile.disabled = true;
-    return tile;
-  }
-  tile.addEventListener("click", () => choose(id));
+  tile.disabled = id >= points;
   for (const type of ["pointerenter", "focus"]) tile.addEventListener(type, () => point(id));
   for (const type of ["pointerleave", "blur"]) tile.addEventListener(type, () => point(-1));
   return tile;
@@ -56,11 +60,11 @@ function queryRow(query) {
   const words = make("div");
   words.append(make("p", "", className(query)), make("p", "note", `image ${data.index[query]}`));
   if (data.paths) words.append(make("p", "path", data.paths[query]));
-  const button = make("button", "", "Find on maps");
-  button.type = "button";
-  button.setAttribute("aria-label", `Find on maps: image ${data.index[query]}`);
-  button.addEventListener("click", () => openImage(data.index[query]));
-  words.append(button);
+  const find = () => {
+    choose(query);
+    goTo(data.index[query]);
+  };
+  words.append(makeButton(find, "Find on maps", `Find on maps: image ${data.index[query]}`));
   image.append(imageOf(query), words);
   row.append(image);
   for (const model of models) {
@@ -70,7 +74,7 @@ function queryRow(query) {
     ring.setAttribute("aria-hidden", "true");
     title.append(ring, ` ${model.name} `, make("span", "", `precision@5: ${fraction(hits(model, query))}`));
     const list = make("ol");
-    for (let rank = 0; rank < model.neighbors[query].length; rank++) {
+      for (const rank of model.neighbors[query].keys()) {
       const item = make("li");
       item.append(neighborTile(query, model, rank));
       list.append(item);
@@ -93,11 +97,7 @@ function sortedRows() {
     best: (row) => -(hits(models[0], row) ?? 0),
     index: (row) => data.index[row],
   }[state.sort];
-  const rows = [];
-  for (let row = 0; row < points; row++) {
-    if (visible(row) && (!state.selected || state.selected.has(row))) rows.push([cost(row), row]);
-  }
-  return rows.sort((a, b) => a[0] - b[0] || a[1] - b[1]).map((pair) => pair[1]);
+  return shownRows().filter((row) => !state.selected || state.selected.has(row)).sort((a, b) => cost(a) - cost(b) || a - b);
 }
 
 function showQueries() {
@@ -122,11 +122,10 @@ function showChosen() {
   refill(byId("chosen"), row >= 0 ? queryRow(row) : empty);
 }
 
-// Shows an image on the maps, or says that it is not there.
-function openImage(index) {
-  const row = rowOfIndex.get(Number(index)) ?? -1;
-  byId("missing").hidden = row >= 0;
+// Goes to an image on the maps, or says that it is not there.
+function goTo(index) {
+  const found = rowOf(index) >= 0;
+  byId("missing").hidden = found;
   byId("missing").textContent = `image ${index} is not on this page`;
-  choose(row);
-  byId(row >= 0 ? "explore" : "missing").scrollIntoView({ block: "start" });
+  byId(found ? "explore" : "missing").scrollIntoView({ block: "start" });
 }

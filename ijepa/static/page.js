@@ -26,8 +26,7 @@ function redraw() {
   for (const panel of panels) {
     panel.box.classList.toggle("selecting", state.drag !== "pan");
     panel.note.textContent = panel.model.notes[state.projection];
-    panel.draw();
-    panel.drawOver();
+    panel.redraw();
   }
 }
 
@@ -90,8 +89,7 @@ function means(rows) {
 }
 
 function showStatus() {
-  const rows = [];
-  for (let row = 0; row < points; row++) if (visible(row)) rows.push(row);
+  const rows = shownRows();
   const shown = `${rows.length.toLocaleString("en")} of ${points.toLocaleString("en")} images shown`;
   byId("status").textContent = rows.length ? `${shown}; their precision@5: ${means(rows)}.` : `${shown}.`;
   showSelection();
@@ -105,17 +103,12 @@ function showSelection() {
   const counts = new Map();
   for (const row of rows) counts.set(className(row), (counts.get(className(row)) ?? 0) + 1);
   const common = [...counts].sort((a, b) => b[1] - a[1]).slice(0, 6).map(([name, count]) => `${name} ${count}`);
-  const clear = make("button", "", "Clear selection");
-  clear.type = "button";
+  const clear = makeButton(() => select(null), "Clear selection");
   clear.id = "clear";
-  clear.addEventListener("click", () => select(null));
   const thumbs = make("div", "thumbs");
   for (const row of rows.slice(0, 40)) {
-    const button = make("button");
-    button.type = "button";
-    button.setAttribute("aria-label", `Image ${data.index[row]}, ${className(row)}`);
+    const button = makeButton(() => choose(row), "", `Image ${data.index[row]}, ${className(row)}`);
     button.append(imageOf(row));
-    button.addEventListener("click", () => choose(row));
     thumbs.append(button);
   }
   const more = rows.length > 40 ? " The first 40 are below." : "";
@@ -129,27 +122,29 @@ function say(row) {
 
 // ---- controls
 
-function setUpControls() {
-  const present = new Map();
-  for (let row = 0; row < points; row++) present.set(data.label[row], (present.get(data.label[row]) ?? 0) + 1);
+function setUpChips() {
+  const counts = new Map();
+  for (const row of allRows) counts.set(data.label[row], (counts.get(data.label[row]) ?? 0) + 1);
   const chip = (text, count, label) => {
-    const button = make("button");
-    button.type = "button";
-    if (label !== undefined) {
-      button.dataset.label = label;
-      button.append(signImage([data.markers[label], data.colors[label]]));
-    }
-    button.append(make("span", "", `${text} `), make("span", "count", count));
-    button.addEventListener("click", () => {
+    const button = makeButton(() => {
       if (label === undefined) state.classes.clear();
       else if (!state.classes.delete(label)) state.classes.add(label);
       state.page = 0;
       update();
     });
+    if (label !== undefined) {
+      button.dataset.label = label;
+      button.append(signImage([data.markers[label], data.colors[label]]));
+    }
+    button.append(make("span", "", `${text} `), make("span", "count", count));
     return button;
   };
-  const labels = [...present.keys()].sort((a, b) => a - b);
-  byId("chips").replaceChildren(chip("All classes", points), ...labels.map((label) => chip(data.classes[label], present.get(label), label)));
+  const labels = [...counts.keys()].sort((a, b) => a - b);
+  refill(byId("chips"), chip("All classes", points), ...labels.map((label) => chip(data.classes[label], counts.get(label), label)));
+}
+
+function setUpControls() {
+  setUpChips();
   byId("browser").elements.sort.append(...Object.entries(SORTS).map(([value, name]) => new Option(name, value)));
   byId("tools").addEventListener("change", ({ target }) => {
     if (target.name === "disagree") state.disagree = target.checked;
@@ -158,12 +153,13 @@ function setUpControls() {
     update();
   });
   byId("tools").addEventListener("click", ({ target }) => {
-    const what = target.dataset.do;
-    if (what) view(what, panels);
+    if (target.dataset.do) view(target.dataset.do, panels);
   });
   byId("browser").addEventListener("submit", (event) => {
     event.preventDefault();
-    openImage(byId("browser").elements.index.value.trim());
+    const index = byId("browser").elements.index.value.trim();
+    if (rowOf(index) >= 0) choose(rowOf(index));
+    if (index) goTo(index);
   });
   byId("browser").elements.sort.addEventListener("change", ({ target }) => {
     Object.assign(state, { sort: target.value, page: 0 });
@@ -218,8 +214,6 @@ function setUpPointer(panel) {
       panel.drawOver(path);
     } else {
       panel.panBy(x - before[0], y - before[1]);
-      panel.draw();
-      panel.drawOver();
     }
     return undefined;
   };
@@ -254,8 +248,6 @@ function setUpPointer(panel) {
     const apart = (p) => Math.hypot(p[0] - other[0], p[1] - other[1]);
     panel.zoomBy(apart(after) / Math.max(1, apart(before)), other[0], other[1]);
     fingers.set(event.pointerId, after);
-    panel.draw();
-    panel.drawOver();
   };
   const end = (event) => {
     if (!fingers.delete(event.pointerId) || fingers.size) return;
@@ -265,7 +257,6 @@ function setUpPointer(panel) {
     start = path = null;
     if (click) choose(panel.nearest(...at(event), event.pointerType === "mouse" ? 16 : 26));
     else if (drawn && event.type === "pointerup") select(panel.inside(drawn));
-    else keepState();
   };
   for (const type of ["pointerup", "pointercancel"]) box.addEventListener(type, end);
   box.addEventListener("pointerleave", () => !start && hover(-1));
@@ -274,16 +265,8 @@ function setUpPointer(panel) {
     if (!event.ctrlKey && !event.metaKey) return;
     event.preventDefault();
     panel.zoomBy(Math.exp(-event.deltaY / 200), ...at(event));
-    panel.draw();
-    panel.drawOver();
-    keepState();
   }, { passive: false });
-  box.addEventListener("dblclick", (event) => {
-    panel.zoomBy(2, ...at(event));
-    panel.draw();
-    panel.drawOver();
-    keepState();
-  });
+  box.addEventListener("dblclick", (event) => panel.zoomBy(2, ...at(event)));
 }
 
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
@@ -293,15 +276,10 @@ function setUpKeys(panel) {
     if (row < 0) return;
     panel.reveal(row);
     hover(row);
-    panel.draw();
-    panel.drawOver();
+    panel.redraw();
     say(row);
   };
-  const toggle = (row) => {
-    const rows = new Set(state.selected);
-    if (!rows.delete(row)) rows.add(row);
-    select(rows);
-  };
+  const toggle = (row) => select(new Set(state.selected).symmetricDifference(new Set([row])));
   const keys = {
     Enter: () => active() >= 0 && choose(active()),
     " ": () => active() >= 0 && toggle(active()),
@@ -315,12 +293,8 @@ function setUpKeys(panel) {
   panel.box.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const arrow = ARROWS[event.key];
-    if (arrow && event.shiftKey) {
-      panel.panBy(-60 * arrow[0], -60 * arrow[1]);
-      panel.draw();
-      panel.drawOver();
-      keepState();
-    } else if (arrow) go(panel.next(active(), ...arrow));
+    if (arrow && event.shiftKey) panel.panBy(-60 * arrow[0], -60 * arrow[1]);
+    else if (arrow) go(panel.next(active(), ...arrow));
     else if (keys[event.key]) keys[event.key]();
     else return;
     event.preventDefault();
@@ -345,7 +319,7 @@ async function begin() {
   }
   const follow = () => {
     update();
-    if (state.wanted !== null) openImage(state.wanted);
+    if (state.wanted !== null) goTo(state.wanted);
   };
   addEventListener("hashchange", () => {
     if (!isState(location.hash)) return;
@@ -353,11 +327,8 @@ async function begin() {
     follow();
   });
   dark.addEventListener("change", () => {
-    for (const panel of panels) panel.atlas = null;
-    for (const chip of byId("chips").children) {
-      const label = chip.dataset.label;
-      if (label) chip.firstChild.replaceWith(signImage([data.markers[label], data.colors[label]]));
-    }
+    for (const panel of panels) panel.stamps.clear();
+    setUpChips();
     update();
   });
   follow();

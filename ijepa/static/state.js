@@ -4,6 +4,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const points = data.points;
 const models = data.models;
+const allRows = Array.from({ length: points }, (_, row) => row);
 const paired = models.length === 2;
 const rowOfIndex = new Map(data.index.slice(0, points).map((index, row) => [index, row]));
 const byId = (id) => document.getElementById(id);
@@ -40,9 +41,10 @@ function visible(row) {
   return !state.disagree || gap(row) !== 0;
 }
 
-function fraction(count) {
-  return count === null ? "not defined" : `${count} of 5`;
-}
+const fraction = (count) => (count === null ? "not defined" : `${count} of 5`);
+const rowOf = (index) => (/^\d+$/.test(index) ? rowOfIndex.get(Number(index)) ?? -1 : -1);
+
+const shownRows = () => allRows.filter(visible); // those that pass the filters
 
 function fragment() {
   const kept = new URLSearchParams();
@@ -71,14 +73,13 @@ function readFragment(text) {
     if (label in data.classes) state.classes.add(label);
   }
   state.disagree = paired && kept.get("differ") === "1";
-  state.chosen = rowOfIndex.get(Number(kept.get("image") ?? "none")) ?? -1;
   state.wanted = kept.get("image");
+  state.chosen = rowOf(state.wanted);
   state.page = Math.max(0, Math.floor(Number(kept.get("page")) || 1) - 1);
   state.views = models.map((model) => {
     const [x, y, zoom] = (kept.get(`view-${model.key}`) ?? "").split(" ").map(Number);
-    return x > -1 && x < 2 && y > -1 && y < 2 && zoom >= 0.5 && zoom <= 60
-      ? { x, y, zoom }
-      : { x: 0.5, y: 0.5, zoom: 1 };
+    const valid = x > -1 && x < 2 && y > -1 && y < 2 && zoom >= 0.5 && zoom <= 60;
+    return valid ? { x, y, zoom } : { x: 0.5, y: 0.5, zoom: 1 };
   });
 }
 
