@@ -40,15 +40,15 @@ class Split:
     """Labeled images in a fixed order.
 
     `images[i]` is a uint8 tensor of shape (3, height, width); folders decode it on demand, so sizes
-    may differ. `indices` are the positions in the whole data set, kept through sampling. `paths`
-    are relative to the folder, None for arrays. `notes` say in one sentence each what was left out
-    or assumed.
+    may differ. It is None where there are only labels. `indices` are the positions in the whole
+    data set, kept through sampling. `paths` are relative to the folder, None for arrays. `notes`
+    say in one sentence each what was left out or assumed.
     """
 
     name: str
     split: str
     classes: tuple[str, ...]
-    images: Tensor | FolderImages
+    images: Tensor | FolderImages | None
     labels: Int[np.ndarray, " n"]
     indices: Int[np.ndarray, " n"]
     paths: tuple[str, ...] | None = None

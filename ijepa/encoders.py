@@ -27,7 +27,7 @@ from ijepa.checkpoint import load_checkpoint
 from ijepa.devices import choose_dtype, memory_errors
 from ijepa.errors import UserError
 from ijepa.files import sha256, write_text
-from ijepa.model import VisionTransformer
+from ijepa.model import VisionTransformer, ViTConfig
 
 Images = Sequence[Tensor]
 """uint8 tensors of shape (3, height, width); sizes may differ."""
@@ -279,25 +279,24 @@ def load_file_encoder(
     return vit_encoder(role, encoder, normalization, device, number_format, facts)
 
 
-def random_encoder(local: FrozenEncoder | PrecomputedEmbeddings, seed: int) -> FrozenEncoder | None:
-    """The local architecture before any training: what the shape of the network gives by itself.
-
-    None where the local model is not one of our own networks.
-    """
-    trained = getattr(local, "network", None)
-    if not isinstance(local, FrozenEncoder) or not isinstance(trained, VisionTransformer):
-        return None
-    normalization = local.description["mean"], local.description["std"]
+def random_encoder(
+    config: ViTConfig,
+    normalization: tuple[Sequence[float], Sequence[float]],
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> FrozenEncoder:
+    """The same architecture before any training: what the shape of the network gives by itself."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = VisionTransformer(trained.config).eval().requires_grad_(False)
+        encoder = VisionTransformer(config).eval().requires_grad_(False)
     facts = {
         "source": f"random weights, seed {seed}",
         "weights": "random",
-        "preprocessing": json_hash([asdict(trained.config), normalization, seed]),
+        "preprocessing": json_hash([asdict(config), normalization, seed]),
         "epochs": 0,
     }
-    return vit_encoder("random_weights", encoder, normalization, local.device, local.dtype, facts)
+    return vit_encoder("random_weights", encoder, normalization, device, dtype, facts)
 
 
 def vit_encoder(

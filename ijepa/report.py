@@ -335,7 +335,7 @@ def unnamed(comparison: Comparison) -> Split:
     """Labels from anywhere as a split without pictures."""
     labels = comparison.analyses["local"].labels
     classes = tuple(f"class {label}" for label in range(int(labels.max()) + 1))
-    return Split("arrays", "given", classes, (), labels, np.arange(len(labels)))
+    return Split("arrays", "given", classes, None, labels, np.arange(len(labels)))
 
 
 def has_pictures(split: Split) -> bool:

@@ -224,6 +224,7 @@ def load_images(args: argparse.Namespace) -> "Split":
 def load_encoders(args: argparse.Namespace, device: Any, cache: Path | None) -> list[Any]:
     """The models, the references that show what a number is worth, and other training seeds."""
     from ijepa.encoders import load_encoder, pixel_encoder, random_encoder
+    from ijepa.model import VisionTransformer
 
     common = {"device": device, "dtype": args.dtype, "offline": args.offline, "cache": cache}
     file = {"weights": args.local_weights, "num_heads": args.local_num_heads}
@@ -236,8 +237,11 @@ def load_encoders(args: argparse.Namespace, device: Any, cache: Path | None) -> 
         chosen = {"revision": args.hf_revision, "pooling": args.hf_pooling}
         loaded.append(load_encoder(args.hf_model, "hf", **chosen, **common))
     loaded.append(pixel_encoder())
-    if random := random_encoder(local, args.seed):
-        loaded.append(random)
+    network, facts = getattr(local, "network", None), local.description
+    if isinstance(network, VisionTransformer):  # of other networks there is no untrained twin
+        normalization = facts["mean"], facts["std"]
+        untrained = (network.config, normalization, args.seed, local.device, local.dtype)
+        loaded.append(random_encoder(*untrained))
     return [*loaded, *(replace(seed, name=f"local_{row}") for row, seed in enumerate(seeds, 2))]
 
 

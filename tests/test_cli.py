@@ -38,7 +38,7 @@ FILES = {
 
 def load_script():
     spec = util.spec_from_file_location("compare_embeddings", SCRIPT)
-    module = util.module_from_spec(spec)
+    module = sys.modules[spec.name] = util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
