@@ -1,11 +1,13 @@
 """`report.md`: the sections of the report, made of the sentences of `narrative` and of tables."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ijepa.comparison import HEADLINES, Comparison, neighbor_confusion
 from ijepa.narrative import (
     INTERVALS,
+    MISSING,
     ROWS,
     agreement_finding,
     classes_finding,
@@ -150,7 +152,7 @@ def per_class_table(comparison: Comparison, classes: Sequence[str]) -> str:
             number("precision_at_5", row["hf"]),
             interval("precision_at_5", row["difference"], "+"),
             f"{row['wins']} / {row['ties']} / {row['losses']}",
-            f"{row['holm_p']:.2g}",
+            f"{row['holm_p']:.2g}" if math.isfinite(row["holm_p"]) else MISSING,
             f"{row['mcnemar_holm_p']:.2g}",
             interval("mutual_knn", row["mutual_knn"]),
         ]

@@ -174,9 +174,10 @@ def retrieval_finding(comparison: Comparison) -> str:
     first = [
         number("precision_at_1", comparison.metrics[m]["precision_at_1"].value) for m in MODELS
     ]
+    test = f" (p = {facts['p']:.2g})" if math.isfinite(facts["p"]) else ""
     return text + (
         f" Image by image the HF model does better on {facts['wins']}, as well on {facts['ties']} "
-        f"and worse on {facts['losses']} (p = {facts['p']:.2g}). The nearest "
+        f"and worse on {facts['losses']}{test}. The nearest "
         f"neighbour alone is right for {first[0]} with the local and {first[1]} with the HF model "
         f"(exact McNemar p = {comparison.differences['precision_at_1']['mcnemar_p']:.2g})."
     )
