@@ -167,13 +167,14 @@ def neighbors_within(
     As if the other images had never been embedded. A list with fewer than k kept neighbors repeats
     its last one: see `LIST_LENGTH`.
     """
-    neighbors, similarities = neighbors[keep], similarities[keep]
-    chosen = keep[neighbors]
+    images = np.flatnonzero(keep)
+    chosen = keep.take(neighbors[images])
     places = np.flatnonzero(chosen)
-    bounds = np.searchsorted(places, np.arange(len(chosen) + 1) * chosen.shape[1])
+    starts = np.arange(len(images) + 1) * neighbors.shape[1]
+    bounds = np.searchsorted(places, starts)
     first = np.minimum(bounds[:-1, None] + np.arange(k), bounds[1:, None] - 1)
-    places = places[first]
-    return neighbors.take(places), similarities.take(places)
+    found = images[:, None], places[first] - starts[:-1, None]
+    return neighbors[found], similarities[found]
 
 
 def class_average(
