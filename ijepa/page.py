@@ -25,7 +25,7 @@ from PIL import Image
 from ijepa import narrative, plots
 from ijepa.comparison import Comparison
 from ijepa.data import Split
-from ijepa.projections import Maps
+from ijepa.projections import Maps, class_similarity
 from ijepa.uncertainty import MUTUAL_K, Estimate
 
 DARK = {plots.INK: "#e9e6df", plots.SOFT: "#aaa59b", plots.RULE: "#3a3f47"}
@@ -79,7 +79,7 @@ def page(  # noqa: PLR0913
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     environment.filters["words"] = in_words
     precisions = precision_rows(comparison)
-    caption = plots.Caption("Precision@5 with 95% interval", "")
+    caption = plots.Caption("Precision@5 in percent, 95% interval", names=comparison.names)
     return environment.get_template("page.html").render(
         policy=policy(script, style),
         style=Markup(style),
@@ -94,7 +94,7 @@ def page(  # noqa: PLR0913
         titles={name: plots.model_title(name, comparison.names) for name in comparison.names},
         findings=findings(comparison, split.classes),
         precisions=precisions,
-        strip=picture(plots.plot_precision(precisions, comparison.names, caption)),
+        strip=picture(plots.plot_precision(precisions, caption)),
         pictures={name.split(".")[0]: picture(figure) for name, figure in figures.items()},
         class_rows=class_rows(comparison, split.classes),
         similarities=similarity_cells(comparison),
@@ -174,7 +174,7 @@ def similarity_cells(comparison: Comparison) -> dict[str, list[list[str]]]:
     return {
         f"{plots.ROLES[name]}, {kind}": [
             [narrative.number("similarity", value) for value in line]
-            for line in plots.class_similarity(
+            for line in class_similarity(
                 analysis.embeddings, analysis.labels, centered=kind == "centered"
             ).tolist()
         ]

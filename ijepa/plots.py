@@ -11,7 +11,7 @@ import math
 import textwrap
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -29,8 +29,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ijepa.metrics import class_means, row_norms
-from ijepa.projections import PcaProjection, TsneProjection
+from ijepa.projections import PcaProjection, TsneProjection, class_similarity
 from ijepa.uncertainty import Estimate
 
 FONT = "DejaVu Sans"  # ships with Matplotlib, so a figure is the same on every machine
@@ -55,6 +54,7 @@ STYLE: dict[Any, Any] = {
 }
 STYLE |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 STYLE |= {"xtick.labelsize": 8, "ytick.labelsize": 8}
+HALO = patheffects.withStroke(linewidth=2.5, foreground=GROUND)  # keeps words readable on marks
 LEGEND: dict[str, Any] = {"loc": "outside lower center", "fontsize": 8, "frameon": False}
 
 # petroff10 (Petroff 2021, https://arxiv.org/abs/2107.02270), assigned so that CIFAR-10's easily
@@ -77,45 +77,25 @@ CURVES = {
 }
 
 
-Names = Mapping[str, str]
-Classes = Sequence[str]
-Labels = Int[np.ndarray, " n"]
-
-
 @dataclass(frozen=True)
 class Caption:
-    """The words around a figure: what is shown, and (in the footer) how it was made."""
+    """The words of a figure.
+
+    Args:
+        title: What is shown.
+        footer: How it was made.
+        names: Short name of each model.
+        classes: The names of the classes, which labels index into.
+    """
 
     title: str
-    footer: str
+    footer: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)
+    classes: Sequence[str] = ()
 
     def add(self, sentence: str) -> "Caption":
         """The same with another sentence in the footer."""
         return replace(self, footer=f"{self.footer} {sentence}")
-
-
-def class_similarity(
-    X: Float[np.ndarray, "n d"], labels: Labels, *, centered: bool
-) -> Float[np.ndarray, "c c"]:
-    """Cosine similarity of the means of the classes present, in ascending order of label.
-
-    Args:
-        X: Embeddings.
-        labels: Class of each row.
-        centered: Whether the mean of all embeddings is subtracted first. A common offset brings
-            all raw similarities near 1.
-
-    A class whose mean vanishes has no direction: its row and column are NaN.
-    """
-    codes = np.unique(labels, return_inverse=True)[1]
-    scale = row_norms(X).mean()
-    means = class_means(X, codes)
-    if centered:
-        means -= class_means(X, np.zeros_like(codes))
-    norms = np.linalg.norm(means, axis=1, keepdims=True)
-    unit = means / np.where(norms > 1e-9 * scale, norms, np.nan)
-    # Rounding takes parallel means just beyond 1.
-    return np.clip(unit @ unit.T, -1, 1)
 
 
 @cache
@@ -153,7 +133,7 @@ def readable(text: str, limit: int | None = None) -> str:
     return shown
 
 
-def _short(classes: Classes) -> list[str]:
+def _short(classes: Sequence[str]) -> list[str]:
     """Class names cut to fit; names that are then equal get the number of their class."""
     cut = [readable(name, MAX_NAME) for name in classes]
     return [
@@ -162,7 +142,7 @@ def _short(classes: Classes) -> list[str]:
     ]
 
 
-def model_title(role: str, names: Names, limit: int = 40) -> str:
+def model_title(role: str, names: Mapping[str, str], limit: int = 40) -> str:
     """A model's role and short name, such as "HF: ijepa_vith14_1k"."""
     name = readable(names[role], limit)
     return name if name.startswith(ROLES[role]) else f"{ROLES[role]}: {name}"
@@ -173,14 +153,13 @@ def _wrap(text: str, inches: float, font_size: int) -> str:
     return "\n".join(readable(line) for line in textwrap.wrap(text, width))
 
 
-def _figure(
-    caption: Caption, width: float, height: float, texts: Iterable[str] = ()
-) -> tuple[Figure, SubFigure]:
+def _figure(caption: Caption, width: float, height: float) -> tuple[Figure, SubFigure]:
     """A figure with its caption, and the part that the caption leaves free.
 
-    Sets the fonts that ``texts`` need in the style that surrounds the caller.
+    Sets the fonts that the caption's words need in the style that surrounds the caller.
     """
-    fonts = map(_font_of, sorted(set("".join([caption.title, caption.footer, *texts]))))
+    texts = [caption.title, caption.footer, *caption.names.values(), *caption.classes]
+    fonts = map(_font_of, sorted(set("".join(texts))))
     matplotlib.rcParams["font.family"] = list(dict.fromkeys([FONT, *filter(None, fonts)]))
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     figure.suptitle(_wrap(caption.title, width, 11), fontsize=11, fontweight="bold")
@@ -195,7 +174,7 @@ def save_png(figure: Figure, file: io.BufferedIOBase) -> None:
     figure.savefig(file, format="png", metadata={"Software": None})
 
 
-def class_styles(classes: Classes) -> list[tuple[str, str]]:
+def class_styles(classes: Sequence[str]) -> list[tuple[str, str]]:
     """Color and marker of each class: CIFAR-10's own, petroff10 in order, or a wider map."""
     if set(classes) <= set(CLASS_COLORS):
         return [(CLASS_COLORS[name], "^" if name in VEHICLES else "o") for name in classes]
@@ -209,17 +188,19 @@ def class_styles(classes: Classes) -> list[tuple[str, str]]:
 @matplotlib.rc_context(STYLE)
 def plot_maps(
     maps: Mapping[str, TsneProjection] | Mapping[str, PcaProjection],
-    labels: Labels,
-    classes: Classes,
-    names: Names,
+    labels: Int[np.ndarray, " n"],
     caption: Caption,
 ) -> Figure:
     """One cloud of points per model, with the classes' names at their medians and a legend."""
-    styles, shown, width = class_styles(classes), _short(classes), 5.6 * len(maps) + 0.4
+    styles, shown, width = (
+        class_styles(caption.classes),
+        _short(caption.classes),
+        5.6 * len(maps) + 0.4,
+    )
     listed = len(shown) <= MAX_LISTED
     if not listed:
         caption = caption.add(f"The legend of {len(shown)} classes is left out.")
-    figure, body = _figure(caption, width, 6.3, [*shown, *names.values()])
+    figure, body = _figure(caption, width, 6.3)
     axes = body.subplots(1, len(maps), squeeze=False)[0]
     shapes = [MarkerStyle(marker) for _, marker in styles]
     paths = [shape.get_path().transformed(shape.get_transform()) for shape in shapes]
@@ -231,7 +212,9 @@ def plot_maps(
         dots = ax.scatter(*points.T, s=size, c=colors, alpha=0.8, linewidths=0)
         dots.set_paths([paths[label] for label in labels[order]])
         ax.set(aspect="equal", adjustable="datalim", xticks=[], yticks=[])
-        ax.set_title(f"{model_title(role, names)}\n{projection.note}", color=MODEL_COLORS[role])
+        ax.set_title(
+            f"{model_title(role, caption.names)}\n{projection.note}", color=MODEL_COLORS[role]
+        )
     if listed:
         look = {"linestyle": "", "markersize": 5}
         handles = [
@@ -250,7 +233,7 @@ def plot_maps(
 
 
 def _name_classes(
-    ax: Axes, points: Float[np.ndarray, "n 2"], labels: Labels, names: list[str]
+    ax: Axes, points: Float[np.ndarray, "n 2"], labels: Int[np.ndarray, " n"], names: list[str]
 ) -> None:
     """Write each class's name at its median, or a line or two above or below; else nowhere."""
     present, taken = np.unique(labels), []
@@ -259,7 +242,7 @@ def _name_classes(
         font = {"ha": "center", "va": "center", "fontsize": 8.5, "fontweight": "bold"}
         note = ax.text(*place, names[label], **font)
         note.set_in_layout(False)
-        note.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground=GROUND)])
+        note.set_path_effects([HALO])
         box = note.get_window_extent()
         places = [box.translated(0, lines * box.height) for lines in (0, 1, -1, 2, -2)]
         free = [p for p in places if ax.bbox.count_contains(p.corners()) == 4]
@@ -293,17 +276,15 @@ def _matrix(ax: Axes, matrix: Float[np.ndarray, "c c"], names: list[str], **colo
 @matplotlib.rc_context(STYLE)
 def plot_similarity_matrices(
     embeddings: Mapping[str, Float[np.ndarray, "n _"]],
-    labels: Labels,
-    classes: Classes,
-    names: Names,
+    labels: Int[np.ndarray, " n"],
     caption: Caption,
 ) -> Figure:
     """Cosine similarity of class means, raw above and centered below; then HF - local."""
-    shown = [_short(classes)[label] for label in np.unique(labels)]
+    shown = [_short(caption.classes)[label] for label in np.unique(labels)]
     if len(shown) > MAX_LISTED:
         caption = caption.add(f"{len(shown)} classes, in the order of their labels.")
     side, columns = float(np.clip(0.33 * len(shown), 2.6, 5)), 2 * len(embeddings) - 1
-    figure, body = _figure(caption, columns * side + 2.4, 2 * side + 1.6, shown)
+    figure, body = _figure(caption, columns * side + 2.4, 2 * side + 1.6)
     axes = body.subplots(2, columns, squeeze=False, sharex=True, sharey=True)
     for row, kind in enumerate(("raw", "centered")):
         centered = kind == "centered"
@@ -312,7 +293,7 @@ def plot_similarity_matrices(
         colors = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1} if centered else {"vmin": low, "vmax": 1}
         for ax, role, matrix in zip(axes[row], embeddings, matrices, strict=False):
             mesh = _matrix(ax, matrix, shown, **colors)
-            ax.set_title(f"{model_title(role, names)}\n{kind}", color=MODEL_COLORS[role])
+            ax.set_title(f"{model_title(role, caption.names)}\n{kind}", color=MODEL_COLORS[role])
         body.colorbar(mesh, ax=list(axes[row, : len(matrices)]), shrink=0.9)
         if len(matrices) == 2:
             difference = matrices[1] - matrices[0]
@@ -325,17 +306,15 @@ def plot_similarity_matrices(
 
 
 @matplotlib.rc_context(STYLE)
-def plot_variance_explained(
-    projections: Mapping[str, PcaProjection], names: Names, caption: Caption
-) -> Figure:
+def plot_variance_explained(projections: Mapping[str, PcaProjection], caption: Caption) -> Figure:
     """Variance per component, cumulative, and cumulative against the share of d."""
-    figure, body = _figure(caption, 12.5, 4.6, names.values())
+    figure, body = _figure(caption, 12.5, 4.6)
     axes = body.subplots(1, 3)
     for role, pca in projections.items():
         shares, d = pca.variance_shares, len(pca.variance_shares)
         ranks, sums = np.arange(1, d + 1), np.cumsum(shares)
         marks = [k for k in (10, 50) if k <= d]
-        label = f"{model_title(role, names)} (d = {d})"
+        label = f"{model_title(role, caption.names)} (d = {d})"
         label += "".join(f", {sums[k - 1]:.1%} in {k} PCs" for k in marks)
         look = {"color": MODEL_COLORS[role], "linestyle": MODEL_LINES[role], "label": label}
         look |= {"marker": MODEL_MARKERS[role], "markevery": [k - 1 for k in marks] or [0]}
@@ -371,8 +350,9 @@ def _intervals(
     for estimate, y in zip(estimates, heights, strict=True):
         ends = [x for x in (*estimate.ci95, estimate.value) if np.isfinite(x)]
         ax.plot(estimate.ci95, [y, y], color=color, linewidth=1.6)  # NaN is not drawn
-        text = f"{100 * estimate.value:{sign}.1f}" if ends else "n/a"
-        ax.annotate(text, (max(ends, default=0), y), (5, 0), color=color, **font)
+        text = f"{round(100 * estimate.value + 1e-9, 1) + 0.0:{sign}.1f}" if ends else "n/a"
+        note = ax.annotate(text, (max(ends, default=0), y), (5, 0), color=color, **font)
+        note.set_path_effects([HALO])
     fill, mark = GROUND if key in REFERENCES else color, MODEL_MARKERS.get(key, "o")
     values = [estimate.value for estimate in estimates]
     ax.plot(values, heights, mark, color=color, markerfacecolor=fill, markersize=5, label=label)
@@ -389,27 +369,23 @@ def _share_axis(ax: Axes, names: list[str]) -> None:
 
 @matplotlib.rc_context(STYLE)
 def plot_class_precision(
-    precisions: Mapping[str, Sequence[Estimate]],
-    differences: Sequence[Estimate],
-    classes: Classes,
-    names: Names,
-    caption: Caption,
+    precisions: Mapping[str, Sequence[Estimate]], differences: Sequence[Estimate], caption: Caption
 ) -> Figure:
     """Precision@5 of each class with 95% intervals, and HF - local unless that is empty."""
-    order = np.arange(len(classes))
-    if len(classes) > MAX_LISTED:
-        sizes = [-abs(d.value) for d in differences] or np.zeros(len(classes))
+    order = np.arange(len(caption.classes))
+    if len(caption.classes) > MAX_LISTED:
+        sizes = [-abs(d.value) for d in differences] or np.zeros(len(caption.classes))
         order = np.sort(np.argsort(sizes, kind="stable")[:MAX_LISTED])
         which = "that differ most" if differences else "that come first"
-        caption = caption.add(f"Of {len(classes)} classes, the {MAX_LISTED} {which}.")
-    shown, columns = [_short(classes)[i] for i in order], 2 if differences else 1
+        caption = caption.add(f"Of {len(caption.classes)} classes, the {MAX_LISTED} {which}.")
+    shown, columns = [_short(caption.classes)[i] for i in order], 2 if differences else 1
     height, rows = 0.34 * len(order) + 1.6, np.arange(len(order), dtype=np.float64)
-    figure, body = _figure(caption, 4.6 * columns + 0.6, height, [*shown, *names.values()])
+    figure, body = _figure(caption, 4.6 * columns + 0.6, height)
     axes = body.subplots(1, columns, squeeze=False, sharey=True)[0]
     for role, estimates in precisions.items():
         heights = rows + {"local": -0.16, "hf": 0.16}[role] * (columns - 1)
         found = [estimates[i] for i in order]
-        _intervals(axes[0], found, heights, role, model_title(role, names))
+        _intervals(axes[0], found, heights, role, model_title(role, caption.names))
     _share_axis(axes[0], shown)
     axes[0].set_title("Precision@5 with 95% interval")
     body.legend(*axes[0].get_legend_handles_labels(), **LEGEND, ncols=2)
@@ -424,13 +400,15 @@ def plot_class_precision(
 
 
 @matplotlib.rc_context(STYLE)
-def plot_precision(precisions: Mapping[str, Estimate], names: Names, caption: Caption) -> Figure:
+def plot_precision(precisions: Mapping[str, Estimate], caption: Caption) -> Figure:
     """Precision@5 of the models with 95% intervals, then of the `REFERENCES` given."""
-    figure, body = _figure(caption, 3.8, 0.28 * len(precisions) + 0.9, names.values())
+    figure, body = _figure(caption, 3.8, 0.28 * len(precisions) + 0.9)
     ax = body.subplots()
     for y, (key, estimate) in enumerate(precisions.items()):
         _intervals(ax, [estimate], np.array([float(y)]), key)
-    _share_axis(ax, [REFERENCES.get(key) or model_title(key, names, 20) for key in precisions])
+    _share_axis(
+        ax, [REFERENCES.get(key) or model_title(key, caption.names, 20) for key in precisions]
+    )
     ax.spines[:].set_visible(False)
     return figure
 
@@ -448,13 +426,11 @@ def _picture(ax: Axes, image: UInt8[np.ndarray, "3 h w"], left: float, top: floa
 
 
 @matplotlib.rc_context(STYLE)
-def plot_neighbors(  # noqa: PLR0913
+def plot_neighbors(
     neighbors: Mapping[str, tuple[Int[np.ndarray, "q k"], Float[np.ndarray, "q k"]]],
     queries: Int[np.ndarray, " q"],
-    labels: Labels,
-    classes: Classes,
+    labels: Int[np.ndarray, " n"],
     image_of: Callable[[int], UInt8[np.ndarray, "3 h w"]],
-    names: Names,
     caption: Caption,
 ) -> Figure:
     """One row per query: the image, then the nearest images of each model.
@@ -464,9 +440,8 @@ def plot_neighbors(  # noqa: PLR0913
     """
     gap, step = 0.3, 1.45  # inches: before each model's images, and from one row to the next
     widths = [indices.shape[1] * 1.06 + gap for indices, _ in neighbors.values()]
-    shown = _short(classes)
-    texts = [*shown, *names.values()]
-    figure, body = _figure(caption, max(1 + sum(widths), 4) + 0.2, step * len(queries) + 1.1, texts)
+    shown = _short(caption.classes)
+    figure, body = _figure(caption, max(1 + sum(widths), 4) + 0.2, step * len(queries) + 1.1)
     ax = body.subplots()
     ax.text(0.5, -0.12, "query", ha="center", fontweight="bold")
     for row, query in enumerate(queries):
@@ -475,7 +450,7 @@ def plot_neighbors(  # noqa: PLR0913
     for left, (role, (indices, cosines)) in zip(
         np.cumsum([1, *widths]) + gap, neighbors.items(), strict=False
     ):
-        title = f"{model_title(role, names)}, nearest by cosine similarity"
+        title = f"{model_title(role, caption.names)}, nearest by cosine similarity"
         digits = similarity_digits(cosines)
         ax.text(left, -0.12, title, color=MODEL_COLORS[role], fontweight="bold")
         for (row, rank), index in np.ndenumerate(indices):

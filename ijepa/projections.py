@@ -219,3 +219,27 @@ def match_signs(
     """Flip each column of ``moving`` that correlates negatively with that of ``reference``."""
     products = ((reference - reference.mean(axis=0)) * (moving - moving.mean(axis=0))).sum(axis=0)
     return moving * np.where(products < 0, -1, 1)
+
+
+def class_similarity(
+    X: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], *, centered: bool
+) -> Float[np.ndarray, "c c"]:
+    """Cosine similarity of the means of the classes present, in ascending order of label.
+
+    Args:
+        X: Embeddings.
+        labels: Class of each row.
+        centered: Whether the mean of all embeddings is subtracted first. A common offset brings
+            all raw similarities near 1.
+
+    A class whose mean vanishes has no direction: its row and column are NaN.
+    """
+    codes = np.unique(labels, return_inverse=True)[1]
+    scale = row_norms(X).mean()
+    means = class_means(X, codes)
+    if centered:
+        means -= class_means(X, np.zeros_like(codes))
+    norms = np.linalg.norm(means, axis=1, keepdims=True)
+    unit = means / np.where(norms > 1e-9 * scale, norms, np.nan)
+    # Rounding takes parallel means just beyond 1.
+    return np.clip(unit @ unit.T, -1, 1)

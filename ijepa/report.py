@@ -104,7 +104,7 @@ def draw(
     on_maps = labels[maps.rows]
 
     def caption(title: str, footer: str) -> plots.Caption:
-        return plots.Caption(f"{title}: {where}", footer)
+        return plots.Caption(f"{title}: {where}", footer, names, classes)
 
     shown = ""
     if len(maps.rows) < len(split):
@@ -113,37 +113,32 @@ def draw(
     perplexity = next(iter(maps.tsne.values())).perplexity
     how = f"L2-normalized, PCA to 50, perplexity {perplexity:.0f}, seed {seed}.{shown} "
     how += "Distances between clusters and cluster sizes have no meaning."
-    figure = plots.plot_maps(
-        maps.tsne, on_maps, classes, names, caption("t-SNE of the embeddings", how)
-    )
+    figure = plots.plot_maps(maps.tsne, on_maps, caption("t-SNE of the embeddings", how))
     yield "tsne_comparison.png", figure
 
     how = f"Centered, not standardized; the largest loading is positive.{shown}"
     if len(maps.pca) == 2:
         how += " The HF model's axes are flipped where that makes both maps more alike."
-    figure = plots.plot_maps(
-        maps.pca, on_maps, classes, names, caption("Principal components", how)
-    )
+    figure = plots.plot_maps(maps.pca, on_maps, caption("Principal components", how))
     yield "pca_comparison.png", figure
 
     how = "Raw: class means as they are. Centered: minus the mean of all images."
     figure = plots.plot_similarity_matrices(
-        embeddings, labels, classes, names, caption("Cosine similarity of class means", how)
+        embeddings, labels, caption("Cosine similarity of class means", how)
     )
     yield "similarity_matrices.png", figure
 
     how = "Share of the total variance; marks at 10 and 50 components."
-    figure = plots.plot_variance_explained(maps.pca, names, caption("Explained variance", how))
+    figure = plots.plot_variance_explained(maps.pca, caption("Explained variance", how))
     yield "variance_explained.png", figure
 
     how = "Intervals over images, from stratified half-samples."
-    figure = plots.plot_class_precision(
-        comparison.class_precision,
-        [row["difference"] for row in comparison.per_class],
-        [classes[label] for label in np.unique(labels)],
-        names,
+    words = replace(
         caption("Precision@5 by class", how),
+        classes=[classes[label] for label in np.unique(labels)],
     )
+    differences = [row["difference"] for row in comparison.per_class]
+    figure = plots.plot_class_precision(comparison.class_precision, differences, words)
     yield "class_precision.png", figure
 
     if not has_pictures(split):
@@ -207,9 +202,7 @@ def draw_neighbors(
         found,
         queries,
         split.labels,
-        split.classes,
         lambda row: shrink(split.images[row], SHOWN_SIDE),
-        comparison.names,
         caption,
     )
 

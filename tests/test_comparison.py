@@ -31,7 +31,7 @@ def pair():
 
 def test_every_metric_of_the_table_is_there_for_every_model_and_reference(pair):
     for numbers in [*pair.metrics.values(), *pair.references.values(), pair.differences]:
-        assert list(numbers) == list(METRICS)
+        assert [name for name in numbers if name != "embedding_dim"] == list(METRICS)
 
 
 def test_intervals_are_where_the_coverage_study_has_them():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ijepa import narrative, plots
+from ijepa import metrics, narrative, plots
 from ijepa.page import COLUMNS, TILE, thumbnail
 from ijepa.uncertainty import Estimate
 
@@ -304,7 +304,7 @@ def test_the_numbers_of_the_figures_are_in_tables(example, parsed, make_page):
         assert row[1:] == expected
     for kind in ("raw", "centered"):
         X = comparison.analyses["hf"].embeddings
-        matrix = plots.class_similarity(X, example.split.labels, centered=kind == "centered")
+        matrix = metrics.class_similarity(X, example.split.labels, centered=kind == "centered")
         shown = [row[1:] for row in cells(parsed, f"HF, {kind}")[1:]]
         np.testing.assert_allclose(np.array(shown, float), matrix, atol=5.1e-4)
     rows = cells(parsed, "Share of the variance by number of components")

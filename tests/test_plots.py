@@ -3,6 +3,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -16,12 +17,18 @@ from matplotlib.font_manager import fontManager
 
 from ijepa import plots
 from ijepa.plots import Caption
-from ijepa.projections import PcaProjection, TsneProjection, make_maps, project_pca
+from ijepa.projections import (
+    PcaProjection,
+    TsneProjection,
+    class_similarity,
+    make_maps,
+    project_pca,
+)
 from ijepa.uncertainty import Estimate
 
-CAPTION = Caption("t-SNE of digits, test split, n = 24", "seed 0, perplexity 7.7")
 NAMES = {"local": "small (target)", "hf": "large"}
 CLASSES = ("cat", "dog", "ship")
+CAPTION = Caption("t-SNE of digits, n = 24", "seed 0, perplexity 7.7", NAMES, CLASSES)
 LABELS = np.arange(24) % 3
 
 
@@ -32,6 +39,10 @@ def embeddings(n: int = 24, d: int = 6, seed: int = 0) -> np.ndarray:
 
 PANELS = {"local": embeddings(), "hf": embeddings(d=9, seed=1)}
 ONE = {"local": PANELS["local"]}
+
+
+def called(classes) -> Caption:
+    return replace(CAPTION, classes=classes)
 
 
 def texts(figure: Figure) -> list[str]:
@@ -49,20 +60,20 @@ def test_class_similarity_equals_a_naive_loop(centered):
     moved = X.astype(np.float64) - (X.astype(np.float64).mean(axis=0) if centered else 0)
     means = [moved[labels == label].mean(axis=0) for label in (0, 2, 5)]
     expected = [[a @ b / np.sqrt((a @ a) * (b @ b)) for b in means] for a in means]
-    actual = plots.class_similarity(X, labels, centered=centered)
+    actual = class_similarity(X, labels, centered=centered)
     np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
 def test_class_similarity_ignores_an_offset_only_when_centered():
     X = embeddings().astype(np.float64)
-    same, moved = (plots.class_similarity(Z, LABELS, centered=True) for Z in (X, X + 5))
+    same, moved = (class_similarity(Z, LABELS, centered=True) for Z in (X, X + 5))
     np.testing.assert_allclose(same, moved, atol=1e-9)
-    assert plots.class_similarity(X + 5, LABELS, centered=False).min() > 0.99
+    assert class_similarity(X + 5, LABELS, centered=False).min() > 0.99
 
 
 def test_class_similarity_of_a_vanishing_mean_is_nan():
     X = embeddings()
-    assert np.isnan(plots.class_similarity(X, np.zeros(24, int), centered=True)).all()
+    assert np.isnan(class_similarity(X, np.zeros(24, int), centered=True)).all()
 
 
 def test_cifar10_has_the_colors_that_keep_its_confusable_classes_apart():
@@ -91,7 +102,7 @@ def test_classes_differ_in_color_and_those_of_near_colors_in_marker(count):
 def test_points_are_the_coordinates_in_the_colors_of_their_classes():
     maps = make_maps(PANELS, LABELS, seed=0)
     for shown_maps in (maps.tsne, maps.pca):
-        figure = plots.plot_maps(shown_maps, LABELS, CLASSES, NAMES, CAPTION)
+        figure = plots.plot_maps(shown_maps, LABELS, CAPTION)
         order = np.random.default_rng(0).permutation(24)
         axes = figure.findobj(matplotlib.axes.Axes)
         for ax, (role, projection) in zip(axes, shown_maps.items(), strict=True):
@@ -111,7 +122,7 @@ def test_names_that_would_overlap_are_moved_or_left_out(corner):
     classes = [f"a rather long {i}" for i in range(15)]
     labels = np.arange(200) % 15
     pca = PcaProjection(points, np.array([0.6, 0.4]))
-    figure = plots.plot_maps({"local": pca}, labels, classes, NAMES, CAPTION)
+    figure = plots.plot_maps({"local": pca}, labels, called(classes))
     shown(figure)
     (ax,) = figure.findobj(matplotlib.axes.Axes)
     boxes = [text.get_window_extent() for text in ax.texts]
@@ -127,7 +138,7 @@ def test_a_legend_of_long_names_fits_or_is_left_out_with_a_note(count, listed):
     labels = np.arange(300) % count
     points = np.random.default_rng(0).normal(size=(300, 2))
     pca = {role: PcaProjection(points, np.array([0.6, 0.4])) for role in ("local", "hf")}
-    figure = plots.plot_maps(pca, labels, classes, NAMES, CAPTION)
+    figure = plots.plot_maps(pca, labels, called(classes))
     shown(figure)
     legends = figure.findobj(matplotlib.legend.Legend)
     assert bool(legends) == listed
@@ -143,11 +154,11 @@ def matrices_of(figure: Figure) -> list[matplotlib.axes.Axes]:
 
 
 def test_matrices_hold_local_hf_and_difference_and_print_their_numbers():
-    figure = plots.plot_similarity_matrices(PANELS, LABELS, CLASSES, NAMES, CAPTION)
+    figure = plots.plot_similarity_matrices(PANELS, LABELS, CAPTION)
     axes = matrices_of(figure)
     assert len(axes) == 6
     for row, centered in ((axes[:3], False), (axes[3:], True)):
-        local, hf = (plots.class_similarity(X, LABELS, centered=centered) for X in PANELS.values())
+        local, hf = (class_similarity(X, LABELS, centered=centered) for X in PANELS.values())
         for ax, matrix in zip(row, (local, hf, hf - local), strict=True):
             np.testing.assert_allclose(ax.collections[0].get_array().reshape(3, 3), matrix)
             numbers = [float(text.get_text()) for text in ax.texts]
@@ -161,7 +172,7 @@ def test_matrices_hold_local_hf_and_difference_and_print_their_numbers():
 def test_matrices_of_many_classes_print_no_numbers():
     labels = np.arange(60) % 21
     X = {"local": embeddings(60)}
-    figure = plots.plot_similarity_matrices(X, labels, [f"c{i}" for i in range(21)], NAMES, CAPTION)
+    figure = plots.plot_similarity_matrices(X, labels, called([f"c{i}" for i in range(21)]))
     axes = matrices_of(figure)
     assert len(axes) == 2
     assert not any(ax.texts for ax in axes)
@@ -169,15 +180,15 @@ def test_matrices_of_many_classes_print_no_numbers():
 
 def test_matrices_leave_out_classes_without_images_and_show_a_single_class():
     two = np.arange(24) % 2 * 2
-    figure = plots.plot_similarity_matrices(PANELS, two, CLASSES, NAMES, CAPTION)
+    figure = plots.plot_similarity_matrices(PANELS, two, CAPTION)
     assert "ship" in texts(figure)
     assert "dog" not in texts(figure)
-    shown(plots.plot_similarity_matrices(PANELS, np.zeros(24, int), CLASSES, NAMES, CAPTION))
+    shown(plots.plot_similarity_matrices(PANELS, np.zeros(24, int), CAPTION))
 
 
 def test_variance_curves_hold_shares_and_sums_and_mark_10_and_50():
     projections = {"local": project_pca(embeddings(80, 60), 2), "hf": project_pca(embeddings(9), 2)}
-    figure = plots.plot_variance_explained(projections, NAMES, CAPTION)
+    figure = plots.plot_variance_explained(projections, CAPTION)
     single, total, relative = figure.findobj(matplotlib.axes.Axes)
     for i, pca in enumerate(projections.values()):
         d, sums = len(pca.variance_shares), np.cumsum(pca.variance_shares)
@@ -207,7 +218,7 @@ FOUND = {
 
 
 def test_neighbors_are_the_right_images_with_tick_or_cross_and_color():
-    figure = plots.plot_neighbors(FOUND, QUERIES, LABELS, CLASSES, image_of, NAMES, CAPTION)
+    figure = plots.plot_neighbors(FOUND, QUERIES, LABELS, image_of, CAPTION)
     (ax,) = figure.findobj(matplotlib.axes.Axes)
     pictures = [int(image.get_array()[0, 0, 0]) for image in ax.images]
     assert pictures == [9, 2, 3, 4, 7, 5, 6, 1, 4, 0]
@@ -223,13 +234,13 @@ def test_cosines_that_are_almost_all_near_1_get_more_decimals():
     near, far = np.array([[0.9987, 0.9979, 0.3]]), np.array([[0.9987, 0.97, 0.3]])
     assert [plots.similarity_digits(found) for found in (near, far, near[:0])] == [4, 2, 2]
     found = {"local": (np.array([[3, 4, 7]]), near)}
-    figure = plots.plot_neighbors(found, QUERIES[:1], LABELS, CLASSES, image_of, NAMES, CAPTION)
+    figure = plots.plot_neighbors(found, QUERIES[:1], LABELS, image_of, CAPTION)
     words = [text.get_text().split()[1] for text in figure.axes[0].texts if "\n" in text.get_text()]
     assert words == ["0.9987", "0.9979", "0.3000"]
 
 
 def test_pictures_keep_their_shape_and_their_pixels():
-    figure = plots.plot_neighbors(FOUND, QUERIES, LABELS, CLASSES, image_of, NAMES, CAPTION)
+    figure = plots.plot_neighbors(FOUND, QUERIES, LABELS, image_of, CAPTION)
     (ax,) = figure.findobj(matplotlib.axes.Axes)
     left, right, bottom, top = ax.images[0].get_extent()
     assert (right - left) / (bottom - top) == pytest.approx(8 / 4)
@@ -267,10 +278,10 @@ def test_odd_class_names_are_drawn_verbatim_everywhere():
     expected = ["$x^2$ & $y$", "_hidden", r"a\$b", HAN, r"tab\tnew\nline", ""]
     odd = [Estimate(0.5, 0.1, (0.3, 0.7))] * 7
     for figure in (
-        plots.plot_maps(make_maps(panels, labels, 0).pca, labels, ODD, NAMES, CAPTION),
-        plots.plot_similarity_matrices(panels, labels, ODD, NAMES, CAPTION),
-        plots.plot_class_precision({"local": odd}, [], ODD, NAMES, CAPTION),
-        plots.plot_neighbors(found, queries, labels, ODD, image_of, NAMES, CAPTION),
+        plots.plot_maps(make_maps(panels, labels, 0).pca, labels, called(ODD)),
+        plots.plot_similarity_matrices(panels, labels, called(ODD)),
+        plots.plot_class_precision({"local": odd}, [], called(ODD)),
+        plots.plot_neighbors(found, queries, labels, image_of, called(ODD)),
     ):
         shown(figure)
         drawn = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text()]
@@ -318,7 +329,7 @@ def test_characters_come_from_an_installed_font_or_are_replaced_and_counted(font
     assert plots.readable(f"{rare}x") == f"{rare}x"
     assert plots.font_note(["cat", rare, ""]) is None
     estimates = {"local": [Estimate(0.5, 0.1, (0.3, 0.7))]}
-    figure = plots.plot_class_precision(estimates, [], [rare], NAMES, CAPTION)
+    figure = plots.plot_class_precision(estimates, [], called([rare]))
     shown(figure)  # Matplotlib warns of missing glyphs
     label = next(t for t in figure.findobj(matplotlib.text.Text) if t.get_text() == rare)
     assert label.get_fontfamily() == [plots.FONT, family]
@@ -330,14 +341,16 @@ def test_a_long_name_keeps_both_its_ends_and_names_cut_alike_are_numbered():
     assert plots.readable("exactly this", 12) == "exactly this"
     classes = ["kind", *(f"photographs of {animal} at night" for animal in ("cats", "dogs"))]
     pca = {"local": project_pca(embeddings(), 2)}
-    words = texts(plots.plot_maps(pca, LABELS, classes, NAMES, CAPTION))
+    words = texts(plots.plot_maps(pca, LABELS, called(classes)))
     assert {"kind", "1 photo… night", "2 photo… night"} <= set(words)
 
 
 def test_long_titles_and_footers_are_broken_inside_the_figure():
-    caption = Caption("A title of $many$ words, " * 12, "/a/path/without/blanks_" * 30)
+    caption = replace(
+        CAPTION, title="A title of $many$ words, " * 12, footer="/a/path/without/blanks_" * 30
+    )
     pca = {"local": project_pca(embeddings(), 2)}
-    figure = plots.plot_maps(pca, LABELS, CLASSES, NAMES, caption)
+    figure = plots.plot_maps(pca, LABELS, caption)
     shown(figure)
     (ax,) = figure.findobj(matplotlib.axes.Axes)
     title, footer = (text.get_window_extent() for text in (figure._suptitle, figure._supxlabel))
@@ -356,13 +369,13 @@ def test_every_figure_takes_one_model_and_few_images_and_leaves_the_style_alone(
     undefined = Estimate(np.nan, np.nan, (np.nan, np.nan))
     one = {"local": [Estimate(0.5, 0.1, (0.3, 0.7)), undefined, undefined]}
     for figure in (
-        plots.plot_maps(maps.tsne, labels, CLASSES, NAMES, CAPTION),
-        plots.plot_maps(maps.pca, labels, CLASSES, NAMES, CAPTION),
-        plots.plot_similarity_matrices(X, labels, CLASSES, NAMES, CAPTION),
-        plots.plot_variance_explained(maps.pca, NAMES, CAPTION),
-        plots.plot_class_precision(one, [], CLASSES, NAMES, CAPTION),
-        plots.plot_precision({"local": undefined, "chance": undefined}, NAMES, CAPTION),
-        plots.plot_neighbors(found, np.array([0]), labels, CLASSES, image_of, NAMES, CAPTION),
+        plots.plot_maps(maps.tsne, labels, CAPTION),
+        plots.plot_maps(maps.pca, labels, CAPTION),
+        plots.plot_similarity_matrices(X, labels, CAPTION),
+        plots.plot_variance_explained(maps.pca, CAPTION),
+        plots.plot_class_precision(one, [], CAPTION),
+        plots.plot_precision({"local": undefined, "chance": undefined}, CAPTION),
+        plots.plot_neighbors(found, np.array([0]), labels, image_of, CAPTION),
         plots.plot_training_curves([{"epoch": 1, "loss": 0.5}], CAPTION),
     ):
         shown(figure)
@@ -376,7 +389,7 @@ def test_every_figure_takes_one_model_and_few_images_and_leaves_the_style_alone(
 
 def test_a_map_without_tsne_says_so():
     flat = TsneProjection(np.zeros((24, 2)), float("nan"), 1.0, float("nan"))
-    figure = plots.plot_maps({"local": flat}, LABELS, CLASSES, NAMES, CAPTION)
+    figure = plots.plot_maps({"local": flat}, LABELS, CAPTION)
     shown(figure)
     assert any("no t-SNE" in text for text in texts(figure))
 
@@ -394,7 +407,7 @@ def spans(ax: matplotlib.axes.Axes) -> list[tuple[float, float]]:
 
 
 def test_class_precision_has_the_intervals_and_numbers_of_each_class_and_of_the_difference():
-    figure = plots.plot_class_precision(PRECISIONS, DIFFERENCES, ["a", "b"], NAMES, CAPTION)
+    figure = plots.plot_class_precision(PRECISIONS, DIFFERENCES, called(["a", "b"]))
     left, right = figure.findobj(matplotlib.axes.Axes)
     assert sorted(spans(left)) == sorted(e.ci95 for found in PRECISIONS.values() for e in found)
     marks = {
@@ -415,18 +428,18 @@ def test_of_very_many_classes_those_that_differ_most_are_shown():
     differences = [Estimate(size, 0.01, (size - 0.02, size + 0.02)) for size in sizes]
     same = dict.fromkeys(("local", "hf"), differences)
     classes = [f"class {i}" for i in range(60)]
-    figure = plots.plot_class_precision(same, differences, classes, NAMES, CAPTION)
+    figure = plots.plot_class_precision(same, differences, called(classes))
     left = figure.findobj(matplotlib.axes.Axes)[0]
     assert [text.get_text() for text in left.get_yticklabels()] == classes[20:]
     assert any("Of 60 classes, the 40 that differ most" in text for text in texts(figure))
-    figure = plots.plot_class_precision({"local": differences}, [], classes, NAMES, CAPTION)
+    figure = plots.plot_class_precision({"local": differences}, [], called(classes))
     assert "class 0" in texts(figure)
 
 
 def test_the_strip_has_models_with_intervals_above_references_without():
     nan = float("nan")
     rows = {"local": PRECISIONS["local"][0], "pixels": Estimate(0.3, nan, (nan, nan))}
-    figure = plots.plot_precision(rows, NAMES, CAPTION)
+    figure = plots.plot_precision(rows, CAPTION)
     (ax,) = figure.findobj(matplotlib.axes.Axes)
     names = [text.get_text() for text in ax.get_yticklabels()]
     assert names == ["Local: small (target)", "Raw pixels"]
@@ -435,8 +448,8 @@ def test_the_strip_has_models_with_intervals_above_references_without():
 
 
 def test_a_png_is_the_same_whenever_it_is_written():
-    figures = [plots.plot_precision({"local": PRECISIONS["local"][0]}, NAMES, CAPTION)] * 2
-    figures.append(plots.plot_precision({"local": PRECISIONS["local"][0]}, NAMES, CAPTION))
+    figures = [plots.plot_precision({"local": PRECISIONS["local"][0]}, CAPTION)] * 2
+    figures.append(plots.plot_precision({"local": PRECISIONS["local"][0]}, CAPTION))
     files = [io.BytesIO() for _ in figures]
     for figure, file in zip(figures, files, strict=True):
         plots.save_png(figure, file)
