@@ -395,7 +395,9 @@ def difference(first: Scores, second: Scores) -> dict[str, Any]:
     means = first.mean(axis=1) - second.mean(axis=1)
     wins, losses = int((first[0] & ~second[0]).sum()), int((second[0] & ~first[0]).sum())
     n, value, bank = first.shape[1], float(means[0]), bank_se(means)
-    images = np.sqrt(((wins + losses) / n - value**2) / n)
+    # One disagreement more: without it 50 queries of a class that both models nearly always get
+    # right have an interval of no width, which held the truth in 66% of samples; of 500 in 94%.
+    images = np.sqrt(((wins + losses + 1) / n - value**2) / n)
     margin, se = (float(np.hypot(z * images, t * bank)) for z, t in ((_NORMAL, _BANK_T), (1, 1)))
     estimate = Estimate(value, se, (value - margin, value + margin))
     mcnemar = mcnemar_exact_p(first[0], second[0])

@@ -143,7 +143,10 @@ def test_wilson_intervals_and_paired_tests_of_a_large_bank():
     change = probed.differences["linear"]
     gains = hf.astype(float) - local
     assert change["estimate"].value == pytest.approx(gains.mean())
-    assert change["estimate"].se == pytest.approx(gains.std() / np.sqrt(300))
+    # With one disagreement more than was seen.
+    variance = (np.square(gains).sum() + 1) / 300 - gains.mean() ** 2
+    assert change["estimate"].se == pytest.approx(np.sqrt(variance / 300))
+    assert change["estimate"].se == pytest.approx(gains.std() / np.sqrt(300), rel=0.05)
     assert (change["wins"], change["losses"]) == ((gains > 0).sum(), (gains < 0).sum())
     table = [[0, change["wins"]], [change["losses"], 0]]
     assert change["mcnemar_p"] == pytest.approx(mcnemar(table, exact=True).pvalue)
@@ -253,6 +256,14 @@ def test_the_order_of_the_queries_does_not_matter_and_the_seed_repeats():
     found = probe(banks, shuffled, labels[0], labels[1][order], 5)
     np.testing.assert_array_equal(found.correct["hf"]["knn"], expected.correct["hf"]["knn"][order])
     assert probe(banks, queries, *labels, 5).record() == expected.record()
+
+
+def test_models_that_never_differ_have_an_interval_all_the_same():
+    right = np.ones((1, 50), bool)
+    found = probes.difference(right, right)
+    low, high = found["estimate"].ci95
+    assert low < 0 < high
+    assert found["p"] == 1
 
 
 def test_queries_of_a_class_that_the_bank_lacks_count_as_wrong():
