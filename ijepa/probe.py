@@ -13,7 +13,7 @@ whole one, then both halves of each pair), R draws of a few images.
 """
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -37,9 +37,8 @@ L2_GRID = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 PIXEL_COMPONENTS = 512
 ENOUGH = 2000
 """Images of a bank from which on another bank would change less than other queries."""
-NUM_PAIRS = 10
 FEW_IMAGES = (1, 10)
-NUM_DRAWS = 20
+NUM_PAIRS, NUM_DRAWS = 10, 20
 BLOCK = 2**23  # similarities at once
 MEASURES = {"knn": f"knn_{KS[0]}", "linear": "linear"}
 _NORMAL, _BANK_T = float(ndtri(0.975)), float(stdtrit(NUM_PAIRS - 1, 0.975))
@@ -51,8 +50,6 @@ QueryLabels = Int[np.ndarray, " n"]
 Keep = Bool[np.ndarray, " N"]
 Parts = tuple[Keep, list[Keep], dict[int, list[Keep]]]
 """A tenth of the bank, pairs of halves of it, and draws by images of each class."""
-Axes = Float[np.ndarray, "m r"]
-Weights = Float[np.ndarray, "r+1 C"]
 Scores = Bool[np.ndarray, "B n"]
 """Which queries are given their class with each bank."""
 
@@ -128,8 +125,8 @@ def probe(
     with progress(total=total, desc="probe") if progress else nullcontext() as bar:
         for name, X in banks.items():
             own = X, queries[name]
-            reduced = principal_components(*own) if name == "pixels" else own
-            found[name] = answer(*reduced, bank_labels, query_labels, parts)
+            own = principal_components(*own) if name == "pixels" else own
+            found[name] = answer(*own, bank_labels, query_labels, parts)
             if bar is not None:
                 bar.update(len(query_labels))
     paired = {"local", "hf"} <= found.keys()
@@ -231,8 +228,7 @@ def knn_answers(X: Bank, codes: BankLabels, Q: Queries, ks: Sequence[int]) -> li
 
     def unit(rows: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "m d"]:
         lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-        # Centered pixels may be zeros, which have no direction.
-        return rows / np.where(lengths > 0, lengths, 1)
+        return rows / np.where(lengths > 0, lengths, 1)  # centered pixels may be zeros
 
     bank, num_classes, most = unit(X), codes.max() + 1, min(max(ks), len(X))
     answers: list[list[QueryLabels]] = [[] for _ in ks]
@@ -279,10 +275,8 @@ def linear_answers(
     """Class of each query by multinomial logistic regression on standardized columns.
 
     With a part to hold out, the penalty is the one of `L2_GRID` whose fit to the rest is most
-    accurate there; ties go to the stronger one. The answers come from a fit to the whole bank.
-
-    Returns:
-        The answers; the penalty `l2` and, by penalty, `held_out_accuracy`.
+    accurate there; ties go to the stronger one. The answers come from a fit to the whole bank, and
+    with them the penalty `l2` and, by penalty, `held_out_accuracy`.
     """
     mean = X.mean(axis=0, dtype=np.float64).astype(np.float32)
     Z, W = X - mean, Q - mean
@@ -307,12 +301,12 @@ def linear_answers(
 
 
 def fit(
-    Z: Axes,
+    Z: Float[np.ndarray, "m r"],
     codes: Int[np.ndarray, " m"],
     l2: float,
-    start: Weights,
+    start: Float[np.ndarray, "r+1 C"],
     variances: Float[np.ndarray, " r"],
-) -> Weights:
+) -> Float[np.ndarray, "r+1 C"]:
     """Minimum of the mean cross-entropy plus l2 / 2 times the squared weights without offsets.
 
     The last row are the offsets. As scikit-learn's `LogisticRegression` with C = 1 / (l2 m).
@@ -352,12 +346,12 @@ def fit(
 def summary(answers: Answers) -> dict[str, Any]:
     """The accuracies of one model."""
     knn = {k: accuracy(answers.scores[f"knn_{k}"]) for k in sorted(KS)}
-    linear = accuracy(answers.scores["linear"])
     few = {
-        size: {measure: over_draws(scores[key]) for measure, key in MEASURES.items()}
+        size: {m: over_draws(scores[key]) for m, key in MEASURES.items()}
         for size, scores in answers.few.items()
     }
-    return {"knn": knn, "linear": linear, **answers.chosen, "few_shot": few}
+    knn_and_linear = {"knn": knn, "linear": accuracy(answers.scores["linear"])}
+    return knn_and_linear | answers.chosen | {"few_shot": few}
 
 
 def change(first: Answers, second: Answers) -> dict[str, Any]:
@@ -389,20 +383,19 @@ def accuracy(scores: Scores) -> Estimate:
 def difference(first: Scores, second: Scores) -> dict[str, Any]:
     """First less second on the same queries.
 
-    McNemar's test is exact for this bank; `p` is its p-value, or that of Student's t where the
-    standard error holds the part of a small bank.
+    `p` is McNemar's, exact for this bank, or Student's with the part of a small bank.
     """
     means = first.mean(axis=1) - second.mean(axis=1)
     wins, losses = int((first[0] & ~second[0]).sum()), int((second[0] & ~first[0]).sum())
     n, value, bank = first.shape[1], float(means[0]), bank_se(means)
-    # One disagreement more: without it 50 queries of a class that both models nearly always get
-    # right have an interval of no width, which held the truth in 66% of samples; of 500 in 94%.
+    # One disagreement more: without it 50 queries that both models nearly always get right had an
+    # interval that held the truth in 66% of samples.
     images = np.sqrt(((wins + losses + 1) / n - value**2) / n)
     margin, se = (float(np.hypot(z * images, t * bank)) for z, t in ((_NORMAL, _BANK_T), (1, 1)))
-    estimate = Estimate(value, se, (value - margin, value + margin))
+    found = Estimate(value, se, (value - margin, value + margin))
     mcnemar = mcnemar_exact_p(first[0], second[0])
     p = 2 * float(stdtr(NUM_PAIRS - 1, -abs(value) / se)) if bank else mcnemar
-    return {"estimate": estimate, "wins": wins, "losses": losses, "mcnemar_p": mcnemar, "p": p}
+    return {"estimate": found, "wins": wins, "losses": losses, "mcnemar_p": mcnemar, "p": p}
 
 
 def over_draws(scores: Shaped[np.ndarray, "R n"]) -> dict[str, Any]:
@@ -418,16 +411,17 @@ def over_draws(scores: Shaped[np.ndarray, "R n"]) -> dict[str, Any]:
 def per_class(found: Mapping[str, Answers], labels: QueryLabels) -> list[dict[str, Any]]:
     """Accuracies and differences by class of the queries; p-values also after Holm."""
     rows: list[dict[str, Any]] = []
+    paired = {"local", "hf"} <= found.keys()
     for label in np.unique(labels):
         own = labels == label
         row: dict[str, Any] = {"label": int(label), "n": int(own.sum())}
         for measure, key in MEASURES.items():
             scores = {name: answers.scores[key][:, own] for name, answers in found.items()}
             row[measure] = {name: accuracy(one) for name, one in scores.items()}
-            if {"local", "hf"} <= found.keys():
+            if paired:
                 row[measure]["difference"] = difference(scores["hf"], scores["local"])
         rows.append(row)
-    for measure in MEASURES if {"local", "hf"} <= found.keys() else ():
+    for measure in MEASURES if paired else ():
         changes = [row[measure]["difference"] for row in rows]
         corrected = holm(np.array([one["p"] for one in changes]))
         for one, p in zip(changes, corrected, strict=True):
@@ -436,15 +430,14 @@ def per_class(found: Mapping[str, Answers], labels: QueryLabels) -> list[dict[st
 
 
 def select_bank(
-    labels: BankLabels, keys: Sequence[bytes], compared: Collection[bytes], limit: int, seed: int
+    labels: BankLabels, keys: Sequence[bytes], compared: Set[bytes], limit: int, seed: int
 ) -> tuple[Int[np.ndarray, " m"], int]:
     """Rows for a bank with equal shares of the classes, and how many images it must not have.
 
     Images whose key is among those compared are left out before the draw. Banks of one seed are
     nested: a smaller one is part of every larger one. A limit of 0 keeps all.
     """
-    compared = frozenset(compared)
-    rows = np.array([row for row, key in enumerate(keys) if key not in compared], np.int64)
+    rows = np.flatnonzero([key not in compared for key in keys])
     chosen = balanced_rows(labels[rows], int(labels.max()) + 1, limit or len(rows), seed)
     return rows[chosen], len(keys) - len(rows)
 
