@@ -1,8 +1,7 @@
 """What a vote of neighbors and a linear map find in embeddings, with a bank of training images.
 
-The protocol of most papers: a bank of labeled images, other images as queries, and the share of the
-queries that are given their class. Nothing is chosen on the queries. Every random part is drawn
-once for all models, so that their differences are paired.
+The protocol of most papers: the share of queries that are given their class. Nothing is chosen on
+the queries. Random parts are drawn once for all models, so that differences are paired.
 
 Intervals hold for new queries, given this bank. A bank of fewer than `ENOUGH` images is itself a
 draw that matters: complementary halves of it then add its part, as in McCarthy 1969,
@@ -16,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -85,6 +85,7 @@ class Answers:
 
     scores: dict[str, Scores]
     few: dict[int, dict[str, Bool[np.ndarray, "R n"]]]
+    fewest: int  # images of the bank's smallest class
     chosen: dict[str, Any]
 
 
@@ -154,13 +155,11 @@ def notes(codes: BankLabels, num_missing: int) -> list[str]:
     fewest, singles = counts.min(), int((counts < 2).sum())
     none, some = singles == len(counts), n < ENOUGH and 0 < singles < len(counts)
     capped = ", ".join(str(k) for k in sorted(KS) if k > n)
-    skipped = ", ".join(str(m) for m in FEW_IMAGES if m > fewest)
-    close = ", ".join(str(m) for m in FEW_IMAGES if m <= fewest < NUM_DRAWS * m)
+    skipped = ", ".join(str(m) for m in FEW_IMAGES if 2 * m > fewest)
     found = {
         f"{num_missing} queries have a class that the bank lacks and count as wrong.": num_missing,
         f"k = {capped} exceeds the bank and means all of its {n} images.": capped,
         f"A class has {fewest} images in the bank: no draws of {skipped}.": skipped,
-        f"Draws of {close} per class overlap: their spread is that of this bank.": close,
         "No class has two images: no L2 is chosen; intervals hold for this bank only.": none,
         f"{singles} classes have one image, which both halves of the bank keep.": some,
     }
@@ -184,7 +183,7 @@ def draw_parts(codes: BankLabels, seed: int) -> Parts:
 
     held_out = ranks() < np.maximum(counts // 10, counts > 1)[codes]
     orders = [ranks() for _ in range(NUM_DRAWS)]
-    sizes = [size for size in FEW_IMAGES if size <= counts.min()]
+    sizes = [size for size in FEW_IMAGES if 2 * size <= counts.min()]
     halves: list[Keep] = []
     for _ in range(NUM_PAIRS if len(codes) < ENOUGH and counts.max() > 1 else 0):
         # Classes of odd size round up in either half.
@@ -215,8 +214,8 @@ def answer(
         size: scores([of(keep, KS[:1], L2_GRID[0]) for keep in banks], KS[:1])
         for size, banks in draws.items()
     }
-    whole = [linear, *knn_answers(X, codes, Q, KS)]
-    return Answers(scores([whole, *on_halves], KS), with_few, chosen)
+    whole = scores([[linear, *knn_answers(X, codes, Q, KS)], *on_halves], KS)
+    return Answers(whole, with_few, int(np.bincount(codes).min()), chosen)
 
 
 def knn_answers(X: Bank, codes: BankLabels, Q: Queries, ks: Sequence[int]) -> list[QueryLabels]:
@@ -347,7 +346,7 @@ def summary(answers: Answers) -> dict[str, Any]:
     """The accuracies of one model."""
     knn = {k: accuracy(answers.scores[f"knn_{k}"]) for k in sorted(KS)}
     few = {
-        size: {m: over_draws(scores[key]) for m, key in MEASURES.items()}
+        size: {m: over_draws(scores[key], size / answers.fewest) for m, key in MEASURES.items()}
         for size, scores in answers.few.items()
     }
     knn_and_linear = {"knn": knn, "linear": accuracy(answers.scores["linear"])}
@@ -356,10 +355,10 @@ def summary(answers: Answers) -> dict[str, Any]:
 
 def change(first: Answers, second: Answers) -> dict[str, Any]:
     """First less second, by measure, with the whole bank and on the same draws."""
-    few = {
-        size: {m: over_draws(few[key] * 1.0 - second.few[size][key]) for m, key in MEASURES.items()}
-        for size, few in first.few.items()
-    }
+    few: dict[int, dict[str, Any]] = {size: {} for size in first.few}
+    for size, (m, key) in product(few, MEASURES.items()):
+        gains = first.few[size][key] * 1.0 - second.few[size][key]
+        few[size][m] = over_draws(gains, size / first.fewest)
     by_measure = {m: (first.scores[key], second.scores[key]) for m, key in MEASURES.items()}
     return {m: difference(*pair) for m, pair in by_measure.items()} | {"few_shot": few}
 
@@ -398,14 +397,15 @@ def difference(first: Scores, second: Scores) -> dict[str, Any]:
     return {"estimate": found, "wins": wins, "losses": losses, "mcnemar_p": mcnemar, "p": p}
 
 
-def over_draws(scores: Shaped[np.ndarray, "R n"]) -> dict[str, Any]:
-    """Mean over draws and queries; its variance is the sum of those over draws and over queries."""
+def over_draws(scores: Shaped[np.ndarray, "R n"], share: float) -> dict[str, Any]:
+    """Mean over draws and queries, with the variances of both; drawing a share makes overlap."""
     num_draws, n = scores.shape
     mean, sd = float(scores.mean()), float(scores.mean(axis=1).std(ddof=1))
-    parts = scores.mean(axis=0).std() / np.sqrt(n), sd / np.sqrt(num_draws)
-    margin = float(np.hypot(_NORMAL * parts[0], stdtrit(num_draws - 1, 0.975) * parts[1]))
-    estimate = Estimate(mean, float(np.hypot(*parts)), (mean - margin, mean + margin))
-    return {"estimate": estimate, "sd": sd}
+    drawn = sd * np.sqrt(1 / num_draws + share / (1 - share))
+    images = scores.mean(axis=0).std() / np.sqrt(n)
+    margin = float(np.hypot(_NORMAL * images, stdtrit(num_draws - 1, 0.975) * drawn))
+    ci95 = (mean - margin, mean + margin)
+    return {"estimate": Estimate(mean, float(np.hypot(images, drawn)), ci95), "sd": sd}
 
 
 def per_class(found: Mapping[str, Answers], labels: QueryLabels) -> list[dict[str, Any]]:

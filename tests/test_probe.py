@@ -236,7 +236,26 @@ def test_few_images_are_drawn_alike_for_all_models():
     assert found["estimate"].value == pytest.approx(np.mean(means))
     assert found["sd"] == pytest.approx(np.mean(means, axis=1).std(ddof=1))
     image = np.mean(means, axis=0).var() / 200
-    assert found["estimate"].se == pytest.approx(np.sqrt(found["sd"] ** 2 / 20 + image))
+    # Ten of thirty images overlap as if there were fewer draws.
+    drawn = found["sd"] ** 2 * (1 / 20 + 0.5)
+    assert found["estimate"].se == pytest.approx(np.sqrt(drawn + image))
+
+
+def test_few_shot_intervals_hold_for_other_banks():
+    queries, query_labels = clouds(1500, seed=50)
+    means, errors, images = [], [], []
+    for seed in range(40):
+        bank, labels = clouds(12, seed=seed)
+        answers = [
+            probes.knn_answers(bank[keep], labels[keep], queries, [1])[0] == query_labels
+            for keep in probes.draw_parts(labels, 0)[2][1]
+        ]
+        found = probes.over_draws(np.array(answers), 1 / 4)["estimate"]
+        means.append(found.value)
+        images.append(np.mean(answers, axis=0).var() / 1500)
+        errors.append(found.se)
+    spread = np.sqrt(np.mean(np.square(errors)) - np.mean(images))
+    assert 0.7 < spread / np.std(means) < 1.5
 
 
 def test_nothing_is_chosen_on_the_queries():
