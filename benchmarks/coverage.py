@@ -66,8 +66,8 @@ def compared(models, labels, rows, seed):
     """Estimates of a comparison by row of the table."""
     pair = {name: models[name][rows] for name in ("local", "hf")}
     found = compare(pair, {"pixels": models["pixels"][rows]}, labels[rows], seed)
-    ours, changes = found.metrics["local"], found.differences
-    table = {f"{metric}, one model": [ours[metric]] for metric in METRICS}
+    changes = found.differences
+    table = {f"{metric}, one model": [found.metrics["local"][metric]] for metric in METRICS}
     table |= {f"{metric}, difference": [changes[metric]["estimate"]] for metric in METRICS}
     table["P@5, ratio"] = [changes["precision_at_5"]["ratio"]]
     table["P@5, gain on pixels"] = [found.gains["pixels"]]
@@ -87,7 +87,7 @@ def probed(models, labels, parts, seed):
 def given_bank(models, labels, sizes, count, seed):
     """By number of queries, estimates of each sample of them with one bank of many images."""
     bank = samples(labels, BANK, 1, seed)[0]
-    parts = bank, np.setdiff1d(np.arange(len(labels)), bank)
+    parts = bank, np.delete(np.arange(len(labels)), bank)
     correct, own = probed(models, labels, parts, seed).correct, labels[parts[1]]
     for n in sizes:
         yield n, [answered(correct, own, rows) for rows in samples(own, n, count, seed)]
@@ -131,8 +131,7 @@ def lines(tables, title, population_share=0.0):
             continue
         # A sample without replacement lies nearer to the mean of its population.
         distance = (values - values.mean(axis=0)) / np.sqrt(1 - population_share)
-        below, above = np.moveaxis(ends, -1, 0) - (values - distance)
-        covered = ((below <= 0) & (above >= 0)).mean()
+        covered = (np.diff(ends >= (values - distance)[..., None]) != 0).mean()
         spread = np.square(distance).sum(axis=0) / (len(found) - 1)
         ratio = np.sqrt(np.nanmean(np.square(errors)) / spread.mean())
         error = np.sqrt(max(covered * (1 - covered), 0.01) / len(found))
@@ -167,23 +166,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0].replace("%", "%%"))
     parser.add_argument("--data-dir", type=Path, default="data")
     parser.add_argument("--checkpoint", default="checkpoints_300ep/checkpoint_latest.pt")
-    parser.add_argument("--cache", type=Path, default="runs/coverage", help="of embeddings")
+    parser.add_argument("--cache", type=Path, default="runs/coverage")
     parser.add_argument("--sizes", type=int, nargs="+", default=[500, 2000], help="images")
     parser.add_argument("--samples", type=int, nargs="+", default=[400, 200], help="per size")
     parser.add_argument("--probe-samples", type=int, default=200, help="per bank")
     parser.add_argument("--replicates", type=int, default=120, help="per noise and size")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    models, labels = population(args)
-    world, seed = (models, labels), args.seed
+    world, seed = population(args), args.seed
+    labels = world[1]
     print("| interval | n | SE / true SD | coverage |\n| --- | --- | --- | --- |")
     for n, count in zip(args.sizes, args.samples, strict=True):
         drawn = enumerate(samples(labels, n, count, seed))
         tables = [compared(*world, rows, i) for i, rows in drawn]
         print(*lines(tables, n, n / len(labels)), sep="\n", flush=True)
     for n, tables in given_bank(*world, args.sizes, args.probe_samples, seed):
-        table = lines(tables, f"{n}, bank of {BANK}", n / (len(labels) - BANK))
-        print(*table, sep="\n", flush=True)
+        title, share = f"{n}, bank of {BANK}", n / (len(labels) - BANK)
+        print(*lines(tables, title, share), sep="\n", flush=True)
     for size in SMALL_BANKS:
         tables = [with_small_bank(*world, size, (seed, i)) for i in range(args.probe_samples)]
         print(*lines(tables, f"{QUERIES}, new banks of {size}"), sep="\n", flush=True)
