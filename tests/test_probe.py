@@ -143,7 +143,10 @@ def test_wilson_intervals_and_paired_tests_of_a_large_bank():
     change = probed.differences["linear"]
     gains = hf.astype(float) - local
     assert change["estimate"].value == pytest.approx(gains.mean())
-    assert change["estimate"].se == pytest.approx(gains.std() / np.sqrt(300))
+    # With one disagreement more than was seen.
+    variance = (np.square(gains).sum() + 1) / 300 - gains.mean() ** 2
+    assert change["estimate"].se == pytest.approx(np.sqrt(variance / 300))
+    assert change["estimate"].se == pytest.approx(gains.std() / np.sqrt(300), rel=0.05)
     assert (change["wins"], change["losses"]) == ((gains > 0).sum(), (gains < 0).sum())
     table = [[0, change["wins"]], [change["losses"], 0]]
     assert change["mcnemar_p"] == pytest.approx(mcnemar(table, exact=True).pvalue)
@@ -233,7 +236,26 @@ def test_few_images_are_drawn_alike_for_all_models():
     assert found["estimate"].value == pytest.approx(np.mean(means))
     assert found["sd"] == pytest.approx(np.mean(means, axis=1).std(ddof=1))
     image = np.mean(means, axis=0).var() / 200
-    assert found["estimate"].se == pytest.approx(np.sqrt(found["sd"] ** 2 / 20 + image))
+    # Ten of thirty images overlap as if there were fewer draws.
+    drawn = found["sd"] ** 2 * (1 / 20 + 0.5)
+    assert found["estimate"].se == pytest.approx(np.sqrt(drawn + image))
+
+
+def test_few_shot_intervals_hold_for_other_banks():
+    queries, query_labels = clouds(1500, seed=50)
+    means, errors, images = [], [], []
+    for seed in range(40):
+        bank, labels = clouds(12, seed=seed)
+        answers = [
+            probes.knn_answers(bank[keep], labels[keep], queries, [1])[0] == query_labels
+            for keep in probes.draw_parts(labels, 0)[2][1]
+        ]
+        found = probes.over_draws(np.array(answers), 1 / 4)["estimate"]
+        means.append(found.value)
+        images.append(np.mean(answers, axis=0).var() / 1500)
+        errors.append(found.se)
+    spread = np.sqrt(np.mean(np.square(errors)) - np.mean(images))
+    assert 0.7 < spread / np.std(means) < 1.5
 
 
 def test_nothing_is_chosen_on_the_queries():
@@ -253,6 +275,14 @@ def test_the_order_of_the_queries_does_not_matter_and_the_seed_repeats():
     found = probe(banks, shuffled, labels[0], labels[1][order], 5)
     np.testing.assert_array_equal(found.correct["hf"]["knn"], expected.correct["hf"]["knn"][order])
     assert probe(banks, queries, *labels, 5).record() == expected.record()
+
+
+def test_models_that_never_differ_have_an_interval_all_the_same():
+    right = np.ones((1, 50), bool)
+    found = probes.difference(right, right)
+    low, high = found["estimate"].ci95
+    assert low < 0 < high
+    assert found["p"] == 1
 
 
 def test_queries_of_a_class_that_the_bank_lacks_count_as_wrong():
