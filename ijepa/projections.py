@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from ijepa.data import balanced_rows
 from ijepa.files import write_atomically
+from ijepa.metrics import class_means, row_norms
 
 MAX_POINTS = 5000
 """Images on a map at most; with more, t-SNE takes minutes and the map shows a blot."""
