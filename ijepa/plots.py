@@ -268,7 +268,10 @@ def _matrix(ax: Axes, matrix: Float[np.ndarray, "c c"], names: list[str], **colo
         value = matrix[row, column]
         dark = np.dot(mesh.to_rgba(value)[:3], (0.299, 0.587, 0.114)) < 0.5
         number = f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0 makes -0.00 plain
-        font = {"fontsize": min(6.5, 100 / count), "color": "white" if dark else "black"}
+        font = {
+            "fontsize": min(6.5 if digits == 2 else 5.5, 100 / count),
+            "color": "white" if dark else "black",
+        }
         ax.text(column + 0.5, row + 0.5, number, ha="center", va="center", **font)
     return mesh
 
@@ -284,7 +287,7 @@ def plot_similarity_matrices(
     if len(shown) > MAX_LISTED:
         caption = caption.add(f"{len(shown)} classes, in the order of their labels.")
     side, columns = float(np.clip(0.33 * len(shown), 2.6, 5)), 2 * len(embeddings) - 1
-    figure, body = _figure(caption, columns * side + 2.4, 2 * side + 1.6)
+    figure, body = _figure(caption, columns * side + 2.4, 2 * side + 2.0)
     axes = body.subplots(2, columns, squeeze=False, sharex=True, sharey=True)
     for row, kind in enumerate(("raw", "centered")):
         centered = kind == "centered"

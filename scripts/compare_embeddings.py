@@ -308,7 +308,7 @@ def load_bank(args: argparse.Namespace, split: "Split") -> "tuple[Split | None, 
     number |= {name: row for row, name in enumerate(split.classes)}
     labels = np.array([number[name] for name in train.classes])[train.labels]
     rows, excluded = select_bank(
-        labels, train.image_keys(), set(split.image_keys()), args.probe_samples, args.seed
+        labels, train.image_keys(), set(split.image_keys()), args.probe_samples or 0, args.seed
     )
     note = f"The probe's bank leaves out {excluded} training images that are also compared."
     bank = replace(train.take(rows), labels=labels[rows])
@@ -413,6 +413,7 @@ def report(
             queries = {name: X[name] for name in banks}
             labels = inputs.bank.labels, split.labels
             probe = measure_probe(banks, queries, *labels, seed, progress)
+            inputs.notes += probe.notes
     with stages("project", "making the maps"):
         maps = make_maps(models, split.labels, seed, cache and cache / "maps")
     with stages("write", "drawing and writing the report"):
@@ -462,7 +463,7 @@ def describe_run(
                 "from_cache": inputs.results[one.name].from_cache,
             }
             for one in inputs.loaded
-            if one.name in ("local", "hf")
+            if one.name not in ("pixels", "random_weights")
         },
     }
 

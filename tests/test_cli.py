@@ -28,9 +28,9 @@ FILES = {
     "per_image.csv",
     "tsne_comparison.png",
     "pca_comparison.png",
+    "class_precision.png",
     "similarity_matrices.png",
     "variance_explained.png",
-    "class_precision.png",
     "nn_queries.png",
     "embeddings_local.npz",
 }
