@@ -24,7 +24,7 @@ from ijepa.narrative import (
     short_names,
 )
 from ijepa.projections import PERPLEXITY, Maps
-from ijepa.uncertainty import MIN_IMAGES_PER_CLASS, Estimate
+from ijepa.uncertainty import MIN_IMAGES_PER_CLASS
 
 SIGNIFICANT = 0.05
 MAX_CONFUSION = 12
@@ -270,15 +270,17 @@ def probe_section(comparison: Comparison, probe: Any) -> list[str]:
     """The finding and a table of all accuracies of the probe."""
     models, names = probe.models, short_names(comparison)
     rows = [["Accuracy", *(names.get(role, label(role)) for role in models)]]
-    for k in sorted(next(iter(models.values())).knn):
-        found = [model.knn[k] for model in models.values()]
-        shown = [interval("knn", Estimate(one.value, one.se, one.ci95)) for one in found]
+    first = next(iter(models.values()))
+    for k in sorted(first["knn"]):
+        shown = [interval("knn", model["knn"][k]) for model in models.values()]
         rows.append([f"kNN, k = {k}", *shown])
     rows.append(["Linear probe", *(accuracy(model, "linear") for model in models.values())])
-    for size, measures in next(iter(models.values())).few_shot.items():
+    for size, measures in first["few_shot"].items():
         for measure in measures:
-            few = [model.few_shot[size][measure] for model in models.values()]
-            shown = [f"{number('knn', one.mean)} (SD {number('knn', one.sd)})" for one in few]
+            few = [model["few_shot"][size][measure] for model in models.values()]
+            shown = [
+                f"{interval('knn', one['estimate'])} (SD {number('knn', one['sd'])})" for one in few
+            ]
             rows.append([f"{measure}, images per class: {size}", *shown])
     return [narrative.probe_finding(comparison, probe), markdown_table(rows)]
 

@@ -433,7 +433,7 @@ def probe_finding(comparison: Comparison, probe: Any) -> str:
     names, parts = short_names(comparison), []
     for measure in ("linear", "knn"):
         if measure in probe.differences:
-            parts.append(models_ruling(comparison, measure, probe.differences[measure]))
+            parts.append(models_ruling(comparison, measure, probe.differences[measure]["estimate"]))
         shown = ", ".join(
             f"{names.get(role, label(role).lower())} {accuracy(model, measure)}"
             for role, model in probe.models.items()
@@ -447,5 +447,5 @@ def probe_finding(comparison: Comparison, probe: Any) -> str:
 
 def accuracy(model: Any, measure: str) -> str:
     """A probe's accuracy with its interval: `linear`, or of kNN with the headline's k."""
-    found = model.linear if measure == "linear" else model.knn[KNN_K]
-    return interval("linear", Estimate(found.value, found.se, found.ci95))
+    found = model["linear"] if measure == "linear" else model["knn"][KNN_K]
+    return interval("linear", found)
