@@ -106,14 +106,17 @@ def cells(text):
 
 def make_probe(roles=("local", "hf", "pixels")):
     models = {
-        role: SimpleNamespace(
-            knn={k: Estimate(0.8 + k / 1000, 0.01, (0.7, 0.9)) for k in (10, 20, 200)},
-            linear=Estimate(0.7 + row / 10, 0.01, (0.6, 0.95)),
-            few_shot={1: {"linear": SimpleNamespace(mean=0.25, sd=0.031)}},
-        )
+        role: {
+            "knn": {k: Estimate(0.8 + k / 1000, 0.01, (0.7, 0.9)) for k in (10, 20, 200)},
+            "linear": Estimate(0.7 + row / 10, 0.01, (0.6, 0.95)),
+            "few_shot": {
+                1: {"linear": {"estimate": Estimate(0.25, 0.01, (0.23, 0.27)), "sd": 0.03}}
+            },
+        }
         for row, role in enumerate(roles)
     }
-    differences = {"linear": HIGHER, "knn": UNCLEAR} if "hf" in roles else {}
+    both = {"linear": {"estimate": HIGHER}, "knn": {"estimate": UNCLEAR}}
+    differences = both if "hf" in roles else {}
     return SimpleNamespace(
         models=models, differences=differences, bank_images=5000, bank_in_intervals=False
     )
@@ -403,7 +406,7 @@ def test_the_probe_names_measure_bank_and_all_models(pair, alone):
     assert rows[0] == ["Accuracy", "tiny (target)", "huge_14", "Pixels"]
     assert [row[0] for row in rows[1:4]] == ["kNN, k = 10", "kNN, k = 20", "kNN, k = 200"]
     assert rows[4][1] == "70.0% [60.0, 95.0]"
-    assert rows[5][1] == "25.0% (SD 3.1%)"
+    assert rows[5][1].startswith("25.0% [23.0, 27.0]")
     assert "Probe" not in report(pair)
     assert narrative.probe_finding(pair, make_probe()) in report(pair, probe=make_probe())
     assert "better" not in narrative.probe_finding(alone, make_probe(("local", "pixels")))
