@@ -16,7 +16,6 @@ from ijepa.errors import UserError
 TEMPORARY = ".ijepa-tmp"
 """Ending of the names of unfinished files; only a killed run leaves one behind."""
 LOCK = ".ijepa-lock"
-SEAL_BYTES = hashlib.sha256().digest_size
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -109,32 +108,6 @@ def take_lock(path: Path) -> BaseFileLock:
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically."""
     write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def write_sealed(path: Path, content: bytes) -> None:
-    """Write bytes below a checksum (32 bytes) over them and their place.
-
-    Raises:
-        UserError: As `write_atomically`.
-    """
-    write_atomically(path, lambda file: file.write(seal(path, content) + content))
-
-
-def read_sealed(path: Path, num_bytes: int) -> bytes | None:
-    """What `write_sealed` wrote; None if there is no such file or it is damaged or moved."""
-    try:
-        if path.stat().st_size != SEAL_BYTES + num_bytes:
-            return None
-        stored = path.read_bytes()
-    except OSError:
-        return None
-    content = stored[SEAL_BYTES:]
-    return content if seal(path, content) == stored[:SEAL_BYTES] else None
-
-
-def seal(path: Path, content: bytes) -> bytes:
-    """SHA-256 of a content and its place, so that no file is taken for another."""
-    return hashlib.sha256(f"{path.parent.name}/{path.name}\n".encode() + content).digest()
 
 
 def sha256(path: Path) -> str:

@@ -199,7 +199,7 @@ def make_progress(talks: bool) -> Any:
 
 def load_images(args: argparse.Namespace) -> "Split":
     """The class-balanced sample to compare on; bad headers are found before any model is loaded."""
-    from ijepa.data import balanced_sample, find_unreadable, load_split
+    from ijepa.data import balanced_sample, doubtful_pixels, find_unreadable, load_split
     from ijepa.embeddings import UnreadableImages
 
     dataset = args.dataset
@@ -212,6 +212,7 @@ def load_images(args: argparse.Namespace) -> "Split":
         if not args.skip_unreadable:
             raise UnreadableImages(failures, len(sample))
         sample = sample.without(failures)
+    sample = replace(sample, notes=(*sample.notes, *doubtful_pixels(sample)))
     num_classes = len(set(sample.labels.tolist()))
     if len(sample) < 4 or num_classes < 2:
         raise UserError(
