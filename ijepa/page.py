@@ -1,8 +1,8 @@
 """`report.html`: one file, without server or network, in which both embeddings can be explored.
 
-`static/` holds the template, the style sheet and the scripts that draw the maps. Everything but
-the maps is there without JavaScript. The page may load nothing, and run only the one script and
-style sheet whose hashes its policy names.
+`static/` holds the template, the style sheet and the scripts that draw the maps. Without JavaScript
+only the maps and the neighbor browser are missing. The page may load nothing, and run only the
+script and the style sheet whose hashes its policy names.
 """
 
 import base64
@@ -18,14 +18,22 @@ import matplotlib
 import numpy as np
 from jaxtyping import Float, UInt8
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from PIL import Image
 
 from ijepa import narrative, plots
 from ijepa.comparison import Comparison
 from ijepa.data import Split
+from ijepa.formats import P5, capital, interval, label, number
 from ijepa.projections import Maps, class_similarity
+from ijepa.tables import (
+    INTERVALS,
+    NO_INTERVALS,
+    Rows,
+    finding_tables,
+    headline_table,
+)
 from ijepa.uncertainty import MUTUAL_K, Estimate
 
 DARK = {plots.INK: "#e9e6df", plots.SOFT: "#aaa59b", plots.RULE: "#3a3f47"}
@@ -54,6 +62,7 @@ def page(  # noqa: PLR0913
     caveats: Sequence[str],
     metrics: str,
     figures: Mapping[str, Figure],
+    probe: Any = None,
 ) -> str:
     """The whole file.
 
@@ -65,6 +74,7 @@ def page(  # noqa: PLR0913
         caveats: Sentences that limit what the numbers mean.
         metrics: The text of metrics.json, without this page among its artifacts.
         figures: By file name; the page shows three of them.
+        probe: Accuracies with a bank of labeled images.
     """
     static = files("ijepa") / "static"
     style = (static / "page.css").read_text(encoding="utf-8")
@@ -77,28 +87,30 @@ def page(  # noqa: PLR0913
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    environment.filters["words"] = in_words
+    environment.filters |= {"words": in_words, "breakable": breakable}
+    environment.filters |= {"titled": lambda role: capital(label(role))}
     precisions = precision_rows(comparison)
     caption = plots.Caption("Precision@5 in percent, 95% interval", names=comparison.names)
     return environment.get_template("page.html").render(
         policy=policy(script, style),
         style=Markup(style),
         script=Markup(script),
-        narrative=narrative,
         comparison=comparison,
         split=split,
         facts=facts,
         caveats=caveats,
         metrics=metrics,
-        roles=plots.ROLES | plots.REFERENCES,
         titles={name: plots.model_title(name, comparison.names) for name in comparison.names},
-        findings=findings(comparison, split.classes),
-        precisions=precisions,
+        answer=narrative.answer(comparison),
+        findings=narrative.findings(comparison, split.classes, probe),
+        headlines=headline_table(comparison),
+        tables=finding_tables(comparison, split.classes, probe),
+        brackets=INTERVALS if comparison.num_halves else NO_INTERVALS,
+        precisions={name: interval(P5, found) for name, found in precisions.items()},
         strip=picture(plots.plot_precision(precisions, caption)),
         pictures={name.split(".")[0]: picture(figure) for name, figure in figures.items()},
-        class_rows=class_rows(comparison, split.classes),
-        similarities=similarity_cells(comparison),
-        variance_rows=variance_rows(maps),
+        similarities=similarity_tables(comparison, split.classes),
+        variances=variance_table(maps),
         max_table=MAX_TABLE,
         data=explorable(comparison, maps, split),
         sprite=sprite_sheet(maps, split),
@@ -145,80 +157,48 @@ def data_uri(kind: str, content: bytes) -> str:
 
 def precision_rows(comparison: Comparison) -> dict[str, Estimate]:
     """Precision@5 of the models, with intervals, then of the references and of chance."""
-    rows = {name: metrics["precision_at_5"] for name, metrics in comparison.metrics.items()}
-    others = {name: m["precision_at_5"] for name, m in comparison.references.items()}
+    rows = {name: metrics[P5] for name, metrics in comparison.metrics.items()}
+    others = {name: values[P5] for name, values in comparison.references.items()}
     others["chance"] = comparison.chance_precision
     missing = (math.nan, math.nan)
     return rows | {name: Estimate(value, math.nan, missing) for name, value in others.items()}
 
 
-def class_rows(comparison: Comparison, classes: Sequence[str]) -> list[list[str]]:
-    """Precision@5 of each class, and the difference, with intervals; the first row is the head."""
-    columns = {plots.ROLES[name]: found for name, found in comparison.class_precision.items()}
-    cells = [["Class", *columns]]
-    for position, label in enumerate(np.unique(comparison.analyses["local"].labels)):
-        found = [narrative.interval("precision_at_5", e[position]) for e in columns.values()]
-        cells.append([classes[label], *found])
-    if comparison.per_class:
-        cells[0].append("HF - local, points [95%]")
-        for row, line in zip(comparison.per_class, cells[1:], strict=True):
-            difference = narrative.interval("precision_at_5", row["difference"], "+")
-            line.append(difference.replace("%", ""))
-    return cells
-
-
-def similarity_cells(comparison: Comparison) -> dict[str, list[list[str]]]:
+def similarity_tables(comparison: Comparison, classes: Sequence[str]) -> dict[str, Rows]:
     """The matrices of class similarity, by caption; none of more than `MAX_TABLE` classes."""
-    if len(np.unique(comparison.analyses["local"].labels)) > MAX_TABLE:
-        return {}
-    return {
-        f"{plots.ROLES[name]}, {kind}": [
-            [narrative.number("similarity", value) for value in line]
-            for line in class_similarity(
-                analysis.embeddings, analysis.labels, centered=kind == "centered"
-            ).tolist()
-        ]
-        for kind in ("centered", "raw")
-        for name, analysis in comparison.analyses.items()
-    }
+    shown = [classes[row] for row in np.unique(comparison.analyses["local"].labels)]
+    tables = {}
+    for kind in ("centered", "raw") if len(shown) <= MAX_TABLE else ():
+        for role, a in comparison.analyses.items():
+            matrix = class_similarity(a.embeddings, a.labels, centered=kind == "centered")
+            cells = [[number("similarity", x) for x in line] for line in matrix.tolist()]
+            rows = [[name, *line] for name, line in zip(shown, cells, strict=True)]
+            tables[f"{capital(label(role))}, {kind}"] = [["Class", *shown], *rows]
+    return tables
 
 
-def variance_rows(maps: Maps) -> list[list[str]]:
-    """Shares of the variance in component k and in the first k; the first row is the head."""
-    shares = {plots.ROLES[name]: pca.variance_shares for name, pca in maps.pca.items()}
-    cells = [["Components"]]
-    for name in shares:
-        cells[0] += [f"{name}: this one", f"{name}: up to here"]
+def variance_table(maps: Maps) -> Rows:
+    """Shares of the variance in component k and in the first k."""
+    shares = {role: pca.variance_shares for role, pca in maps.pca.items()}
+    ends = ("this one", "up to here")
+    rows = [["Components", *(f"{capital(label(role))}: {end}" for role in shares for end in ends)]]
     for k in RANKS:
         if k <= max(map(len, shares.values())):
-            line = [str(k)]
+            rows.append([str(k)])
             for y in shares.values():
-                known = k <= len(y)
-                line += [f"{y[k - 1]:.2%}", f"{y[:k].sum():.1%}"] if known else ["n/a", "n/a"]
-            cells.append(line)
-    return cells
+                one, sums = (y[k - 1], y[:k].sum()) if k <= len(y) else (math.nan, math.nan)
+                rows[-1] += [number(P5, one, extra=1), number(P5, sums)]
+    return rows
 
 
-def findings(comparison: Comparison, classes: Sequence[str]) -> dict[str, str]:
-    """The sentences of the report by heading, chosen by rules from the numbers."""
-    confusions = narrative.confusion_finding(comparison, classes)
-    sections = {
-        "Retrieval": narrative.retrieval_finding(comparison),
-        "Separability": narrative.separability_finding(comparison),
-        "Variance": narrative.variance_finding(comparison),
-        # Made for Markdown: without the backslashes that keep names from being markup there.
-        "Confusions": re.sub(r"\\(.)", r"\1", confusions),
-    }
-    if "hf" in comparison.metrics:
-        sections["Efficiency"] = narrative.efficiency_finding(comparison)
-        sections["Agreement"] = narrative.agreement_finding(comparison)
-    if comparison.seeds:
-        sections["Training seeds"] = narrative.seeds_finding(comparison)
-    return sections
+def breakable(text: str) -> Markup:
+    """Text whose lines may break after the marks inside of names, but not inside intervals."""
+    words = re.sub("([/_])", r"\1<wbr>", str(escape(text)))
+    return Markup(re.sub(r"(\[[^]]*\])", r'<span class="whole">\1</span>', words))
 
 
 def in_words(value: Any) -> str:
-    """A value of metrics.json in words."""
+    """A value of metrics.json as text."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {in_words(part)}" for name, part in value.items())
     if isinstance(value, list | tuple):
@@ -227,7 +207,7 @@ def in_words(value: Any) -> str:
 
 
 def explorable(comparison: Comparison, maps: Maps, split: Split) -> dict[str, Any]:
-    """What the scripts need to know of each image on the maps.
+    """The data of the scripts, for each image on the maps.
 
     A neighbor is given by its position in `index`; positions from `points` on are images that are
     on no map and have no picture.
@@ -259,14 +239,13 @@ def explorable(comparison: Comparison, maps: Maps, split: Split) -> dict[str, An
             }
         )
     styles, mutual = plots.class_styles(split.classes), comparison.mutual
-    paths = getattr(split, "paths", None)
     return {
         "classes": split.classes,
         "colors": [color for color, _ in styles],
         "markers": [marker for _, marker in styles],
         "index": split.indices[order].tolist(),
         "label": split.labels[order].tolist(),
-        "paths": [paths[row] for row in order] if paths else None,
+        "paths": [split.paths[row] for row in order] if split.paths else None,
         "points": len(rows),
         "models": models,
         "mutual": None if mutual is None else np.rint(mutual[rows] * MUTUAL_K).astype(int).tolist(),
@@ -295,10 +274,13 @@ def thumbnail(image: UInt8[np.ndarray, "3 h w"]) -> Image.Image:
 
 
 def sprite_sheet(maps: Maps, split: Split) -> str:
-    """Thumbnails of the images on the maps, `COLUMNS` in a line, as WebP in a data URI."""
+    """Thumbnails of the images on the maps, `COLUMNS` in a line, as WebP in a data URI.
+
+    Without pictures all of it is gray.
+    """
     lines = math.ceil(len(maps.rows) / COLUMNS)
-    sheet = Image.new("RGB", (COLUMNS * TILE, lines * TILE))
-    for position, row in enumerate(maps.rows.tolist()):
+    sheet = Image.new("RGB", (COLUMNS * TILE, lines * TILE), (128, 128, 128))
+    for position, row in enumerate(maps.rows.tolist() if split.images is not None else ()):
         line, column = divmod(position, COLUMNS)
         sheet.paste(thumbnail(split.images[row].numpy()), (TILE * column, TILE * line))
     file = io.BytesIO()

@@ -1,7 +1,7 @@
 """Matplotlib figures: arrays in, one figure out, the same for the PNG files and for the page.
 
-Mappings have the keys "local" and "hf", which decide colors and markers; one is enough. ``names``
-holds the short name to print for each, ``labels`` index into ``classes``. Names appear verbatim.
+Mappings have the keys "local" and "hf", which decide colors and markers; one is enough. Labels
+index into the classes of the caption. Names appear verbatim.
 
 Dimension key: n images, c classes, q queries, k neighbors of each.
 """
@@ -27,16 +27,15 @@ from matplotlib.lines import Line2D
 from matplotlib.markers import MarkerStyle
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
+from ijepa.formats import P5, capital, label, number
 from ijepa.projections import PcaProjection, TsneProjection, class_similarity
 from ijepa.uncertainty import Estimate
 
 FONT = "DejaVu Sans"  # ships with Matplotlib, so a figure is the same on every machine
 # The page turns these four and the models' colors into others in dark mode.
 INK, SOFT, RULE, GROUND = "#1d1c1a", "#5b5851", "#dedad2", "#fefefe"
-ROLES = {"local": "Local", "hf": "HF"}
-REFERENCES = {"pixels": "Raw pixels", "random_weights": "Random weights", "chance": "Chance"}
 MODEL_COLORS = {"local": "#00607a", "hf": "#c2410c"}
 MODEL_LINES = {"local": "-", "hf": "--"}
 MODEL_MARKERS = {"local": "o", "hf": "s", "pixels": "D", "random_weights": "^", "chance": "v"}
@@ -67,26 +66,11 @@ MARKERS = "o^sDvPX"
 MAX_NAME = 14  # characters of a class name that fit under an image
 MAX_LABELED = 20  # classes; more numbers in a matrix or names in a cloud cannot be read
 MAX_LISTED = 40  # classes in a legend, along a matrix, or with a bar each
-CURVES = {
-    "loss": "prediction loss",
-    "matching_loss": "matching loss",
-    "lr": "learning rate",
-    "precision_at_5": "held-out precision@5",
-    "effective_rank": "effective rank",
-    "target_variance": "variance of held-out target embeddings",
-}
 
 
 @dataclass(frozen=True)
 class Caption:
-    """The words of a figure.
-
-    Args:
-        title: What is shown.
-        footer: How it was made.
-        names: Short name of each model.
-        classes: The names of the classes, which labels index into.
-    """
+    """The words of a figure: what is shown, how it was made, the models and the classes."""
 
     title: str
     footer: str = ""
@@ -94,7 +78,7 @@ class Caption:
     classes: Sequence[str] = ()
 
     def add(self, sentence: str) -> "Caption":
-        """The same with another sentence in the footer."""
+        """This caption with another sentence in the footer."""
         return replace(self, footer=f"{self.footer} {sentence}")
 
 
@@ -105,7 +89,7 @@ def _characters(file: str) -> frozenset[int]:
 
 @cache
 def _font_of(character: str) -> str | None:
-    """The font to draw a character with: DejaVu Sans or else an installed one; None without."""
+    """The font that has a character: DejaVu Sans, else an installed one; None if none has it."""
     # Last Resort fonts have a box for every character.
     fonts = [font for font in fontManager.ttflist if "Last Resort" not in font.name]
     fonts.sort(key=lambda font: (font.name != FONT, font.name, font.style, str(font.weight)))
@@ -144,8 +128,8 @@ def _short(classes: Sequence[str]) -> list[str]:
 
 def model_title(role: str, names: Mapping[str, str], limit: int = 40) -> str:
     """A model's role and short name, such as "HF: ijepa_vith14_1k"."""
-    name = readable(names[role], limit)
-    return name if name.startswith(ROLES[role]) else f"{ROLES[role]}: {name}"
+    name, title = readable(names[role], limit), capital(label(role))
+    return name if name.startswith(title) else f"{title}: {name}"
 
 
 def _wrap(text: str, inches: float, font_size: int) -> str:
@@ -153,7 +137,7 @@ def _wrap(text: str, inches: float, font_size: int) -> str:
     return "\n".join(readable(line) for line in textwrap.wrap(text, width))
 
 
-def _figure(caption: Caption, width: float, height: float) -> tuple[Figure, SubFigure]:
+def new_figure(caption: Caption, width: float, height: float) -> tuple[Figure, SubFigure]:
     """A figure with its caption, and the part that the caption leaves free.
 
     Sets the fonts that the caption's words need in the style that surrounds the caller.
@@ -200,7 +184,7 @@ def plot_maps(
     listed = len(shown) <= MAX_LISTED
     if not listed:
         caption = caption.add(f"The legend of {len(shown)} classes is left out.")
-    figure, body = _figure(caption, width, 6.3)
+    figure, body = new_figure(caption, width, 6.3)
     axes = body.subplots(1, len(maps), squeeze=False)[0]
     shapes = [MarkerStyle(marker) for _, marker in styles]
     paths = [shape.get_path().transformed(shape.get_transform()) for shape in shapes]
@@ -237,10 +221,10 @@ def _name_classes(
 ) -> None:
     """Write each class's name at its median, or a line or two above or below; else nowhere."""
     present, taken = np.unique(labels), []
-    for label in present if len(present) <= MAX_LABELED else ():
-        place = np.median(points[labels == label], axis=0)
+    for row in present if len(present) <= MAX_LABELED else ():
+        place = np.median(points[labels == row], axis=0)
         font = {"ha": "center", "va": "center", "fontsize": 8.5, "fontweight": "bold"}
-        note = ax.text(*place, names[label], **font)
+        note = ax.text(*place, names[row], **font)
         note.set_in_layout(False)
         note.set_path_effects([HALO])
         box = note.get_window_extent()
@@ -267,12 +251,12 @@ def _matrix(ax: Axes, matrix: Float[np.ndarray, "c c"], names: list[str], **colo
     for row, column in np.argwhere(np.isfinite(matrix)) if count <= MAX_LABELED else []:
         value = matrix[row, column]
         dark = np.dot(mesh.to_rgba(value)[:3], (0.299, 0.587, 0.114)) < 0.5
-        number = f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0 makes -0.00 plain
         font = {
             "fontsize": min(6.5 if digits == 2 else 5.5, 100 / count),
             "color": "white" if dark else "black",
         }
-        ax.text(column + 0.5, row + 0.5, number, ha="center", va="center", **font)
+        shown = number("similarity", value, extra=digits - 3)
+        ax.text(column + 0.5, row + 0.5, shown, ha="center", va="center", **font)
     return mesh
 
 
@@ -287,7 +271,7 @@ def plot_similarity_matrices(
     if len(shown) > MAX_LISTED:
         caption = caption.add(f"{len(shown)} classes, in the order of their labels.")
     side, columns = float(np.clip(0.33 * len(shown), 2.6, 5)), 2 * len(embeddings) - 1
-    figure, body = _figure(caption, columns * side + 2.4, 2 * side + 2.0)
+    figure, body = new_figure(caption, columns * side + 2.4, 2 * side + 2.0)
     axes = body.subplots(2, columns, squeeze=False, sharex=True, sharey=True)
     for row, kind in enumerate(("raw", "centered")):
         centered = kind == "centered"
@@ -311,15 +295,15 @@ def plot_similarity_matrices(
 @matplotlib.rc_context(STYLE)
 def plot_variance_explained(projections: Mapping[str, PcaProjection], caption: Caption) -> Figure:
     """Variance per component, cumulative, and cumulative against the share of d."""
-    figure, body = _figure(caption, 12.5, 4.6)
+    figure, body = new_figure(caption, 12.5, 4.6)
     axes = body.subplots(1, 3)
     for role, pca in projections.items():
         shares, d = pca.variance_shares, len(pca.variance_shares)
         ranks, sums = np.arange(1, d + 1), np.cumsum(shares)
         marks = [k for k in (10, 50) if k <= d]
-        label = f"{model_title(role, caption.names)} (d = {d})"
-        label += "".join(f", {sums[k - 1]:.1%} in {k} PCs" for k in marks)
-        look = {"color": MODEL_COLORS[role], "linestyle": MODEL_LINES[role], "label": label}
+        words = f"{model_title(role, caption.names)} (d = {d})"
+        words += "".join(f", {number('share', sums[k - 1], extra=1)} in {k} PCs" for k in marks)
+        look = {"color": MODEL_COLORS[role], "linestyle": MODEL_LINES[role], "label": words}
         look |= {"marker": MODEL_MARKERS[role], "markevery": [k - 1 for k in marks] or [0]}
         for ax, x, y in zip(axes, (ranks, ranks, ranks / d), (shares, sums, sums), strict=True):
             ax.plot(x, y, **look)
@@ -344,21 +328,21 @@ def _intervals(
     estimates: Sequence[Estimate],
     heights: Float[np.ndarray, " c"],
     key: str,
-    label: str = "",
+    name: str = "",
 ) -> None:
     """Marks with 95% intervals and numbers in percent; ``key`` is a model or a reference."""
-    color = MODEL_COLORS.get(key, INK)
-    sign = "" if key in MODEL_MARKERS else "+"
+    color, sign = MODEL_COLORS.get(key, INK), "" if key in MODEL_MARKERS else "+"
     font = {"textcoords": "offset points", "va": "center_baseline", "fontsize": 7}
     for estimate, y in zip(estimates, heights, strict=True):
         ends = [x for x in (*estimate.ci95, estimate.value) if np.isfinite(x)]
         ax.plot(estimate.ci95, [y, y], color=color, linewidth=1.6)  # NaN is not drawn
-        text = f"{round(100 * estimate.value + 1e-9, 1) + 0.0:{sign}.1f}" if ends else "n/a"
+        text = number(P5, estimate.value, sign).rstrip("%")
         note = ax.annotate(text, (max(ends, default=0), y), (5, 0), color=color, **font)
         note.set_path_effects([HALO])
-    fill, mark = GROUND if key in REFERENCES else color, MODEL_MARKERS.get(key, "o")
+    fill = color if key in MODEL_COLORS or sign else GROUND
+    look = {"color": color, "markerfacecolor": fill, "markersize": 5, "label": name}
     values = [estimate.value for estimate in estimates]
-    ax.plot(values, heights, mark, color=color, markerfacecolor=fill, markersize=5, label=label)
+    ax.plot(values, heights, MODEL_MARKERS.get(key, "o"), **look)
 
 
 def _share_axis(ax: Axes, names: list[str]) -> None:
@@ -383,7 +367,7 @@ def plot_class_precision(
         caption = caption.add(f"Of {len(caption.classes)} classes, the {MAX_LISTED} {which}.")
     shown, columns = [_short(caption.classes)[i] for i in order], 2 if differences else 1
     height, rows = 0.34 * len(order) + 1.6, np.arange(len(order), dtype=np.float64)
-    figure, body = _figure(caption, 4.6 * columns + 0.6, height)
+    figure, body = new_figure(caption, 4.6 * columns + 0.6, height)
     axes = body.subplots(1, columns, squeeze=False, sharey=True)[0]
     for role, estimates in precisions.items():
         heights = rows + {"local": -0.16, "hf": 0.16}[role] * (columns - 1)
@@ -404,14 +388,13 @@ def plot_class_precision(
 
 @matplotlib.rc_context(STYLE)
 def plot_precision(precisions: Mapping[str, Estimate], caption: Caption) -> Figure:
-    """Precision@5 of the models with 95% intervals, then of the `REFERENCES` given."""
-    figure, body = _figure(caption, 3.8, 0.28 * len(precisions) + 0.9)
+    """Precision@5 of the models with 95% intervals, then of references and chance."""
+    figure, body = new_figure(caption, 3.8, 0.28 * len(precisions) + 0.9)
     ax = body.subplots()
     for y, (key, estimate) in enumerate(precisions.items()):
         _intervals(ax, [estimate], np.array([float(y)]), key)
-    _share_axis(
-        ax, [REFERENCES.get(key) or model_title(key, caption.names, 20) for key in precisions]
-    )
+    names = (model_title(key, {key: "", **caption.names}, 20) for key in precisions)
+    _share_axis(ax, [name.removesuffix(": ") for name in names])
     ax.spines[:].set_visible(False)
     return figure
 
@@ -421,7 +404,7 @@ def _picture(ax: Axes, image: UInt8[np.ndarray, "3 h w"], left: float, top: floa
     _, height, width = image.shape
     w, h = width / max(height, width), height / max(height, width)
     left, top = left + (1 - w) / 2, top + 1 - h
-    # Photographs are shrunk, and the nearest pixel alone would flicker.
+    # Photographs are shrunk, where single pixels would flicker.
     smooth = "nearest" if max(height, width) <= 128 else "auto"
     extent = (left, left + w, top + h, top)
     ax.imshow(image.transpose(1, 2, 0), extent=extent, interpolation=smooth)
@@ -444,7 +427,7 @@ def plot_neighbors(
     gap, step = 0.3, 1.45  # inches: before each model's images, and from one row to the next
     widths = [indices.shape[1] * 1.06 + gap for indices, _ in neighbors.values()]
     shown = _short(caption.classes)
-    figure, body = _figure(caption, max(1 + sum(widths), 4) + 0.2, step * len(queries) + 1.1)
+    figure, body = new_figure(caption, max(1 + sum(widths), 4) + 0.2, step * len(queries) + 1.1)
     ax = body.subplots()
     ax.text(0.5, -0.12, "query", ha="center", fontweight="bold")
     for row, query in enumerate(queries):
@@ -471,33 +454,3 @@ def plot_neighbors(
 def similarity_digits(similarities: Float[np.ndarray, "m k"]) -> int:
     """Decimals to print of neighbors' cosines: two, or four where most would print as 1.00."""
     return 4 if similarities.size and np.median(similarities) > 0.98 else 2
-
-
-@matplotlib.rc_context(STYLE)
-def plot_training_curves(
-    rows: Sequence[Mapping[str, float | int | None]], caption: Caption
-) -> Figure:
-    """A small panel for each column of `CURVES` that the training log has, over the epochs.
-
-    Each row of the log has its ``"epoch"``; a value that is absent, None or not finite was not
-    measured in that epoch.
-    """
-    epochs = np.array([row["epoch"] for row in rows])
-    # None becomes NaN, which is not drawn.
-    values = {key: np.array([row.get(key) for row in rows], dtype=np.float64) for key in CURVES}
-    curves = {key: y for key, y in values.items() if np.isfinite(y).any()}
-    columns = min(3, len(curves))
-    lines = math.ceil(len(curves) / columns)
-    figure, body = _figure(caption, 4 * columns + 0.2, 2.6 * lines + 0.7)
-    axes = body.subplots(lines, columns, squeeze=False, sharex=True).ravel()
-    for ax, (key, y) in zip(axes, curves.items(), strict=False):
-        measured = np.isfinite(y)
-        sparse = "." if measured.sum() <= 60 else ""
-        ax.plot(epochs[measured], y[measured], color=MODEL_COLORS["local"], marker=sparse)
-        ax.set(title=CURVES[key], xlabel="epoch")
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
-        ax.grid()
-        ax.tick_params(labelbottom=True)
-    for ax in axes[len(curves) :]:
-        ax.set_axis_off()
-    return figure

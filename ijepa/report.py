@@ -1,8 +1,7 @@
 """Write what a run found: figures, tables, `report.md`, and `metrics.json` last.
 
-`metrics.json` follows schema version 2: fractions in [0, 1], null where a number is undefined, with
-an entry in `caveats` that names it. Since version 1 `sign_flip_p` became `p`, and `holm_p` is based
-on it.
+`metrics.json` has schema version 2: fractions in [0, 1], null where a number is undefined, with an
+entry in `caveats` that names it. Version 1 had `sign_flip_p`, and `holm_p` based on it, for `p`.
 """
 
 import json
@@ -11,14 +10,13 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from matplotlib.figure import Figure
 
 from ijepa import plots
@@ -31,18 +29,18 @@ from ijepa.images import shrink
 from ijepa.markdown import caveats as find_caveats
 from ijepa.markdown import markdown
 from ijepa.metrics import KNN_K, TEMPERATURE
-from ijepa.narrative import class_means, summary
 from ijepa.page import page
 from ijepa.projections import PERPLEXITY, TSNE_WIDTH, Maps, make_maps
+from ijepa.tables import class_means, summary
 from ijepa.uncertainty import MUTUAL_K, NUM_HALVES
 
 SCHEMA_VERSION = 2
 PACKAGES = ("torch", "torchvision", "transformers", "numpy", "scipy", "scikit-learn", "matplotlib")
 PACKAGES += ("Pillow", "huggingface_hub")
-"""Whose version can change a number."""
+"""Packages whose version can change a number."""
 MAX_QUERIES = 10
 SHOWN_SIDE = 224
-"""Sides of a neighbor's picture in pixels at most."""
+"""Longest side of a neighbor's picture, in pixels."""
 NUM_DISAGREEMENTS = 4
 """Queries shown in each direction of disagreement."""
 ON_PAGE = ("class_precision.png", "similarity_matrices.png", "variance_explained.png")
@@ -53,7 +51,7 @@ NOT_ALWAYS_MADE += ("nn_disagreement.png",)
 
 
 def settings(seed: int) -> dict[str, Any]:
-    """What the numbers were computed with, from the constants that the code uses."""
+    """The settings of the numbers, from the constants that the code uses."""
     return {
         "similarity": "cosine",
         "silhouette": "euclidean, true labels",
@@ -65,12 +63,12 @@ def settings(seed: int) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages whose version can change a number."""
+    """The versions of Python and of the packages that can change a number."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def complete(comparison: Comparison, split: Split, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts of a run, with what the arrays themselves say where none are given."""
+    """The facts of a run, completed by those that the arrays hold."""
     widths = {role: a.embeddings.shape[1] for role, a in comparison.analyses.items()}
     data = {
         "name": split.name,
@@ -99,70 +97,51 @@ def draw(
 ) -> Iterator[tuple[str, Figure]]:
     """Every figure of the report with its file name; a new one is a line here."""
     labels, classes, names = split.labels, split.classes, comparison.names
-    where = f"{split.name} {split.split}, n = {len(split)}"
     embeddings = {name: a.embeddings for name, a in comparison.analyses.items()}
-    on_maps = labels[maps.rows]
 
-    def caption(title: str, footer: str) -> plots.Caption:
-        return plots.Caption(f"{title}: {where}", footer, names, classes)
+    def caption(title: str, footer: str, shown: Sequence[str] = classes) -> plots.Caption:
+        title = f"{title}: {split.name} {split.split}, n = {len(split)}"
+        return plots.Caption(title, footer, names, shown)
 
-    shown = ""
-    if len(maps.rows) < len(split):
-        shown = f" {len(maps.rows):,} images shown, equally many of each class."
-
-    perplexity = next(iter(maps.tsne.values())).perplexity
-    how = f"L2-normalized, PCA to 50, perplexity {perplexity:.0f}, seed {seed}.{shown} "
+    part = f" {len(maps.rows):,} images shown, equally many of each class."
+    part *= len(maps.rows) < len(split)
+    used = next(iter(maps.tsne.values())).perplexity
+    how = f"L2-normalized, PCA to {TSNE_WIDTH}, perplexity {used:.0f}, seed {seed}.{part} "
     how += "Distances between clusters and cluster sizes have no meaning."
-    figure = plots.plot_maps(maps.tsne, on_maps, caption("t-SNE of the embeddings", how))
-    yield "tsne_comparison.png", figure
-
-    how = f"Centered, not standardized; the largest loading is positive.{shown}"
+    words = caption("t-SNE of the embeddings", how)
+    yield "tsne_comparison.png", plots.plot_maps(maps.tsne, labels[maps.rows], words)
+    how = f"Centered, not standardized; the largest loading is positive.{part}"
     if len(maps.pca) == 2:
         how += " The HF model's axes are flipped where that makes both maps more alike."
-    figure = plots.plot_maps(maps.pca, on_maps, caption("Principal components", how))
-    yield "pca_comparison.png", figure
-
+    words = caption("Principal components", how)
+    yield "pca_comparison.png", plots.plot_maps(maps.pca, labels[maps.rows], words)
     how = "Raw: class means as they are. Centered: minus the mean of all images."
-    figure = plots.plot_similarity_matrices(
-        embeddings, labels, caption("Cosine similarity of class means", how)
-    )
+    words = caption("Cosine similarity of class means", how)
+    figure = plots.plot_similarity_matrices(embeddings, labels, words)
     yield "similarity_matrices.png", figure
-
     how = "Share of the total variance; marks at 10 and 50 components."
-    figure = plots.plot_variance_explained(maps.pca, caption("Explained variance", how))
-    yield "variance_explained.png", figure
-
+    words = caption("Explained variance", how)
+    yield "variance_explained.png", plots.plot_variance_explained(maps.pca, words)
     how = "Intervals over images, from stratified half-samples."
-    words = replace(
-        caption("Precision@5 by class", how),
-        classes=[classes[label] for label in np.unique(labels)],
-    )
+    words = caption("Precision@5 by class", how, [classes[row] for row in np.unique(labels)])
     differences = [row["difference"] for row in comparison.per_class]
     figure = plots.plot_class_precision(comparison.class_precision, differences, words)
     yield "class_precision.png", figure
 
-    if not has_pictures(split):
+    if split.images is None:
         return
     how = f"Queries drawn by seed {seed}, one of each class (at most {MAX_QUERIES})."
+    words = caption("Nearest neighbors", how)
     queries = draw_queries(labels, seed)
-    yield (
-        "nn_queries.png",
-        draw_neighbors(comparison, queries, split, caption("Nearest neighbors", how)),
+    yield "nn_queries.png", draw_neighbors(comparison, queries, split, words)
+    how = (
+        "The nearest neighbor has the right class in only one model; at most "
+        f"{NUM_DISAGREEMENTS} each way, by difference in precision@5, ties in an order drawn by "
+        f"seed {seed}."
     )
-
-    queries = disagreements(comparison, seed)
-    if len(queries):
-        how = (
-            f"The nearest neighbor has the right class in one model only; at most "
-            f"{NUM_DISAGREEMENTS} each way, by difference in precision@5, ties in an order drawn "
-            f"by seed {seed}."
-        )
-        yield (
-            "nn_disagreement.png",
-            draw_neighbors(
-                comparison, queries, split, caption("Where only one model is right", how)
-            ),
-        )
+    words = caption("Where only one model is right", how)
+    if len(queries := disagreements(comparison, seed)):
+        yield "nn_disagreement.png", draw_neighbors(comparison, queries, split, words)
 
 
 def draw_queries(labels: Int[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " q"]:
@@ -175,8 +154,8 @@ def draw_queries(labels: Int[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " 
 def disagreements(comparison: Comparison, seed: int) -> Int[np.ndarray, " q"]:
     """Images on which only one model is right: first those of hf, then those of local.
 
-    Right is a nearest neighbor of the same class. Chosen are those whose P@5 differs most, among
-    equals in an order drawn by the seed.
+    A model is right if the nearest neighbor has the image's class. The images whose precision@5
+    differs most come first, equals in an order drawn by the seed.
     """
     if len(comparison.analyses) < 2:
         return np.array([], dtype=np.int64)
@@ -198,13 +177,11 @@ def draw_neighbors(
         name: (a.neighbors[queries, :5], a.similarities[queries, :5])
         for name, a in comparison.analyses.items()
     }
-    return plots.plot_neighbors(
-        found,
-        queries,
-        split.labels,
-        lambda row: shrink(split.images[row], SHOWN_SIDE),
-        caption,
-    )
+
+    def image_of(row: int) -> UInt8[np.ndarray, "3 h w"]:
+        return shrink(split.images[row], SHOWN_SIDE)
+
+    return plots.plot_neighbors(found, queries, split.labels, image_of, caption)
 
 
 def save_figure(path: Path, figure: Figure) -> None:
@@ -219,8 +196,8 @@ def per_image_csv(comparison: Comparison, maps: Maps, split: Split, probe: Any =
         "label": split.labels.tolist(),
         "class": [quoted(split.classes[label]) for label in split.labels],
     }
-    if (paths := getattr(split, "paths", None)) is not None:
-        columns["path"] = [quoted(path) for path in paths]
+    if split.paths:
+        columns["path"] = [quoted(path) for path in split.paths]
     for name, analysis in comparison.analyses.items():
         places = np.full((len(split), 2), np.nan)
         places[maps.rows] = maps.tsne[name].coordinates
@@ -251,7 +228,7 @@ def blank_nan(values: Float[np.ndarray, " n"]) -> list[str]:
 
 
 def plain(value: Any, path: str, undefined: list[str]) -> Any:
-    """Turn records and arrays into JSON values; NaN becomes null and its path is noted."""
+    """Records and arrays as JSON values; NaN becomes null, and `undefined` gets its path."""
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, Mapping):
@@ -267,12 +244,9 @@ def plain(value: Any, path: str, undefined: list[str]) -> Any:
 
 
 def metrics_content(
-    comparison: Comparison,
-    facts: Mapping[str, Any],
-    caveats: Sequence[str],
-    probe: Any = None,
+    comparison: Comparison, facts: Mapping[str, Any], caveats: Sequence[str], probe: Any = None
 ) -> dict[str, Any]:
-    """What metrics.json holds, except for the artifacts, as JSON values."""
+    """The content of metrics.json without the artifacts, as JSON values."""
     undefined: list[str] = []
     content = {
         "schema_version": SCHEMA_VERSION,
@@ -286,8 +260,8 @@ def metrics_content(
             "per_class": comparison.per_class,
             "class_precision": comparison.class_precision,
             "class_mean_precision": class_means(comparison),
-            "class_groups": getattr(comparison, "class_groups", {}),
-            "rankings": getattr(comparison, "rankings", {}),
+            "class_groups": comparison.class_groups,
+            "rankings": comparison.rankings,
             "agreement": comparison.agreement,
             "neighbor_confusion": {
                 name: neighbor_confusion(analysis, len(facts["dataset"]["classes"])).tolist()
@@ -308,7 +282,7 @@ def metrics_content(
 
 
 def json_text(content: Mapping[str, Any]) -> str:
-    """JSON as it is written."""
+    """JSON of this project's files."""
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -320,7 +294,7 @@ def summary_json(metrics: Path) -> str:
 
 
 def artifact(path: Path) -> dict[str, Any]:
-    """How metrics.json names a file."""
+    """The entry of a file in metrics.json."""
     return {"path": path.name, "sha256": sha256(path), "bytes": path.stat().st_size}
 
 
@@ -329,17 +303,6 @@ def unnamed(comparison: Comparison) -> Split:
     labels = comparison.analyses["local"].labels
     classes = tuple(f"class {label}" for label in range(int(labels.max()) + 1))
     return Split("arrays", "given", classes, None, labels, np.arange(len(labels)))
-
-
-def has_pictures(split: Split) -> bool:
-    """Whether there is an image for each row."""
-    return split.images is not None and len(split.images) == len(split)
-
-
-def pictured(split: Split) -> Split:
-    """The split, with gray squares where it has no pictures."""
-    gray = torch.full((1, 3, 8, 8), 128, dtype=torch.uint8).expand(len(split), -1, -1, -1)
-    return split if has_pictures(split) else replace(split, images=gray)
 
 
 def write_report(  # noqa: PLR0913
@@ -351,10 +314,10 @@ def write_report(  # noqa: PLR0913
     maps: Maps | None = None,
     probe: Any = None,
 ) -> list[Path]:
-    """Write every file of a comparison; `metrics.json` comes last.
+    """The written files of a comparison; `metrics.json` comes last.
 
-    What an earlier run left in the folder and this one does not make is removed. Only the first two
-    arguments are needed: what else is known of the images and the models makes the report say more.
+    Files of an earlier run that this one does not make are removed. Only the first two arguments
+    are needed; with the others the report says more.
 
     Args:
         folder: Where to write.
@@ -368,27 +331,12 @@ def write_report(  # noqa: PLR0913
     Raises:
         UserError: If a file cannot be written.
     """
+    began = time.perf_counter()
     split = split or unnamed(comparison)
     facts = complete(comparison, split, facts or {})
-    if maps is None:
-        embeddings = {role: a.embeddings for role, a in comparison.analyses.items()}
-        maps = make_maps(embeddings, split.labels, comparison.seed)
-    if caveats is None:
-        caveats = find_caveats(comparison, facts, maps, getattr(split, "notes", ()))
-    return write_files(folder, comparison, split, facts, caveats, maps, probe)
-
-
-def write_files(  # noqa: PLR0913
-    folder: Path,
-    comparison: Comparison,
-    split: Split,
-    facts: Mapping[str, Any],
-    caveats: Sequence[str],
-    maps: Maps,
-    probe: Any,
-) -> list[Path]:
-    """Write the report of what is complete, and remove what an earlier run left."""
-    began = time.perf_counter()
+    X = {role: analysis.embeddings for role, analysis in comparison.analyses.items()}
+    maps = maps or make_maps(X, split.labels, comparison.seed)
+    caveats = find_caveats(comparison, facts, maps, split.notes) if caveats is None else caveats
     caveats = [*caveats, *filter(None, [plots.font_note([split.name, *split.classes])])]
     written: list[Path] = []
 
@@ -396,10 +344,8 @@ def write_files(  # noqa: PLR0913
         how(folder / name)
         written.append(folder / name)
 
-    if has_pictures(split):
-        for role, analysis in comparison.analyses.items():
-            X = analysis.embeddings
-            write(f"embeddings_{role}.npz", lambda path, X=X: save_embeddings(path, X, split))
+    for role, values in X.items() if split.images is not None else ():
+        write(f"embeddings_{role}.npz", lambda path, X=values: save_embeddings(path, X, split))
     figures = dict(draw(comparison, maps, split, comparison.seed))
     for name, figure in figures.items():
         write(name, lambda path, figure=figure: save_figure(path, figure))
@@ -412,7 +358,7 @@ def write_files(  # noqa: PLR0913
 
     content = metrics_content(comparison, facts, caveats, probe)
     content["artifacts"] = [artifact(path) for path in written]
-    html = page(comparison, maps, pictured(split), facts, caveats, json_text(content), figures)
+    html = page(comparison, maps, split, facts, caveats, json_text(content), figures, probe)
     write("report.html", lambda path: write_text(path, html))
     content["artifacts"].append(artifact(written[-1]))
     if "seconds" in content["run"]:

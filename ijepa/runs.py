@@ -5,16 +5,21 @@ The folder holds the resumable state, the log, and the checkpoint for others.
 
 import csv
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 from jaxtyping import Int, UInt8
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from ijepa import plots
 from ijepa.augmentation import standardize
 from ijepa.checkpoint import load_checkpoint, load_predictor, read_torch_file, save_checkpoint
 from ijepa.distributed import num_processes
@@ -31,6 +36,15 @@ FEW_IMAGES = 5000
 """With fewer, more images help most."""
 NORMALIZATION = (0.5, 0.5)
 """Mean and deviation of every channel in `ijepa.augmentation.standardize`."""
+CURVES = {
+    "loss": "prediction loss",
+    "matching_loss": "matching loss",
+    "lr": "learning rate",
+    "precision_at_5": "held-out precision@5",
+    "effective_rank": "effective rank",
+    "target_variance": "variance of held-out target embeddings",
+}
+"""Panels of the training curves: columns of the log and their titles."""
 
 
 @dataclass
@@ -261,3 +275,33 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             f"cannot read the log {path} ({error})",
             hint="give the folder that a run of scripts/train_ijepa.py ended in",
         ) from error
+
+
+@matplotlib.rc_context(plots.STYLE)
+def plot_training_curves(
+    rows: Sequence[Mapping[str, float | int | None]], caption: plots.Caption
+) -> Figure:
+    """A small panel for each column of `CURVES` that the training log has, over the epochs.
+
+    Each row of the log has its ``"epoch"``; a value that is absent, None or not finite was not
+    measured in that epoch.
+    """
+    epochs = np.array([row["epoch"] for row in rows])
+    # None becomes NaN, which is not drawn.
+    values = {key: np.array([row.get(key) for row in rows], dtype=np.float64) for key in CURVES}
+    curves = {key: y for key, y in values.items() if np.isfinite(y).any()}
+    columns = min(3, len(curves))
+    lines = math.ceil(len(curves) / columns)
+    figure, body = plots.new_figure(caption, 4 * columns + 0.2, 2.6 * lines + 0.7)
+    axes = body.subplots(lines, columns, squeeze=False, sharex=True).ravel()
+    for ax, (key, y) in zip(axes, curves.items(), strict=False):
+        measured = np.isfinite(y)
+        sparse = "." if measured.sum() <= 60 else ""
+        ax.plot(epochs[measured], y[measured], color=plots.MODEL_COLORS["local"], marker=sparse)
+        ax.set(title=CURVES[key], xlabel="epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+        ax.grid()
+        ax.tick_params(labelbottom=True)
+    for ax in axes[len(curves) :]:
+        ax.set_axis_off()
+    return figure

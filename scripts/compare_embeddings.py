@@ -393,10 +393,10 @@ def report(
     """Compare the embeddings, write every file and print the summary."""
     from ijepa.comparison import compare
     from ijepa.markdown import caveats, console_table, headline_lines
-    from ijepa.narrative import table
     from ijepa.probe import probe as measure_probe
     from ijepa.projections import make_maps
     from ijepa.report import summary_json, write_report
+    from ijepa.tables import headline_table
 
     split, loaded, seed = inputs.split, inputs.loaded, args.seed
     X = {name: result.values for name, result in inputs.results.items()}
@@ -424,7 +424,7 @@ def report(
     if args.json:
         print(summary_json(args.output_dir / "metrics.json"), end="")
     else:
-        print("\n".join([console_table(table(found)), *headline_lines(found)]))
+        print("\n".join([console_table(headline_table(found)), *headline_lines(found)]))
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in stages.seconds.items())
     say(f"{len(written)} files in {args.output_dir} ({seconds})")
     say(f"open {args.output_dir / 'report.html'}")

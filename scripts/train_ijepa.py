@@ -268,9 +268,9 @@ def finish(run: Any) -> None:
     """Draw the curves of this run's last checkpoint and export its context encoder."""
     from ijepa.checkpoint import load_checkpoint
     from ijepa.huggingface import export_huggingface
-    from ijepa.plots import Caption, plot_training_curves
+    from ijepa.plots import Caption
     from ijepa.report import save_figure
-    from ijepa.runs import CHECKPOINT
+    from ijepa.runs import CHECKPOINT, plot_training_curves
 
     path = run.folder / CHECKPOINT
     checkpoint = load_checkpoint(path, "context") if path.exists() else None

@@ -19,6 +19,8 @@ from ijepa.comparison import Comparison, compare
 from ijepa.data import Split
 from ijepa.model import ViTConfig
 from ijepa.page import page
+from ijepa.probe import Probe
+from ijepa.probe import probe as measure_probe
 from ijepa.projections import Maps, TsneProjection, project_pca
 from ijepa.report import ON_PAGE, complete, draw, json_text, metrics_content
 
@@ -80,6 +82,7 @@ class Example:
     split: Split
     metrics: str
     html: str
+    probe: Probe | None
 
 
 def example_split(n: int, classes: tuple[str, ...], rng: np.random.Generator) -> Split:
@@ -95,13 +98,14 @@ def example_split(n: int, classes: tuple[str, ...], rng: np.random.Generator) ->
 def make_page() -> Callable[..., Example]:
     """A whole page of clouds of random points, without any encoder, t-SNE or (slow) figures."""
 
-    def make(
+    def make(  # noqa: PLR0913
         n: int = 66,
         classes: tuple[str, ...] = ("cat", "dog", "ship"),
         models: tuple[str, ...] = ("local", "hf"),
         shown: int | None = None,
         paths: bool = False,
         figures_too: bool = False,
+        probed: bool = False,
     ) -> Example:
         rng = np.random.default_rng(0)
         split = example_split(n, classes, rng)
@@ -137,7 +141,11 @@ def make_page() -> Callable[..., Example]:
         if figures_too:
             drawn = draw(comparison, maps, split, 0)
             figures = {name: figure for name, figure in drawn if name in ON_PAGE}
-        html = page(comparison, maps, split, facts, ["one draw"], metrics, figures)
-        return Example(comparison, maps, split, metrics, html)
+        probe = None
+        if probed:
+            banks = {name: X[:60] for name, X in embeddings.items()}
+            probe = measure_probe(banks, embeddings, split.labels[:60], split.labels, 0)
+        html = page(comparison, maps, split, facts, ["one draw"], metrics, figures, probe)
+        return Example(comparison, maps, split, metrics, html, probe)
 
     return make

@@ -251,21 +251,6 @@ def test_pictures_keep_their_shape_and_their_pixels():
     assert lefts[0] < lefts[2] < lefts[3] < lefts[6] < lefts[7]
 
 
-def test_training_curves_skip_what_was_not_measured_and_draw_zero():
-    rows = [
-        {"epoch": 1, "loss": 0.5, "lr": 0.0, "precision_at_5": None, "seconds": 9.0},
-        {"epoch": 2, "loss": 0.4, "lr": 1e-3, "precision_at_5": 0.3},
-        {"epoch": 3, "loss": float("nan"), "lr": 0.0, "precision_at_5": 0.4},
-    ]
-    figure = plots.plot_training_curves(rows, CAPTION)
-    drawn = {ax.get_title(): ax for ax in figure.findobj(matplotlib.axes.Axes) if ax.lines}
-    assert list(drawn) == ["prediction loss", "learning rate", "held-out precision@5"]
-    (loss, lr, precision) = (ax.lines[0].get_xydata().tolist() for ax in drawn.values())
-    assert loss == [[1, 0.5], [2, 0.4]]
-    assert lr == [[1, 0.0], [2, 1e-3], [3, 0.0]]
-    assert precision == [[2, 0.3], [3, 0.4]]
-
-
 ODD = ("$x^2$ & $y$", "_hidden", r"a\$b", "中文", "tab\tnew\nline", "100% {a} " + "long" * 20, "")
 HAN = plots.readable("中文")  # verbatim where a font of this machine has them
 
@@ -376,7 +361,6 @@ def test_every_figure_takes_one_model_and_few_images_and_leaves_the_style_alone(
         plots.plot_class_precision(one, [], CAPTION),
         plots.plot_precision({"local": undefined, "chance": undefined}, CAPTION),
         plots.plot_neighbors(found, np.array([0]), labels, image_of, CAPTION),
-        plots.plot_training_curves([{"epoch": 1, "loss": 0.5}], CAPTION),
     ):
         shown(figure)
         assert figure.dpi == 150
@@ -442,7 +426,7 @@ def test_the_strip_has_models_with_intervals_above_references_without():
     figure = plots.plot_precision(rows, CAPTION)
     (ax,) = figure.findobj(matplotlib.axes.Axes)
     names = [text.get_text() for text in ax.get_yticklabels()]
-    assert names == ["Local: small (target)", "Raw pixels"]
+    assert names == ["Local: small (target)", "Pixels"]
     assert spans(ax) == [(0.7, 0.9)]
     assert [text.get_text() for text in ax.texts] == ["80.0", "30.0"]
 

@@ -109,7 +109,7 @@ def test_two_labeled_arrays_from_anywhere_make_a_report_twice_the_same(tmp_path)
         assert one.read_bytes() == other.read_bytes()
     metrics = json.loads(first[-1].read_text())
     assert metrics["names"] == {"local": "mine", "hf": "yours"}
-    assert any("50 PCs of mine" in caveat for caveat in metrics["caveats"])
+    assert any("50 PCs of the local model" in caveat for caveat in metrics["caveats"])
 
 
 def test_per_image_rows_read_back_as_the_numbers(run):

@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from ijepa.metrics import effective_rank
 from ijepa.model import VisionTransformer
-from ijepa.runs import collapses_now, evaluate
+from ijepa.plots import Caption
+from ijepa.runs import collapses_now, evaluate, plot_training_curves
 
 FLOAT = torch.float32
 
@@ -40,3 +42,20 @@ def test_a_run_is_monitored_by_the_mean_tokens_of_plain_images(tiny_vit):
 )
 def test_a_collapse_is_noticed_once_when_the_rank_is_low_and_does_not_rise(ranks, now):
     assert collapses_now(ranks, 4.0) is now
+
+
+def test_training_curves_skip_what_was_not_measured_and_draw_zero():
+    rows = [
+        {"epoch": 1, "loss": 0.5, "lr": 0.0, "precision_at_5": None, "seconds": 9.0},
+        {"epoch": 2, "loss": 0.4, "lr": 1e-3, "precision_at_5": 0.3},
+        {"epoch": 3, "loss": float("nan"), "lr": 0.0, "precision_at_5": 0.4},
+    ]
+    figure = plot_training_curves(rows, Caption("Training", "seed 0"))
+    figure.draw_without_rendering()
+    drawn = {ax.get_title(): ax for ax in figure.findobj(Axes) if ax.lines}
+    assert list(drawn) == ["prediction loss", "learning rate", "held-out precision@5"]
+    (loss, lr, precision) = (ax.lines[0].get_xydata().tolist() for ax in drawn.values())
+    assert loss == [[1, 0.5], [2, 0.4]]
+    assert lr == [[1, 0.0], [2, 1e-3], [3, 0.0]]
+    assert precision == [[2, 0.3], [3, 0.4]]
+    plot_training_curves(rows[:1], Caption("Training")).draw_without_rendering()
