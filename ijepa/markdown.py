@@ -1,5 +1,6 @@
 """`report.md`: caveats, the sentences of `narrative` and the tables of `tables` under headings."""
 
+import fnmatch
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -9,8 +10,8 @@ import numpy as np
 
 from ijepa import narrative
 from ijepa.comparison import HEADLINES, Comparison
-from ijepa.formats import P5, capital, label, listed, number
-from ijepa.narrative import called, count
+from ijepa.formats import P5, capital, label, listed
+from ijepa.narrative import RETRIEVAL, called, count
 from ijepa.projections import PERPLEXITY, Maps
 from ijepa.tables import (
     INTERVALS,
@@ -47,19 +48,11 @@ def markdown(
 ) -> str:
     """The whole report; names and classes are shown as they are, never as markup.
 
-    Args:
-        comparison: The numbers.
-        facts: `dataset`, `models`, `run` and `settings` as in metrics.json.
-        caveats: Sentences that limit what the numbers mean.
-        files: Names of the files that are written.
-        probe: Accuracies with a bank of labeled images.
+    `facts` are `dataset`, `models`, `run` and `settings` as in metrics.json, `files` the names of
+    the written files.
     """
     names, data = short_names(comparison), facts["dataset"]
-    written = [
-        f"- `{pattern}`: {what}"
-        for pattern, what in FILES.items()
-        if any(re.fullmatch(pattern.replace("*", ".*"), file) for file in files)
-    ]
+    written = [f"- `{name}`: {what}" for name, what in FILES.items() if fnmatch.filter(files, name)]
     sections = {
         "Overview": [
             f"{data['n']:,} images of {literal(data['name'])} ({data['split']} split), "
@@ -86,18 +79,16 @@ def markdown(
 
 def key_findings(comparison: Comparison, classes: Sequence[str], probe: Any) -> list[str]:
     """The numbered subsections: sentences, then tables; those without either are left out."""
-    parts: list[str] = []
     tables = finding_tables(comparison, classes, probe)
     found = narrative.findings(comparison, [literal(name) for name in classes], probe)
-    found[narrative.RETRIEVAL] = narrative.paragraph(
-        narrative.answer(comparison), found[narrative.RETRIEVAL]
-    )
-    position = 0
+    first = narrative.answer(comparison)
+    found[RETRIEVAL] = narrative.paragraph(first, found[RETRIEVAL])
+    parts: list[str] = []
     for title, sentences in found.items():
         below = [f"{x}:\n\n{markdown_table(rows)}" for x, rows in tables.get(title, {}).items()]
         if sentences or below:
-            position += 1
-            parts += [f"### {position}. {title}", *filter(None, [sentences]), *below]
+            number = sum(part.startswith("###") for part in parts) + 1
+            parts += [f"### {number}. {title}", *filter(None, [sentences]), *below]
     return parts
 
 
@@ -129,15 +120,13 @@ def protocol(comparison: Comparison, facts: Mapping[str, Any]) -> str:
     )
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     sizes = np.unique(comparison.analyses["local"].labels, return_counts=True)[1]
-    each = f"{sizes.min():,}" + (f" to {sizes.max():,}" if sizes.min() < sizes.max() else "")
-    return narrative.paragraph(
-        f"*Protocol.* Frozen encoders give each image one vector ({vectors}).",
-        f"The sample has {each} images of each of {len(sizes)} classes, drawn with seed "
-        f"{comparison.seed}.",
-        "Neighbors are ranked by cosine similarity among all other images.",
-        "Silhouettes use Euclidean distance and the true labels.",
-        f"There are {comparison.num_halves} half-samples." if comparison.num_halves else "",
-        f"Versions: {versions}; commit {run.get('git_commit') or 'unknown'}.",
+    each = " to ".join(f"{size:,}" for size in sorted({sizes.min(), sizes.max()}))
+    return (
+        f"*Protocol.* Frozen encoders give each image one vector ({vectors}). The sample has "
+        f"{each} images of each of {len(sizes)} classes, drawn with seed {comparison.seed}. "
+        "Neighbors are ranked by cosine similarity among all other images. Silhouettes use "
+        f"Euclidean distance and the true labels. Intervals use {comparison.num_halves} "
+        f"half-samples. Versions: {versions}; commit {run.get('git_commit') or 'unknown'}."
     )
 
 
@@ -150,25 +139,6 @@ def console_table(rows: Rows) -> str:
     ]
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join(lines)
-
-
-def headline_lines(comparison: Comparison) -> list[str]:
-    """The lines below the table on the console: agreement, and wins, ties and losses."""
-    facts, retrieval, lines = comparison.agreement, comparison.differences.get(P5, {}), []
-    if facts and math.isfinite(facts["mutual_knn"].value):
-        chance, class_only = (
-            number("mutual_knn", facts[f"mutual_knn_{level}"]) for level in ("chance", "class_only")
-        )
-        lines.append(
-            f"agreement: mutual 10-NN {number('mutual_knn', facts['mutual_knn'].value)} (chance "
-            f"{chance}, classes only {class_only}), debiased CKA {number('cka', facts['cka'])}"
-        )
-    if "wins" in retrieval:
-        lines.append(
-            f"precision@5 by image: HF better on {retrieval['wins']:,}, equal on "
-            f"{retrieval['ties']:,}, local better on {retrieval['losses']:,}"
-        )
-    return lines
 
 
 def markdown_table(rows: Rows) -> str:
@@ -195,12 +165,8 @@ def caveats(
 ) -> list[str]:
     """What a reader must know before believing a number, a sentence each.
 
-    Args:
-        comparison: The numbers.
-        facts: `dataset` and `models` as in metrics.json.
-        maps: What the figures show.
-        notes: Of the data, the cache and the figures.
-        one_training: Whether the two sides are the bundled checkpoint and the bundled export.
+    `notes` are those of the data, the cache and the figures. `one_training` says that the two sides
+    are the bundled checkpoint and the bundled export.
     """
     models, data, n = facts["models"], facts["dataset"], count(comparison)
     dtypes = sorted({str(model.get("dtype")) for model in models.values()})

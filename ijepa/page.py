@@ -66,15 +66,8 @@ def page(  # noqa: PLR0913
 ) -> str:
     """The whole file.
 
-    Args:
-        comparison: The numbers.
-        maps: Where the images lie.
-        split: The images.
-        facts: `run`, `dataset`, `models` and `settings` as in metrics.json.
-        caveats: Sentences that limit what the numbers mean.
-        metrics: The text of metrics.json, without this page among its artifacts.
-        figures: By file name; the page shows three of them.
-        probe: Accuracies with a bank of labeled images.
+    `facts` are as in metrics.json, whose text `metrics` is, without this page among its artifacts.
+    `figures` are those of the page, by file name.
     """
     static = files("ijepa") / "static"
     style = (static / "page.css").read_text(encoding="utf-8")

@@ -176,12 +176,8 @@ def plot_maps(
     caption: Caption,
 ) -> Figure:
     """One cloud of points per model, with the classes' names at their medians and a legend."""
-    styles, shown, width = (
-        class_styles(caption.classes),
-        _short(caption.classes),
-        5.6 * len(maps) + 0.4,
-    )
-    listed = len(shown) <= MAX_LISTED
+    styles, shown = class_styles(caption.classes), _short(caption.classes)
+    width, listed = 5.6 * len(maps) + 0.4, len(shown) <= MAX_LISTED
     if not listed:
         caption = caption.add(f"The legend of {len(shown)} classes is left out.")
     figure, body = new_figure(caption, width, 6.3)
@@ -196,9 +192,8 @@ def plot_maps(
         dots = ax.scatter(*points.T, s=size, c=colors, alpha=0.8, linewidths=0)
         dots.set_paths([paths[label] for label in labels[order]])
         ax.set(aspect="equal", adjustable="datalim", xticks=[], yticks=[])
-        ax.set_title(
-            f"{model_title(role, caption.names)}\n{projection.note}", color=MODEL_COLORS[role]
-        )
+        title = f"{model_title(role, caption.names)}\n{projection.note}"
+        ax.set_title(title, color=MODEL_COLORS[role])
     if listed:
         look = {"linestyle": "", "markersize": 5}
         handles = [
@@ -251,12 +246,10 @@ def _matrix(ax: Axes, matrix: Float[np.ndarray, "c c"], names: list[str], **colo
     for row, column in np.argwhere(np.isfinite(matrix)) if count <= MAX_LABELED else []:
         value = matrix[row, column]
         dark = np.dot(mesh.to_rgba(value)[:3], (0.299, 0.587, 0.114)) < 0.5
-        font = {
-            "fontsize": min(6.5 if digits == 2 else 5.5, 100 / count),
-            "color": "white" if dark else "black",
-        }
-        shown = number("similarity", value, extra=digits - 3)
-        ax.text(column + 0.5, row + 0.5, shown, ha="center", va="center", **font)
+        text = number("similarity", value, extra=digits - 3)
+        look = {"color": "white" if dark else "black", "ha": "center", "va": "center"}
+        size = min(6.5 if digits == 2 else 5.5, 100 / count)
+        ax.text(column + 0.5, row + 0.5, text, fontsize=size, **look)
     return mesh
 
 
@@ -273,22 +266,21 @@ def plot_similarity_matrices(
     side, columns = float(np.clip(0.33 * len(shown), 2.6, 5)), 2 * len(embeddings) - 1
     figure, body = new_figure(caption, columns * side + 2.4, 2 * side + 2.0)
     axes = body.subplots(2, columns, squeeze=False, sharex=True, sharey=True)
-    for row, kind in enumerate(("raw", "centered")):
+    for line, kind in zip(axes, ("raw", "centered"), strict=True):
         centered = kind == "centered"
         matrices = [class_similarity(X, labels, centered=centered) for X in embeddings.values()]
-        low = min(np.nan_to_num(matrix, nan=1).min() for matrix in matrices)
-        colors = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1} if centered else {"vmin": low, "vmax": 1}
-        for ax, role, matrix in zip(axes[row], embeddings, matrices, strict=False):
+        low = -1 if centered else min(np.nan_to_num(matrix, nan=1).min() for matrix in matrices)
+        colors = {"cmap": "RdBu_r" if centered else None, "vmin": low, "vmax": 1}
+        for ax, role, matrix in zip(line, embeddings, matrices, strict=False):
             mesh = _matrix(ax, matrix, shown, **colors)
             ax.set_title(f"{model_title(role, caption.names)}\n{kind}", color=MODEL_COLORS[role])
-        body.colorbar(mesh, ax=list(axes[row, : len(matrices)]), shrink=0.9)
+        body.colorbar(mesh, ax=list(line[: len(matrices)]), shrink=0.9)
         if len(matrices) == 2:
             difference = matrices[1] - matrices[0]
             largest = max(np.nan_to_num(np.abs(difference)).max(), 0.01)
-            limits = {"cmap": "PuOr_r", "vmin": -largest, "vmax": largest}
-            mesh = _matrix(axes[row, 2], difference, shown, **limits)
-            axes[row, 2].set_title(f"HF - local\n{kind}")
-            body.colorbar(mesh, ax=axes[row, 2], shrink=0.9)
+            mesh = _matrix(line[2], difference, shown, cmap="PuOr_r", vmin=-largest, vmax=largest)
+            line[2].set_title(f"HF - local\n{kind}")
+            body.colorbar(mesh, ax=line[2], shrink=0.9)
     return figure
 
 
@@ -324,11 +316,7 @@ def plot_variance_explained(projections: Mapping[str, PcaProjection], caption: C
 
 
 def _intervals(
-    ax: Axes,
-    estimates: Sequence[Estimate],
-    heights: Float[np.ndarray, " c"],
-    key: str,
-    name: str = "",
+    ax: Axes, estimates: Sequence[Estimate], heights: Sequence[Any], key: str, name: str = ""
 ) -> None:
     """Marks with 95% intervals and numbers in percent; ``key`` is a model or a reference."""
     color, sign = MODEL_COLORS.get(key, INK), "" if key in MODEL_MARKERS else "+"
@@ -366,12 +354,12 @@ def plot_class_precision(
         which = "that differ most" if differences else "that come first"
         caption = caption.add(f"Of {len(caption.classes)} classes, the {MAX_LISTED} {which}.")
     shown, columns = [_short(caption.classes)[i] for i in order], 2 if differences else 1
-    height, rows = 0.34 * len(order) + 1.6, np.arange(len(order), dtype=np.float64)
-    figure, body = new_figure(caption, 4.6 * columns + 0.6, height)
+    rows = range(len(order))
+    figure, body = new_figure(caption, 4.6 * columns + 0.6, 0.34 * len(order) + 1.6)
     axes = body.subplots(1, columns, squeeze=False, sharey=True)[0]
     for role, estimates in precisions.items():
-        heights = rows + {"local": -0.16, "hf": 0.16}[role] * (columns - 1)
-        found = [estimates[i] for i in order]
+        shift = {"local": -0.16, "hf": 0.16}[role] * (columns - 1)
+        found, heights = [estimates[i] for i in order], [row + shift for row in rows]
         _intervals(axes[0], found, heights, role, model_title(role, caption.names))
     _share_axis(axes[0], shown)
     axes[0].set_title("Precision@5 with 95% interval")
@@ -392,7 +380,7 @@ def plot_precision(precisions: Mapping[str, Estimate], caption: Caption) -> Figu
     figure, body = new_figure(caption, 3.8, 0.28 * len(precisions) + 0.9)
     ax = body.subplots()
     for y, (key, estimate) in enumerate(precisions.items()):
-        _intervals(ax, [estimate], np.array([float(y)]), key)
+        _intervals(ax, [estimate], [y], key)
     names = (model_title(key, {key: "", **caption.names}, 20) for key in precisions)
     _share_axis(ax, [name.removesuffix(": ") for name in names])
     ax.spines[:].set_visible(False)

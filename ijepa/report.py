@@ -62,11 +62,6 @@ def settings(seed: int) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that can change a number."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-
-
 def complete(comparison: Comparison, split: Split, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of a run, completed by those that the arrays hold."""
     widths = {role: a.embeddings.shape[1] for role, a in comparison.analyses.items()}
@@ -84,7 +79,8 @@ def complete(comparison: Comparison, split: Split, facts: Mapping[str, Any]) -> 
         | facts.get("models", {}).get(role, {})
         for role, name in comparison.names.items()
     }
-    run = {"command": "", "seed": comparison.seed, "versions": versions()}
+    versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    run = {"command": "", "seed": comparison.seed, "versions": versions}
     run |= {"git_commit": git_commit(), **facts.get("run", {})}
     known = {"settings": settings(comparison.seed), **facts}
     # Other seeds of the local model come after the compared models.
@@ -316,17 +312,9 @@ def write_report(  # noqa: PLR0913
 ) -> list[Path]:
     """The written files of a comparison; `metrics.json` comes last.
 
-    Files of an earlier run that this one does not make are removed. Only the first two arguments
-    are needed; with the others the report says more.
-
-    Args:
-        folder: Where to write.
-        comparison: The numbers.
-        split: The compared images; without pictures no figure shows neighbors.
-        facts: `run`, `dataset`, `models` and `settings` of metrics.json.
-        caveats: Sentences that limit what the numbers mean; by default what the numbers say.
-        maps: t-SNE and PCA; made here if they are not given.
-        probe: Accuracies with a bank of labeled images.
+    Only the first two arguments are needed. A split with pictures adds figures of neighbors,
+    `facts` (`run`, `dataset`, `models`, `settings`) what is known of the run. Caveats and maps are
+    made unless they are given. Files of an earlier run that this one does not make are removed.
 
     Raises:
         UserError: If a file cannot be written.

@@ -392,7 +392,8 @@ def report(
 ) -> None:
     """Compare the embeddings, write every file and print the summary."""
     from ijepa.comparison import compare
-    from ijepa.markdown import caveats, console_table, headline_lines
+    from ijepa.markdown import caveats, console_table
+    from ijepa.narrative import conclusions
     from ijepa.probe import probe as measure_probe
     from ijepa.projections import make_maps
     from ijepa.report import summary_json, write_report
@@ -424,7 +425,7 @@ def report(
     if args.json:
         print(summary_json(args.output_dir / "metrics.json"), end="")
     else:
-        print("\n".join([console_table(headline_table(found)), *headline_lines(found)]))
+        print("\n".join([console_table(headline_table(found)), *conclusions(found, probe)]))
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in stages.seconds.items())
     say(f"{len(written)} files in {args.output_dir} ({seconds})")
     say(f"open {args.output_dir / 'report.html'}")

@@ -9,11 +9,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from fontTools.fontBuilder import FontBuilder
-from fontTools.pens.ttGlyphPen import TTGlyphPen
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.font_manager import fontManager
 
 from ijepa import plots
 from ijepa.plots import Caption
@@ -38,7 +35,6 @@ def embeddings(n: int = 24, d: int = 6, seed: int = 0) -> np.ndarray:
 
 
 PANELS = {"local": embeddings(), "hf": embeddings(d=9, seed=1)}
-ONE = {"local": PANELS["local"]}
 
 
 def called(classes) -> Caption:
@@ -76,20 +72,13 @@ def test_class_similarity_of_a_vanishing_mean_is_nan():
     assert np.isnan(class_similarity(X, np.zeros(24, int), centered=True)).all()
 
 
-def test_cifar10_has_the_colors_that_keep_its_confusable_classes_apart():
-    assert plots.CLASS_COLORS == {
-        "airplane": "#3f90da",
-        "automobile": "#a96b59",
-        "bird": "#bd1f01",
-        "cat": "#832db6",
-        "deer": "#ffa90e",
-        "dog": "#94a4a2",
-        "frog": "#b9ac70",
-        "horse": "#717581",
-        "ship": "#e76300",
-        "truck": "#92dadd",
-    }
-    assert plots.class_styles(["truck", "cat"]) == [("#92dadd", "^"), ("#832db6", "o")]
+def test_confusable_classes_of_cifar10_differ_in_color_and_vehicles_in_marker():
+    styles = dict(zip(plots.CIFAR10, plots.class_styles(plots.CIFAR10), strict=True))
+    assert len({color for color, _ in styles.values()}) == 10
+    assert {name for name, (_, marker) in styles.items() if marker == "^"} == plots.VEHICLES
+    for pair in (("cat", "dog"), ("automobile", "truck"), ("deer", "horse"), ("airplane", "ship")):
+        a, b = (np.array(to_rgb(styles[name][0])) for name in pair)
+        assert np.linalg.norm(a - b) > 0.3
 
 
 @pytest.mark.parametrize("count", [2, 10, 11, 40])
@@ -173,15 +162,12 @@ def test_matrices_of_many_classes_print_no_numbers():
     labels = np.arange(60) % 21
     X = {"local": embeddings(60)}
     figure = plots.plot_similarity_matrices(X, labels, called([f"c{i}" for i in range(21)]))
-    axes = matrices_of(figure)
-    assert len(axes) == 2
-    assert not any(ax.texts for ax in axes)
+    assert not any(ax.texts for ax in matrices_of(figure))
 
 
 def test_matrices_leave_out_classes_without_images_and_show_a_single_class():
-    two = np.arange(24) % 2 * 2
-    figure = plots.plot_similarity_matrices(PANELS, two, CAPTION)
-    assert "ship" in texts(figure)
+    figure = plots.plot_similarity_matrices(PANELS, np.arange(24) % 2 * 2, CAPTION)
+    assert {"cat", "ship"} <= set(texts(figure))
     assert "dog" not in texts(figure)
     shown(plots.plot_similarity_matrices(PANELS, np.zeros(24, int), CAPTION))
 
@@ -244,11 +230,8 @@ def test_pictures_keep_their_shape_and_their_pixels():
     (ax,) = figure.findobj(matplotlib.axes.Axes)
     left, right, bottom, top = ax.images[0].get_extent()
     assert (right - left) / (bottom - top) == pytest.approx(8 / 4)
-    assert bottom == 1  # the words stand right below
     assert ax.get_aspect() == 1
     assert {image.get_interpolation() for image in ax.images} == {"nearest"}
-    lefts = [image.get_extent()[0] for image in ax.images]
-    assert lefts[0] < lefts[2] < lefts[3] < lefts[6] < lefts[7]
 
 
 ODD = ("$x^2$ & $y$", "_hidden", r"a\$b", "中文", "tab\tnew\nline", "100% {a} " + "long" * 20, "")
@@ -278,46 +261,18 @@ def test_odd_class_names_are_drawn_verbatim_everywhere():
             assert len(legend.get_texts()) in (1, len(ODD))
 
 
-@pytest.fixture
-def font_of(tmp_path):
-    """Installs a font that has exactly one character, a square."""
-
-    def install(character: str) -> str:
-        builder = FontBuilder(1000, isTTF=True)
-        pen = TTGlyphPen(None)
-        for point, draw in ((0, 0), pen.moveTo), ((0, 700), pen.lineTo), ((700, 700), pen.lineTo):
-            draw(point)
-        pen.closePath()
-        builder.setupGlyphOrder([".notdef", "square"])
-        builder.setupCharacterMap({ord(character): "square"})
-        builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "square": pen.glyph()})
-        builder.setupHorizontalMetrics({".notdef": (500, 0), "square": (800, 0)})
-        builder.setupHorizontalHeader(ascent=800, descent=-200)
-        builder.setupNameTable({"familyName": "One Square", "styleName": "Regular"})
-        builder.setupOS2()
-        builder.setupPost()
-        builder.save(tmp_path / "square.ttf")
-        fontManager.addfont(tmp_path / "square.ttf")
-        plots._font_of.cache_clear()
-        return "One Square"
-
-    yield install
-    fontManager.ttflist = [font for font in fontManager.ttflist if font.name != "One Square"]
-    plots._font_of.cache_clear()
-
-
-def test_characters_come_from_an_installed_font_or_are_replaced_and_counted(font_of):
-    rare = "\U0001f9ff"
-    assert plots.readable(f"{rare}x") == r"\U0001f9ffx"
-    assert "replace 2 characters" in plots.font_note(["cat", f"{rare}\t", rare])
-    family = font_of(rare)
-    assert plots.readable(f"{rare}x") == f"{rare}x"
-    assert plots.font_note(["cat", rare, ""]) is None
+def test_characters_come_from_an_installed_font_or_are_replaced_and_counted():
+    missing, elsewhere = "\U000e0100", "\u24b6"  # a circled A: in Matplotlib's STIX, not in DejaVu
+    assert plots.readable(f"{missing}x") == r"\U000e0100x"
+    assert "replace 2 characters" in plots.font_note(["cat", f"{missing}\t", missing])
+    assert plots.readable(elsewhere) == elsewhere
+    assert plots.font_note(["cat", elsewhere, ""]) is None
     estimates = {"local": [Estimate(0.5, 0.1, (0.3, 0.7))]}
-    figure = plots.plot_class_precision(estimates, [], called([rare]))
+    figure = plots.plot_class_precision(estimates, [], called([elsewhere]))
     shown(figure)  # Matplotlib warns of missing glyphs
-    label = next(t for t in figure.findobj(matplotlib.text.Text) if t.get_text() == rare)
-    assert label.get_fontfamily() == [plots.FONT, family]
+    label = next(t for t in figure.findobj(matplotlib.text.Text) if t.get_text() == elsewhere)
+    assert label.get_fontfamily()[0] == plots.FONT
+    assert len(label.get_fontfamily()) == 2
 
 
 def test_a_long_name_keeps_both_its_ends_and_names_cut_alike_are_numbered():
@@ -352,10 +307,11 @@ def test_every_figure_takes_one_model_and_few_images_and_leaves_the_style_alone(
     maps = make_maps(X, labels, 0)
     found = {"local": (np.array([[1, 2, 3]]), np.ones((1, 3)))}
     undefined = Estimate(np.nan, np.nan, (np.nan, np.nan))
+    flat = TsneProjection(np.zeros((24, 2)), float("nan"), 1.0, float("nan"))
     one = {"local": [Estimate(0.5, 0.1, (0.3, 0.7)), undefined, undefined]}
     for figure in (
         plots.plot_maps(maps.tsne, labels, CAPTION),
-        plots.plot_maps(maps.pca, labels, CAPTION),
+        plots.plot_maps({"local": flat}, LABELS, CAPTION),
         plots.plot_similarity_matrices(X, labels, CAPTION),
         plots.plot_variance_explained(maps.pca, CAPTION),
         plots.plot_class_precision(one, [], CAPTION),
@@ -369,13 +325,6 @@ def test_every_figure_takes_one_model_and_few_images_and_leaves_the_style_alone(
         assert "HF" not in words
         assert "nan" not in words
     assert dict(matplotlib.rcParams) == before
-
-
-def test_a_map_without_tsne_says_so():
-    flat = TsneProjection(np.zeros((24, 2)), float("nan"), 1.0, float("nan"))
-    figure = plots.plot_maps({"local": flat}, LABELS, CAPTION)
-    shown(figure)
-    assert any("no t-SNE" in text for text in texts(figure))
 
 
 PRECISIONS = {
@@ -421,23 +370,19 @@ def test_of_very_many_classes_those_that_differ_most_are_shown():
 
 
 def test_the_strip_has_models_with_intervals_above_references_without():
-    nan = float("nan")
-    rows = {"local": PRECISIONS["local"][0], "pixels": Estimate(0.3, nan, (nan, nan))}
-    figure = plots.plot_precision(rows, CAPTION)
-    (ax,) = figure.findobj(matplotlib.axes.Axes)
+    rows = {"local": PRECISIONS["local"][0], "pixels": Estimate(0.7285, np.nan, (np.nan, np.nan))}
+    (ax,) = plots.plot_precision(rows, CAPTION).findobj(matplotlib.axes.Axes)
     names = [text.get_text() for text in ax.get_yticklabels()]
     assert names == ["Local: small (target)", "Pixels"]
     assert spans(ax) == [(0.7, 0.9)]
-    assert [text.get_text() for text in ax.texts] == ["80.0", "30.0"]
+    assert [text.get_text() for text in ax.texts] == ["80.0", "72.9"]
 
 
 def test_a_png_is_the_same_whenever_it_is_written():
-    figures = [plots.plot_precision({"local": PRECISIONS["local"][0]}, CAPTION)] * 2
-    figures.append(plots.plot_precision({"local": PRECISIONS["local"][0]}, CAPTION))
-    files = [io.BytesIO() for _ in figures]
-    for figure, file in zip(figures, files, strict=True):
-        plots.save_png(figure, file)
-    assert len({file.getvalue() for file in files}) == 1
+    files = [io.BytesIO(), io.BytesIO()]
+    for file in files:
+        plots.save_png(plots.plot_precision({"local": PRECISIONS["local"][0]}, CAPTION), file)
+    assert files[0].getvalue() == files[1].getvalue()
 
 
 def test_figures_need_no_display_whatever_the_environment_says(tmp_path):

@@ -72,13 +72,8 @@ class Panel {
     this.base = section.querySelector(".base").getContext("2d");
     this.over = section.querySelector(".over").getContext("2d");
     // A fixed shuffle, so that no class lies on top of the others.
-    this.order = [...allRows];
-    let seed = 1;
-    for (let i = points - 1; i > 0; i--) {
-      seed = (seed * 48271) % 2147483647;
-      const j = seed % (i + 1);
-      [this.order[i], this.order[j]] = [this.order[j], this.order[i]];
-    }
+    const place = (row) => ((row + 1) * 48271) % 65521;
+    this.order = allRows.toSorted((a, b) => place(a) - place(b));
     this.resize();
     new ResizeObserver(() => this.resize()).observe(this.box);
   }
@@ -216,35 +211,27 @@ class Panel {
 
   drawNeighbors(g, row) {
     const [x, y] = this.place(row);
+    const outline = (shape, [u, v], radius, lineWidth) => {
+      sign(g, shape, u, v, radius);
+      g.lineWidth = lineWidth;
+      g.stroke();
+    };
     models.forEach((model, number) => {
       const near = model.neighbors[row].filter((id) => id < points).map((id) => this.place(id));
       Object.assign(g, { strokeStyle: color(model.key), lineWidth: model === this.model ? 1.4 : 0.8 });
       g.setLineDash(number ? [5, 4] : []);
       g.beginPath();
-      for (const [u, v] of near) {
+      for (const place of near) {
         g.moveTo(x, y);
-        g.lineTo(u, v);
+        g.lineTo(...place);
       }
       g.stroke();
       g.setLineDash([]);
-      g.lineWidth = 2.2;
-      for (const [u, v] of near) {
-        g.beginPath();
-        if (number) g.rect(u - 9, v - 9, 18, 18);
-        else g.arc(u, v, 7, 0, 7);
-        g.stroke();
-      }
+      for (const place of near) outline(number ? "s" : "o", place, number ? 10 : 7, 2.2);
     });
-    g.lineWidth = 3;
     g.strokeStyle = color("ink");
-    g.beginPath();
-    g.arc(x, y, 9, 0, 7);
-    g.stroke();
-    if (pointed >= 0) {
-      g.beginPath();
-      g.arc(...this.place(pointed), 15, 0, 7);
-      g.stroke();
-    }
+    outline("o", [x, y], 9, 3);
+    if (pointed >= 0) outline("o", this.place(pointed), 15, 3);
     if (x > 0 && y > 0 && x < this.width && y < this.height) this.drawPicture(g, row, x, y);
   }
 

@@ -3,17 +3,14 @@
 const PER_PAGE = 8;
 const RINGS = { local: "○", hf: "□" }; // as on the maps
 
-function make(tag, className = "", text = "") {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text) made.textContent = text;
+function make(tag, properties = {}, ...content) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...content);
   return made;
 }
 
-function makeButton(action, text = "", label = "") {
-  const button = make("button", "", text);
-  button.type = "button";
-  if (label) button.setAttribute("aria-label", label);
+function makeButton(action, properties, ...content) {
+  const button = make("button", { type: "button", ...properties }, ...content);
   button.addEventListener("click", action);
   return button;
 }
@@ -26,66 +23,55 @@ function refill(box, ...content) {
 }
 
 // An img and not a canvas: a browser gives every canvas a layer, which makes a page of many slow.
-function imageAt(address) {
-  const image = make("img");
-  Object.assign(image, { decoding: "sync", alt: "", src: address });
-  return image;
-}
-
+const imageAt = (src) => make("img", { decoding: "sync", alt: "", src });
 const imageOf = (id) => imageAt(tileOf(id).address);
+const pathOf = (id, tag) => (data.paths ? [make(tag, { className: "path" }, data.paths[id])] : []);
 
 function neighborTile(query, model, rank) {
   const id = model.neighbors[query][rank];
   const similarity = model.similarities[query][rank].toFixed(model.digits).replace("-", "−");
   const right = data.label[id] === data.label[query];
   const both = paired && models.every((other) => other.neighbors[query].includes(id));
-  const tile = makeButton(() => choose(id));
-  tile.className = right ? "tile" : "tile wrong";
-  tile.append(id < points ? imageOf(id) : make("div", "absent", "not on the map"));
-  tile.append(make("b", model.digits > 2 ? "long" : "", `${right ? "✓" : "✗"} ${similarity}`), make("span", "", `${both ? "◎ " : ""}${className(id)}`));
   const words = `, ${right ? "right class" : "wrong class"}, image ${data.index[id]}${both ? ", listed by both models" : ""}`;
-  tile.append(make("span", "unseen", words));
-  if (data.paths) tile.append(make("span", "path", data.paths[id]));
-  tile.title = [`image ${data.index[id]}: ${className(id)}`, data.paths?.[id]].filter(Boolean).join("\n");
-  tile.disabled = id >= points;
+  const title = [`image ${data.index[id]}: ${className(id)}`, data.paths?.[id]].filter(Boolean).join("\n");
+  const tile = makeButton(
+    () => choose(id),
+    { className: right ? "tile" : "tile wrong", title, disabled: id >= points },
+    id < points ? imageOf(id) : make("div", { className: "absent" }, "not on the map"),
+    make("b", { className: model.digits > 2 ? "long" : "" }, `${right ? "✓" : "✗"} ${similarity}`),
+    make("span", {}, `${both ? "◎ " : ""}${className(id)}`),
+    make("span", { className: "unseen" }, words),
+    ...pathOf(id, "span"),
+  );
   for (const type of ["pointerenter", "focus"]) tile.addEventListener(type, () => point(id));
   for (const type of ["pointerleave", "blur"]) tile.addEventListener(type, () => point(-1));
   return tile;
 }
 
 function queryRow(query) {
-  const row = make("article", "query");
-  row.setAttribute("aria-label", `Image ${data.index[query]}, ${className(query)}`);
-  const image = make("div", "image");
-  const words = make("div");
-  words.append(make("p", "", className(query)), make("p", "note", `image ${data.index[query]}`));
-  if (data.paths) words.append(make("p", "path", data.paths[query]));
+  const index = `image ${data.index[query]}`;
   const find = () => {
     choose(query);
     goTo(data.index[query]);
   };
-  words.append(makeButton(find, "Find on maps", `Find on maps: image ${data.index[query]}`));
-  image.append(imageOf(query), words);
-  row.append(image);
-  for (const model of models) {
-    const side = make("div", model.key);
-    const title = make("h3");
-    const ring = make("span", "ring", RINGS[model.key]);
-    ring.setAttribute("aria-hidden", "true");
-    title.append(ring, ` ${model.name} `, make("span", "", `precision@5: ${fraction(hits(model, query))}`));
-    const list = make("ol");
-      for (const rank of model.neighbors[query].keys()) {
-      const item = make("li");
-      item.append(neighborTile(query, model, rank));
-      list.append(item);
-    }
-    side.append(title, list);
-    row.append(side);
-  }
-  return row;
+  const words = make(
+    "div", {},
+    make("p", {}, className(query)),
+    make("p", { className: "note" }, index),
+    ...pathOf(query, "p"),
+    makeButton(find, { ariaLabel: `Find on maps: ${index}` }, "Find on maps"),
+  );
+  const sides = models.map((model) => {
+    const ring = make("span", { className: "ring", ariaHidden: "true" }, RINGS[model.key]);
+    const precision = make("span", {}, `precision@5: ${fraction(hits(model, query))}`);
+    const tiles = model.neighbors[query].map((_, rank) => make("li", {}, neighborTile(query, model, rank)));
+    return make("div", { className: model.key }, make("h3", {}, ring, ` ${model.name} `, precision), make("ol", {}, ...tiles));
+  });
+  const ariaLabel = `Image ${data.index[query]}, ${className(query)}`;
+  return make("article", { className: "query", ariaLabel }, make("div", { className: "image" }, imageOf(query), words), ...sides);
 }
 
-// Ties stand in the order of the images, so that a link shows the same page everywhere.
+// Ties are in the order of the images, so that a link shows the same page everywhere.
 function sortedRows() {
   const mutual = (row) => (data.mutual ? data.mutual[row] : 0);
   const cost = {
@@ -118,8 +104,8 @@ function showQueries() {
 function showChosen() {
   const row = active();
   const rings = models.map((model) => `${RINGS[model.key]} ${model.name}`).join(", ");
-  const empty = make("p", "empty", `Point at an image on a map, or go to one by arrow keys: here and on the maps its nearest neighbors are shown (${rings}).`);
-  refill(byId("chosen"), row >= 0 ? queryRow(row) : empty);
+  const help = `Point at an image on a map, or go to one by arrow keys, to see its nearest neighbors here and on the maps (${rings}).`;
+  refill(byId("chosen"), row >= 0 ? queryRow(row) : make("p", { className: "empty" }, help));
 }
 
 // Goes to an image on the maps, or says that it is not there.

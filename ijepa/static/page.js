@@ -59,24 +59,18 @@ function select(rows) {
 // ---- words about what is shown
 
 function signImage(kind) {
-  const canvas = make("canvas");
-  canvas.width = canvas.height = 28;
+  const canvas = make("canvas", { width: 28, height: 28 });
   drawSign(canvas.getContext("2d"), kind, 14, 14, 9);
   return imageAt(canvas.toDataURL());
 }
 
 function showLegend() {
-  const parts = [];
-  if (state.color !== "class") {
-    const [top, words] = state.color === "hits" ? [5, "Of five neighbors, right:"] : [10, "Of ten neighbors, shared:"];
-    parts.push(make("span", "", words));
-    for (let value = 0; value <= top; value += top / 5) {
-      const part = make("span", "", `${value}`);
-      part.prepend(signImage([level(value / top), onScale(value / top)]));
-      parts.push(part);
-    }
-  }
-  byId("legend").replaceChildren(...parts);
+  const [top, words] = state.color === "hits" ? [5, "Of five neighbors, right:"] : [10, "Of ten neighbors, shared:"];
+  const steps = [0, 1, 2, 3, 4, 5].map((step) => {
+    const sign = signImage([level(step / 5), onScale(step / 5)]);
+    return make("span", {}, sign, `${(step * top) / 5}`);
+  });
+  byId("legend").replaceChildren(...(state.color === "class" ? [] : [make("span", {}, words), ...steps]));
 }
 
 // Halves round up, as in the report, whatever the last bit of a mean says.
@@ -95,24 +89,24 @@ function showStatus() {
   showSelection();
 }
 
+function countBy(rows, key) {
+  const counts = new Map();
+  for (const row of rows) counts.set(key(row), (counts.get(key(row)) ?? 0) + 1);
+  return counts;
+}
+
 function showSelection() {
   const box = byId("selection");
   box.hidden = !state.selected;
   if (!state.selected) return;
   const rows = [...state.selected].filter(visible);
-  const counts = new Map();
-  for (const row of rows) counts.set(className(row), (counts.get(className(row)) ?? 0) + 1);
-  const common = [...counts].sort((a, b) => b[1] - a[1]).slice(0, 6).map(([name, count]) => `${name} ${count}`);
-  const clear = makeButton(() => select(null), "Clear selection");
-  clear.id = "clear";
-  const thumbs = make("div", "thumbs");
-  for (const row of rows.slice(0, 40)) {
-    const button = makeButton(() => choose(row), "", `Image ${data.index[row]}, ${className(row)}`);
-    button.append(imageOf(row));
-    thumbs.append(button);
-  }
+  const common = [...countBy(rows, className)].sort((a, b) => b[1] - a[1]).slice(0, 6).map((pair) => pair.join(" "));
+  const thumbs = rows.slice(0, 40).map((row) =>
+    makeButton(() => choose(row), { ariaLabel: `Image ${data.index[row]}, ${className(row)}` }, imageOf(row)));
   const more = rows.length > 40 ? " The first 40 are below." : "";
-  refill(box, make("p", "", `${rows.length} selected (${common.join(", ")}). Precision@5: ${means(rows)}.${more}`), thumbs, clear);
+  const words = `${rows.length} selected (${common.join(", ")}). Precision@5: ${means(rows)}.${more}`;
+  const clear = makeButton(() => select(null), { id: "clear" }, "Clear selection");
+  refill(box, make("p", {}, words), make("div", { className: "thumbs" }, ...thumbs), clear);
 }
 
 function say(row) {
@@ -123,24 +117,21 @@ function say(row) {
 // ---- controls
 
 function setUpChips() {
-  const counts = new Map();
-  for (const row of allRows) counts.set(data.label[row], (counts.get(data.label[row]) ?? 0) + 1);
   const chip = (text, count, label) => {
-    const button = makeButton(() => {
+    const toggle = () => {
       if (label === undefined) state.classes.clear();
       else if (!state.classes.delete(label)) state.classes.add(label);
       state.page = 0;
       update();
-    });
-    if (label !== undefined) {
-      button.dataset.label = label;
-      button.append(signImage([data.markers[label], data.colors[label]]));
-    }
-    button.append(make("span", "", `${text} `), make("span", "count", count));
+    };
+    const sign = label === undefined ? [] : [signImage([data.markers[label], data.colors[label]])];
+    const number = make("span", { className: "count" }, count);
+    const button = makeButton(toggle, {}, ...sign, make("span", {}, `${text} `), number);
+    if (label !== undefined) button.dataset.label = label;
     return button;
   };
-  const labels = [...counts.keys()].sort((a, b) => a - b);
-  refill(byId("chips"), chip("All classes", points), ...labels.map((label) => chip(data.classes[label], counts.get(label), label)));
+  const counts = [...countBy(allRows, (row) => data.label[row])].sort((a, b) => a[0] - b[0]);
+  refill(byId("chips"), chip("All classes", points), ...counts.map(([label, count]) => chip(data.classes[label], count, label)));
 }
 
 function setUpControls() {
@@ -185,11 +176,9 @@ function view(what, which) {
 }
 
 function download() {
-  const link = make("a");
-  link.href = URL.createObjectURL(new Blob([byId("metrics").textContent], { type: "application/json" }));
-  link.download = "metrics.json";
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  const href = URL.createObjectURL(new Blob([byId("metrics").textContent], { type: "application/json" }));
+  make("a", { href, download: "metrics.json" }).click();
+  setTimeout(() => URL.revokeObjectURL(href), 10000);
 }
 
 // ---- pointer and keys on a map
