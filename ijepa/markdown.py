@@ -182,31 +182,45 @@ def caveats(
         for metric in HEADLINES[:-1]
         if math.isnan(values[metric].value)
     ]
-    rules = {
-        "Both sides hold the same weights.": same,
-        "This run compares the two encoders of one training; neither is a ViT-Huge.": one_training
-        and not same,
-        f"The two sides differ in dtype: {listed(dtypes)}.": len(dtypes) > 1,
-        "The checkpoint may have been trained on these images (train split): "
-        "the intervals do not hold for new images.": data.get("split") == "train",
-        f"{copies['images']:,} images have an exact copy in the sample, "
-        f"{copies['with_two_labels']:,} a copy with another label; copies are neighbors.": copies[
-            "images"
-        ],
-        f"The intervals cover images, not training: {seeds}.": True,
-        f"Precision@k and kNN accuracy depend on the number of images, here {n:,}.": True,
-        "Explained variance and effective rank depend on n and on the embedding's width; "
-        "they describe a shape, not quality.": True,
-        undefined: undefined,
-        f"Undefined for this sample: {listed(missing)}.": missing,
-        f"In {single} classes with one image, precision and silhouette are undefined.": single
-        and not undefined,
-        NO_INTERVALS: not comparison.num_halves,
-        f"{small} classes have fewer than {MIN_IMAGES_PER_CLASS} images and are kept whole in the "
-        "half-samples: intervals leave out their own spread.": small,
-    }
+    rules = [
+        (same, "Both sides hold the same weights."),
+        (
+            one_training and not same,
+            "This run compares the two encoders of one training; neither is a ViT-Huge.",
+        ),
+        (len(dtypes) > 1, f"The two sides differ in dtype: {listed(dtypes)}."),
+        (
+            data["split"] == "train",
+            "The checkpoint may have been trained on these images (train split): "
+            "the intervals do not hold for new images.",
+        ),
+        (
+            copies["images"],
+            f"{copies['images']:,} images have an exact copy in the sample, "
+            f"{copies['with_two_labels']:,} a copy with another label; copies are neighbors.",
+        ),
+        (True, f"The intervals cover images, not training: {seeds}."),
+        (True, f"Precision@k and kNN accuracy depend on the number of images, here {n:,}."),
+        (
+            True,
+            "Explained variance and effective rank depend on n and on the embedding's width; "
+            "they describe a shape, not quality.",
+        ),
+        (undefined, undefined),
+        (missing, f"Undefined for this sample: {listed(missing)}."),
+        (
+            single and not undefined,
+            f"In {single} classes with one image, precision and silhouette are undefined.",
+        ),
+        (not comparison.num_halves, NO_INTERVALS),
+        (
+            small and comparison.num_halves,
+            f"{small} classes have fewer than {MIN_IMAGES_PER_CLASS} images and are kept whole in "
+            "the half-samples: intervals leave out their own spread.",
+        ),
+    ]
     found = [note for model in models.values() for note in model.get("notes", ())]
-    found += [*notes, *(sentence for sentence, holds in rules.items() if holds)]
+    found += [*notes, *(sentence for holds, sentence in rules if holds)]
     for role in comparison.analyses:
         found += model_caveats(comparison, role, models.get(role, {}))
     if maps is not None and len(maps.rows) < n:
@@ -235,12 +249,23 @@ def model_caveats(comparison: Comparison, role: str, model: Mapping[str, Any]) -
     baseline = max((values[P5] for values in comparison.references.values()), default=-1.0)
     epochs, planned = model.get("epochs"), model.get("planned_epochs")
     no_interval = math.isfinite(rank.value) and not math.isfinite(rank.se)
-    rules = {
-        f"{capital(name)} had {epochs} of {planned} planned epochs.": planned not in (None, epochs),
-        f"The effective rank of {name} is above n / 2, which bounds it: no interval.": no_interval
-        and comparison.num_halves,
-        f"All embeddings of {name} are the same: the model has collapsed.": math.isnan(rank.value),
-        f"{capital(name)} looks collapsed: few dimensions, and retrieval no better than that of "
-        "pixels or random weights.": rank.value < few and precision < 1 and precision <= baseline,
-    }
-    return [sentence for sentence, holds in rules.items() if holds]
+    rules = [
+        (
+            planned not in (None, epochs),
+            f"{capital(name)} had {epochs} of {planned} planned epochs.",
+        ),
+        (
+            no_interval and comparison.num_halves,
+            f"The effective rank of {name} is above n / 2, which bounds it: no interval.",
+        ),
+        (
+            math.isnan(rank.value),
+            f"All embeddings of {name} are the same: the model has collapsed.",
+        ),
+        (
+            rank.value < few and precision < 1 and precision <= baseline,
+            f"{capital(name)} looks collapsed: few dimensions, and retrieval no better than that "
+            "of pixels or random weights.",
+        ),
+    ]
+    return [sentence for holds, sentence in rules if holds]

@@ -72,21 +72,20 @@ def models_ruling(comparison: Comparison, metric: str, numbers: bool = True) -> 
     return ruling(metric, difference, ("hf", "local"), count(comparison), numbers)
 
 
-def references_ruling(comparison: Comparison, numbers: bool = True) -> str:
+def reference_rulings(comparison: Comparison, numbers: bool = True) -> list[str]:
     """The rulings on the local model's retrieval and that of each reference."""
     n, gains = count(comparison), comparison.gains.items()
-    return paragraph(*(ruling(P5, gain, ("local", name), n, numbers) for name, gain in gains))
+    return [ruling(P5, gain, ("local", name), n, numbers) for name, gain in gains]
 
 
-def probe_ruling(probe: Any, numbers: bool = True) -> str:
+def probe_rulings(probe: Any, numbers: bool = True) -> list[str]:
     """The rulings on HF - local in the probe's accuracies; empty for one model or no probe."""
     changes = probe.differences if probe else {}
-    rulings = (
+    return [
         ruling(m, changes[m]["estimate"], ("hf", "local"), probe.query_images, numbers)
         for m in ("linear", "knn")
         if m in changes
-    )
-    return paragraph(*rulings)
+    ]
 
 
 def paragraph(*sentences: str) -> str:
@@ -147,7 +146,7 @@ def retrieval_finding(comparison: Comparison) -> str:
         )
         tested = f" (McNemar p = {p_value(comparison.differences['precision_at_1']['mcnemar_p'])})"
     first = f"The first neighbor has the image's class: {by_model(comparison, 'precision_at_1')}"
-    return paragraph(references_ruling(comparison), per_image, f"{first}{tested}.")
+    return paragraph(*reference_rulings(comparison), per_image, f"{first}{tested}.")
 
 
 def efficiency_finding(comparison: Comparison) -> str:
@@ -329,7 +328,7 @@ def probe_finding(probe: Any) -> str:
         return ""
     given = "and other banks of this size" if probe.bank_in_intervals else "given this bank"
     bank = f"The bank has {probe.bank_images:,} labeled images."
-    return paragraph(probe_ruling(probe), bank, f"Intervals hold for new images {given}.")
+    return paragraph(*probe_rulings(probe), bank, f"Intervals hold for new images {given}.")
 
 
 def findings(comparison: Comparison, classes: Sequence[str], probe: Any = None) -> dict[str, str]:
@@ -352,9 +351,9 @@ def conclusions(comparison: Comparison, probe: Any = None) -> list[str]:
     """The verdicts without their numbers."""
     found = [
         undefined(comparison) or models_ruling(comparison, P5, numbers=False),
-        references_ruling(comparison, numbers=False),
-        probe_ruling(probe, numbers=False),
+        *reference_rulings(comparison, numbers=False),
+        *probe_rulings(probe, numbers=False),
         models_ruling(comparison, "silhouette", numbers=False),
         agreement_ruling(comparison) if comparison.agreement else "",
     ]
-    return [sentences for sentences in found if sentences]
+    return [sentence for sentence in found if sentence]

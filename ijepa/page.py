@@ -27,13 +27,7 @@ from ijepa.comparison import Comparison
 from ijepa.data import Split
 from ijepa.formats import P5, capital, interval, label, number
 from ijepa.projections import Maps, class_similarity
-from ijepa.tables import (
-    INTERVALS,
-    NO_INTERVALS,
-    Rows,
-    finding_tables,
-    headline_table,
-)
+from ijepa.tables import INTERVALS, NO_INTERVALS, Rows, finding_tables, headline_table
 from ijepa.uncertainty import MUTUAL_K, Estimate
 
 DARK = {plots.INK: "#e9e6df", plots.SOFT: "#aaa59b", plots.RULE: "#3a3f47"}

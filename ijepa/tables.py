@@ -8,17 +8,7 @@ import numpy as np
 
 from ijepa.agreement import ratio
 from ijepa.comparison import HEADLINES, Comparison, neighbor_confusion
-from ijepa.formats import (
-    MISSING,
-    P5,
-    capital,
-    gap,
-    in_points,
-    interval,
-    label,
-    number,
-    p_value,
-)
+from ijepa.formats import MISSING, P5, capital, gap, in_points, interval, label, number, p_value
 from ijepa.uncertainty import KNN_K
 
 ROWS = {

@@ -396,7 +396,7 @@ def report(
     from ijepa.narrative import conclusions
     from ijepa.probe import probe as measure_probe
     from ijepa.projections import make_maps
-    from ijepa.report import summary_json, write_report
+    from ijepa.report import complete, summary_json, write_report
     from ijepa.tables import headline_table
 
     split, loaded, seed = inputs.split, inputs.loaded, args.seed
@@ -419,7 +419,7 @@ def report(
     with stages("project", "making the maps"):
         maps = make_maps(models, split.labels, seed, cache and cache / "maps")
     with stages("write", "drawing and writing the report"):
-        facts = describe_run(args, stages, inputs, device)
+        facts = complete(found, split, describe_run(args, stages, inputs, device))
         notes = caveats(found, facts, maps, inputs.notes, both_bundled(loaded))
         written = write_report(args.output_dir, found, split, facts, notes, maps, probe)
     if args.json:

@@ -46,14 +46,10 @@ class Page(HTMLParser):
         return next(e for e in self.elements if e["attrs"].get("id") == name)
 
     def visible_text(self):
-        hidden = ("script", "style")
-        own = [e for e in self.elements if e["tag"] not in hidden and e["tag"] != "html"]
-        words = [e["text"] for e in own if not any(o["tag"] == "html" for o in e["within"][1:])]
-        attributes = [v or "" for e in own for v in e["attrs"].values()]
-        body = next(e for e in self.elements if e["tag"] == "body")["text"]
+        body = self.all("body")[0]["text"]
         for script in self.all("script"):
             body = body.replace(script["text"], "")
-        return "\n".join([body, *attributes, *(w for w in words if len(w) < 200)])
+        return "\n".join([body, *(v or "" for e in self.elements for v in e["attrs"].values())])
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,9 @@ function tileOf(id) {
   return tiles.get(id);
 }
 
-function drawImage(g, id, x, y, side) {
+function drawImage(g, id, x, y, side, frame) {
+  g.fillStyle = frame;
+  g.fillRect(x - 2, y - 2, side + 4, side + 4);
   g.imageSmoothingEnabled = side < data.sprite.tile;
   g.drawImage(tileOf(id).canvas, x, y, side, side);
 }
@@ -158,11 +160,9 @@ class Panel {
   }
 
   drawImages(shown, kinds, kindOf) {
+    const half = 13 * this.unit;
     for (const [row, x, y] of shown) {
-      const half = 13 * this.unit;
-      this.base.fillStyle = kinds[kindOf(row)][1];
-      this.base.fillRect(x - half - 2, y - half - 2, 2 * half + 4, 2 * half + 4);
-      drawImage(this.base, row, x - half, y - half, 2 * half);
+      drawImage(this.base, row, x - half, y - half, 2 * half, kinds[kindOf(row)][1]);
       drawSign(this.base, kinds[kindOf(row)], x + half, y + half, half / 3);
     }
   }
@@ -240,9 +240,7 @@ class Panel {
     const side = 48 * this.unit;
     const left = x < this.width / 2 ? x + 14 : x - side - 14;
     const top = Math.min(Math.max(y - side / 2, 3), this.height - side - 3);
-    g.fillStyle = color("ink");
-    g.fillRect(left - 2, top - 2, side + 4, side + 4);
-    drawImage(g, row, left, top, side);
+    drawImage(g, row, left, top, side, color("ink"));
   }
 
   // The shown image of the least cost, which is a function of its place; -1 if none is below the limit.
