@@ -20,6 +20,7 @@ from ijepa.tables import (
     Rows,
     finding_tables,
     headline_table,
+    model_facts,
     short_names,
 )
 from ijepa.uncertainty import MIN_IMAGES_PER_CLASS
@@ -51,13 +52,17 @@ def markdown(
     `facts` are `dataset`, `models`, `run` and `settings` as in metrics.json, `files` the names of
     the written files.
     """
-    names, data = short_names(comparison), facts["dataset"]
+    names, data, described = short_names(comparison), facts["dataset"], []
+    for role, model in facts["models"].items():
+        title = ": ".join(filter(None, (capital(label(role)), names.get(role))))
+        known = "; ".join(f"{name.lower()} {value}" for name, value in model_facts(model).items())
+        described.append(f"- **{literal(title)}**: {literal(known)}")
     written = [f"- `{name}`: {what}" for name, what in FILES.items() if fnmatch.filter(files, name)]
     sections = {
         "Overview": [
             f"{data['n']:,} images of {literal(data['name'])} ({data['split']} split), "
             f"{len(data['classes'])} classes, embedded by:",
-            "\n".join(f"- {describe(r, names.get(r), m)}" for r, m in facts["models"].items()),
+            "\n".join(described),
             protocol(comparison, facts),
         ],
         "Quantitative Results": [
@@ -90,24 +95,6 @@ def key_findings(comparison: Comparison, classes: Sequence[str], probe: Any) -> 
             number = sum(part.startswith("###") for part in parts) + 1
             parts += [f"### {number}. {title}", *filter(None, [sentences]), *below]
     return parts
-
-
-def describe(role: str, name: str | None, model: Mapping[str, Any]) -> str:
-    """One model in a line: what it is, and what it was trained with."""
-    epochs, planned = model.get("epochs"), model.get("planned_epochs")
-    of_planned = f" of {planned} planned" if planned not in (None, epochs) else ""
-    losses = model.get("losses") or ("losses that are not recorded" if role == "local" else None)
-    facts = {
-        "{:,} dimensions": model["embedding_dim"],
-        "{:.1f} million parameters": (model.get("parameters") or 0) / 1e6,
-        "input {} px": model.get("input_size"),
-        "{} encoder": model.get("weights"),
-        "trained for {} epochs" + of_planned: epochs,
-        "trained with {}": losses and literal(losses),
-    }
-    title = capital(label(role)) + (f": {literal(name)}" if name else "")
-    known = [words.format(value) for words, value in facts.items() if value]
-    return ", ".join([f"**{title}**", literal(str(model["source"])), *known])
 
 
 def protocol(comparison: Comparison, facts: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ from ijepa.comparison import Comparison
 from ijepa.data import Split
 from ijepa.formats import P5, capital, interval, label, number
 from ijepa.projections import Maps, class_similarity
-from ijepa.tables import INTERVALS, NO_INTERVALS, Rows, finding_tables, headline_table
+from ijepa.tables import INTERVALS, NO_INTERVALS, Rows, finding_tables, headline_table, model_facts
 from ijepa.uncertainty import MUTUAL_K, Estimate
 
 DARK = {plots.INK: "#e9e6df", plots.SOFT: "#aaa59b", plots.RULE: "#3a3f47"}
@@ -91,6 +91,7 @@ def page(  # noqa: PLR0913
         answer=narrative.answer(comparison),
         findings=narrative.findings(comparison, split.classes, probe),
         headlines=headline_table(comparison),
+        model_facts=model_facts,
         tables=finding_tables(comparison, split.classes, probe),
         brackets=INTERVALS if comparison.num_halves else NO_INTERVALS,
         precisions={name: interval(P5, found) for name, found in precisions.items()},

@@ -1,7 +1,7 @@
 """Tables of the report and the page, as rows of cells with the header first."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,23 @@ def short_names(comparison: Comparison) -> dict[str, str]:
     if len(set(names.values())) < len(names):
         return {role: f"{name} ({capital(label(role))})" for role, name in names.items()}
     return dict(names)
+
+
+def model_facts(model: Mapping[str, Any]) -> dict[str, str]:
+    """What is known of a model: what it is, and what it was trained with."""
+    epochs, planned = model.get("epochs"), model.get("planned_epochs")
+    facts = {
+        "Source": model["source"],
+        "Encoder": model.get("weights"),
+        "Training": model.get("losses") or "not recorded",
+        "Epochs": f"{epochs} of {planned} planned" if planned not in (None, epochs) else epochs,
+        "Dimensions": f"{model['embedding_dim']:,}",
+        "Parameters": model.get("parameters") and f"{model['parameters'] / 1e6:.1f} million",
+        "Input": model.get("input_size") and f"{model['input_size']} px, {model['dtype']}",
+        "Revision": model.get("revision"),
+        "SHA-256": (model.get("sha256") or "")[:16],
+    }
+    return {name: str(value) for name, value in facts.items() if value}
 
 
 def headline_table(comparison: Comparison) -> Rows:

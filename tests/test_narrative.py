@@ -478,8 +478,8 @@ def test_the_overview_says_what_was_trained_and_the_protocol_what_was_done(pair)
     known = {"losses": losses, "parameters": 2_700_000, "epochs": 3, "planned_epochs": 9}
     text = report(pair, local=known | {"pooling": "mean over patch tokens"}).split("## Quant")[0]
     assert losses in text
-    assert "2.7 million parameters" in text
-    assert "3 epochs of 9 planned" in text
+    assert "2.7 million" in text
+    assert "3 of 9 planned" in text
     assert "not recorded" in report(pair).split("*Protocol.*")[0]
     protocol = text.split("*Protocol.*")[1]
     for said in ("mean over patch tokens", "cosine", "25 images of each of 2", "seed 0", "scipy"):
