@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ijepa.data import Split
+from ijepa.devices import keep_freed_memory
 from ijepa.distributed import num_processes, process_rank, wait_for_all
 from ijepa.encoders import FrozenEncoder
 from ijepa.errors import UserError
@@ -148,6 +149,7 @@ def extract(
         UnreadableImages: If images could not be decoded, all together, after everything else.
         UserError: If the cache cannot be written, memory runs out, or another process ended.
     """
+    keep_freed_memory()
     keys = split.image_keys()
     rows_of: dict[bytes, int] = {}
     distinct = np.array([rows_of.setdefault(key, len(rows_of)) for key in keys], np.int64)
