@@ -24,8 +24,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ijepa import encoders, report  # noqa: F401  what every run imports, once for all
-from ijepa.checkpoint import load_checkpoint, save_checkpoint
-from ijepa.huggingface import export_huggingface
+from ijepa.checkpoint import export_huggingface, load_checkpoint, save_checkpoint
 from ijepa.model import VisionTransformer, ViTConfig
 
 COMPARE, TRAIN = compare_embeddings.main, train_ijepa.main

@@ -5,10 +5,10 @@ provenance travel with the weights. Files are read with ``weights_only=True`` or
 none can run code. What a file does not record is assumed, and `notes` says so.
 """
 
+import json
 import pickle
 import re
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import isfinite, isqrt
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ijepa.errors import UserError
-from ijepa.files import write_atomically
-from ijepa.model import VisionTransformer, ViTConfig
+from ijepa.files import DAMAGED, check_archive, write_atomically, write_text
+from ijepa.model import LAYER_NORM_EPS, VisionTransformer, ViTConfig
 
 FORMAT = "ijepa-compare/1"
 WEIGHTS = ("target", "context")
@@ -32,11 +32,20 @@ PATCHES = "patch_embed.proj.weight"
 # Words in front of a tensor's name that say which encoder it belongs to.
 KINDS = dict.fromkeys(("context", "context_encoder", "student", "online", "encoder"), "context")
 KINDS |= dict.fromkeys(("target", "target_encoder", "teacher", "ema", "model_ema"), "target")
-# What torch.load and zipfile were seen to raise on damaged, cut and invented files.
-DAMAGED = (
-    *(RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError),
-    *(pickle.UnpicklingError, AssertionError, ArithmeticError, MemoryError),
-    *(zipfile.BadZipFile, zlib.error),
+# What torch.load was seen to raise on such files, besides.
+NOT_LOADED = (TypeError, AttributeError, AssertionError, ArithmeticError, MemoryError)
+NOT_LOADED += (pickle.UnpicklingError,)
+# The names that released files have; transformers of every version reads these.
+HUGGINGFACE_NAMES = (
+    (r"^patch_embed\.proj", "embeddings.patch_embeddings.projection"),
+    (r"^pos_embed", "embeddings.position_embeddings"),
+    (r"^blocks\.", "encoder.layer."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+    (r"^norm\.", "layernorm."),
 )
 EXPECTED = (
     "readable are files of scripts/train_ijepa.py, .pth.tar files of the I-JEPA authors, any file "
@@ -124,12 +133,9 @@ def read_torch_file(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        # A flipped bit would otherwise load as another weight.
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
+        check_archive(path)  # a flipped bit would load as another weight
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (*DAMAGED, safetensors.SafetensorError) as error:
+    except (*DAMAGED, *NOT_LOADED, safetensors.SafetensorError) as error:
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise UserError(
                 f"{path} contains code or objects ({code[1]}) and was not loaded",
@@ -289,3 +295,62 @@ def check_weights(checkpoint: Checkpoint) -> None:
             raise ValueError(f"{name!r} has shape {tuple(value.shape)}, expected {tuple(shape)}")
         if not value.float().isfinite().all():
             raise ValueError(f"{name!r} has NaN or infinite values")
+
+
+def export_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write a directory that ``IJepaModel.from_pretrained`` and ``AutoImageProcessor`` load.
+
+    Weights keep the precision they are stored in; the configuration asks for float32 arithmetic.
+    """
+    import safetensors.torch
+
+    config = checkpoint.config
+    described = {
+        "architectures": ["IJepaModel"],
+        "model_type": "ijepa",
+        "dtype": "float32",
+        "hidden_size": config.embed_dim,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": int(config.embed_dim * config.mlp_ratio),
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "num_channels": 3,
+        "qkv_bias": True,
+        "hidden_act": "gelu",
+        "layer_norm_eps": LAYER_NORM_EPS,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": config.image_size, "width": config.image_size},
+        "resample": 2,  # Pillow's number for bilinear
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(checkpoint.mean),
+        "image_std": list(checkpoint.std),
+    }
+    weights = safetensors.torch.save(
+        to_huggingface(checkpoint.state_dict), metadata={"format": "pt"}
+    )
+    write_atomically(folder / "model.safetensors", lambda file: file.write(weights))
+    write_text(folder / "config.json", json.dumps(described, indent=2) + "\n")
+    write_text(folder / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
+
+
+def to_huggingface(state_dict: StateDict) -> StateDict:
+    """Rename the encoder's tensors to those of transformers' IJepaModel; q, k and v are split."""
+    renamed: StateDict = {}
+    for name, value in state_dict.items():
+        for ours, theirs in HUGGINGFACE_NAMES:
+            name = re.sub(ours, theirs, name)
+        if ".attn.qkv." in name:
+            for part, piece in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                # Copies, because safetensors refuses tensors that share memory.
+                renamed[name.replace("attn.qkv", f"attention.attention.{part}")] = piece.clone()
+        else:
+            renamed[name] = value.contiguous()
+    return renamed

@@ -206,19 +206,28 @@ def load_folder(folder: Path, split: str) -> Split:
             classes[path] = find_images(path, left_out, (root.resolve(),))
         else:
             left_out["files outside the class folders"][path.suffix.lower()] += 1
-    layout = {path.name.lower() for path in classes} <= LAYOUT_NAMES
-    empty = [path for path, files in classes.items() if not files]
-    for path in empty:
+    for path in [path for path, files in classes.items() if not files]:
         left_out["empty class folders"][path.name] += 1
         del classes[path]
-    if len(classes) < 2 or layout:
-        names = [path.name for path in classes][:3]
-        raise UserError(
-            f"{str(root)!r} has {len(classes)} class folders with images {names}, need 2",
-            hint="expected FOLDER/CLASS/IMAGE, not folders of other classes or of images and "
-            f"labels; {''.join(left_out_note(left_out)) or 'every file was used'}",
-        )
+    if len(classes) < 2 or {path.name.lower() for path in classes} <= LAYOUT_NAMES:
+        raise no_classes(root, list(classes), left_out)
     return folder_split(folder, "all" if root == folder else split, classes, left_out)
+
+
+def no_classes(root: Path, classes: Sequence[Path], left_out: LeftOut) -> UserError:
+    """The error for a folder that has fewer than two classes, with what would make it usable."""
+    names = [path.name for path in classes]
+    loose = left_out.get("files outside the class folders", Counter())
+    loose_images = sum(loose[suffix] for suffix in image_suffixes())
+    problem = f"{str(root)!r} has {len(names)} class folders with images {names[:3]}, need 2"
+    hint = "sort the images into one folder per class, as FOLDER/CLASS/IMAGE"
+    if len(classes) == 1 and len(inner := listing(classes[0])[0]) > 1:
+        hint = f"if {inner[0].name!r} and {inner[1].name!r} are classes, give {str(classes[0])!r}"
+    elif {name.lower() for name in names} & LAYOUT_NAMES:
+        hint = f"folders of images and labels are not read; {hint}"
+    elif loose_images:
+        hint = f"{loose_images} images lie outside of class folders; {hint}"
+    return UserError(problem, hint="; ".join([hint, *left_out_note(left_out)]))
 
 
 def load_unlabeled(folder: Path) -> Split:
@@ -276,7 +285,7 @@ def choose_split(folder: Path, split: str, left_out: LeftOut) -> Path:
         names = ", ".join(path.name for path in folders)
         raise UserError(
             f"{str(folder)!r} has {len(chosen)} folders for the split {split!r}; it has {names}",
-            hint="choose one of its splits with --split train, val or test",
+            hint="choose with --split train, val or test one that it has",
         )
     for path in entries(folder, left_out):
         if not path.is_dir():

@@ -4,8 +4,6 @@ import os
 import secrets
 import tempfile
 import time
-import zipfile
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,10 +20,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ijepa.data import Split
+from ijepa.devices import keep_freed_memory
 from ijepa.distributed import num_processes, process_rank, wait_for_all
 from ijepa.encoders import FrozenEncoder
 from ijepa.errors import UserError
-from ijepa.files import write_atomically
+from ijepa.files import read_arrays, write_atomically
 
 CHUNK = 128
 """Images per cache file: so many are lost by an interruption at most, on a GPU a batch more."""
@@ -33,11 +32,6 @@ BATCH_VALUES = 2**29
 """Bytes of decoded images at which a batch is closed: 0.5 GB."""
 GPU_THREADS = 2
 """Threads that prepare batches for a GPU; a single one is slower than an H200 with a ViT-H."""
-# What zipfile and NumPy raise on damaged archives.
-BAD_ARCHIVES = (
-    *(OSError, EOFError, ValueError, LookupError, SyntaxError, RuntimeError),
-    *(zipfile.BadZipFile, zlib.error),
-)
 Item = TypeVar("Item")
 Progress = Callable[..., AbstractContextManager[Any]]
 """Makes a progress bar like `tqdm(total=..., desc=...)`."""
@@ -155,6 +149,7 @@ def extract(
         UnreadableImages: If images could not be decoded, all together, after everything else.
         UserError: If the cache cannot be written, memory runs out, or another process ended.
     """
+    keep_freed_memory()
     keys = split.image_keys()
     rows_of: dict[bytes, int] = {}
     distinct = np.array([rows_of.setdefault(key, len(rows_of)) for key in keys], np.int64)
@@ -297,14 +292,11 @@ def one_behind(items: Iterator[Item]) -> Iterator[Item]:
 def read_chunk(file: Path, width: int) -> tuple[list[bytes], Float[np.ndarray, "b d"]] | None:
     """Keys and embeddings of a file of the cache; None if it is damaged."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            if archive.testzip():  # before NumPy believes any number in it
-                return None
-        with np.load(file, allow_pickle=False) as arrays:
-            keys, values = arrays["keys"], arrays["embeddings"]
+        arrays = read_arrays(file, "keys", "embeddings")
+        keys, values = arrays["keys"], arrays["embeddings"]
     except FileNotFoundError:  # another run has removed it
         return [], np.zeros((0, width), np.float32)
-    except BAD_ARCHIVES:
+    except (ValueError, KeyError):
         return None
     shapes = keys.dtype == np.uint8 and keys.shape == (len(values), 16)
     if not shapes or values.dtype != np.float32 or values.shape != (len(keys), width):

@@ -7,8 +7,6 @@ the wrong ones, and `description` records them. `load_encoder` takes any source 
 import hashlib
 import json
 import os
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +24,7 @@ from ijepa import huggingface
 from ijepa.checkpoint import load_checkpoint
 from ijepa.devices import choose_dtype, memory_errors
 from ijepa.errors import UserError
-from ijepa.files import sha256, write_text
+from ijepa.files import read_arrays, sha256, write_text
 from ijepa.model import VisionTransformer, ViTConfig
 
 Images = Sequence[Tensor]
@@ -231,13 +229,12 @@ def short_name(path: Path) -> str:
 def load_embeddings(path: Path, role: str) -> PrecomputedEmbeddings:
     """Read an `.npz` with `embeddings` and, for their images, `keys` or `indices`."""
     try:
-        with path.open("rb") as stream:
-            file = np.load(stream, allow_pickle=False)
-            values, by_key = file["embeddings"], "keys" in file
-            names = file["keys" if by_key else "indices"]
+        file = read_arrays(path, "embeddings", "keys", "indices")
+        values, by_key = file["embeddings"], "keys" in file
+        names = file["keys" if by_key else "indices"]
         if values.ndim != 2 or values.dtype.kind != "f" or len(names) != len(values):
             raise ValueError(f"{len(names)} names for {values.dtype} values {values.shape}")
-    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"cannot read embeddings from {path}: {error}",
             hint="it needs embeddings (n x d floating-point numbers) and keys (n x 16 uint8) or "

@@ -1,14 +1,17 @@
-"""Files that appear whole or not at all, their fingerprints, and caches that notice damage."""
+"""Files that appear whole or not at all, their fingerprints, and archives checked for damage."""
 
 import errno
 import hashlib
 import os
 import secrets
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from ijepa.errors import UserError
@@ -16,6 +19,9 @@ from ijepa.errors import UserError
 TEMPORARY = ".ijepa-tmp"
 """Ending of the names of unfinished files; only a killed run leaves one behind."""
 LOCK = ".ijepa-lock"
+# What zipfile and NumPy were seen to raise on damaged, cut and foreign archives.
+DAMAGED = (OSError, EOFError, ValueError, LookupError, SyntaxError, RuntimeError)
+DAMAGED += (zipfile.BadZipFile, zlib.error)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -114,3 +120,27 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_archive(path: Path) -> None:
+    """Raise BadZipFile or another error of `DAMAGED` unless all parts match their checksums."""
+    with zipfile.ZipFile(path) as archive:
+        if broken := archive.testzip():
+            raise zipfile.BadZipFile(f"{broken} does not match its checksum")
+
+
+def read_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """Those of the named arrays that an `.npz` file has; pickled objects are refused.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged or no such archive.
+    """
+    try:
+        check_archive(path)  # before NumPy believes any number in it
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in names if name in arrays}
+    except FileNotFoundError:
+        raise
+    except DAMAGED as error:
+        raise ValueError(str(error) or type(error).__name__) from error

@@ -1,4 +1,4 @@
-"""Frozen encoders of Hugging Face: find and read a model of a known family, export one of ours.
+"""Frozen encoders of Hugging Face: find and read a model of a known family.
 
 Only classes that are part of transformers are used, no code of a repository is run, and tensors
 that a file lacks, which transformers would fill with random numbers, are an error.
@@ -19,11 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ijepa.checkpoint import Checkpoint, StateDict
 from ijepa.devices import memory_errors
 from ijepa.errors import UserError
-from ijepa.files import sha256, write_atomically, write_text
-from ijepa.model import LAYER_NORM_EPS
+from ijepa.files import sha256
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 FILES = ["config.json", *PROCESSORS, "*.safetensors", "*.safetensors.index.json"]
@@ -40,18 +38,6 @@ UNREADABLE = (
     ImportError,
 )
 RETRY = "take all files from the same model, or download or export them again"
-# The names that released files have; transformers of every version reads these.
-HUGGINGFACE_NAMES = (
-    (r"^patch_embed\.proj", "embeddings.patch_embeddings.projection"),
-    (r"^pos_embed", "embeddings.position_embeddings"),
-    (r"^blocks\.", "encoder.layer."),
-    (r"\.norm1\.", ".layernorm_before."),
-    (r"\.norm2\.", ".layernorm_after."),
-    (r"\.attn\.proj\.", ".attention.output.dense."),
-    (r"\.mlp\.fc1\.", ".intermediate.dense."),
-    (r"\.mlp\.fc2\.", ".output.dense."),
-    (r"^norm\.", "layernorm."),
-)
 
 
 @dataclass(frozen=True)
@@ -342,62 +328,3 @@ def describe_processor(processor: Any) -> dict[str, Any]:
         for key, value in (("mean", processor.image_mean), ("std", processor.image_std)):
             facts[key] = [value] * 3 if isinstance(value, int | float) else list(value)
     return facts
-
-
-def export_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write a directory that ``IJepaModel.from_pretrained`` and ``AutoImageProcessor`` load.
-
-    Weights keep the precision they are stored in; the configuration asks for float32 arithmetic.
-    """
-    import safetensors.torch
-
-    config = checkpoint.config
-    described = {
-        "architectures": ["IJepaModel"],
-        "model_type": "ijepa",
-        "dtype": "float32",
-        "hidden_size": config.embed_dim,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": int(config.embed_dim * config.mlp_ratio),
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        "num_channels": 3,
-        "qkv_bias": True,
-        "hidden_act": "gelu",
-        "layer_norm_eps": LAYER_NORM_EPS,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }
-    processor = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": config.image_size, "width": config.image_size},
-        "resample": 2,  # Pillow's number for bilinear
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(checkpoint.mean),
-        "image_std": list(checkpoint.std),
-    }
-    weights = safetensors.torch.save(
-        to_huggingface(checkpoint.state_dict), metadata={"format": "pt"}
-    )
-    write_atomically(folder / "model.safetensors", lambda file: file.write(weights))
-    write_text(folder / "config.json", json.dumps(described, indent=2) + "\n")
-    write_text(folder / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
-
-
-def to_huggingface(state_dict: StateDict) -> StateDict:
-    """Rename the encoder's tensors to those of transformers' IJepaModel; q, k and v are split."""
-    renamed: StateDict = {}
-    for name, value in state_dict.items():
-        for ours, theirs in HUGGINGFACE_NAMES:
-            name = re.sub(ours, theirs, name)
-        if ".attn.qkv." in name:
-            for part, piece in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                # Copies, because safetensors refuses tensors that share memory.
-                renamed[name.replace("attn.qkv", f"attention.attention.{part}")] = piece.clone()
-        else:
-            renamed[name] = value.contiguous()
-    return renamed

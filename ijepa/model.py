@@ -75,8 +75,10 @@ def sincos_position_embedding(embed_dim: int, grid_size: int) -> Float[Tensor, "
     Vaswani et al. 2017, section 3.5, once per axis, with frequencies 10000^(-2i/(D/2)).
     """
     quarter = embed_dim // 4
-    frequencies = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequencies  # (grid, D/4)
+    # On the CPU even below `torch.device("meta")`, whose first sum imports a compiler for seconds.
+    real = {"dtype": torch.float64, "device": "cpu"}
+    frequencies = 10000.0 ** (-torch.arange(quarter, **real) / quarter)
+    angles = torch.arange(grid_size, **real)[:, None] * frequencies  # (grid, D/4)
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, D/2)
     rows = axis[:, None].expand(-1, grid_size, -1)
     columns = axis[None].expand(grid_size, -1, -1)
@@ -229,6 +231,8 @@ def initialize(network: nn.Module) -> None:
     block l, counted from 1. The patch projection uses 1 / sqrt(fan-in): at 0.02 the content of a 4
     x 4 patch would be seven times weaker than its position code.
     """
+    if next(network.parameters()).is_meta:  # only names and shapes are wanted
+        return
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             std = 1 / math.sqrt(module.weight[0].numel())

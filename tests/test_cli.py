@@ -15,8 +15,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import silhouette_score
 from sklearn.neighbors import NearestNeighbors
 
-from ijepa.checkpoint import load_checkpoint, save_checkpoint
-from ijepa.huggingface import export_huggingface
+from ijepa.checkpoint import export_huggingface, load_checkpoint, save_checkpoint
 from ijepa.model import VisionTransformer, ViTConfig
 
 ROOT = Path(__file__).resolve().parent.parent

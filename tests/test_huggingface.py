@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, IJepaConfig, IJepaModel
 
-from ijepa.checkpoint import load_checkpoint, save_checkpoint
+from ijepa.checkpoint import export_huggingface, load_checkpoint, save_checkpoint
 from ijepa.encoders import load_encoder, resize_and_normalize
 from ijepa.errors import UserError
-from ijepa.huggingface import FAMILIES, export_huggingface, stored_parameters
+from ijepa.huggingface import FAMILIES, stored_parameters
 from ijepa.model import VisionTransformer, ViTConfig
 
 CPU = torch.device("cpu")

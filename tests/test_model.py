@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from transformers import IJepaConfig, IJepaModel
 
-from ijepa.huggingface import to_huggingface
+from ijepa.checkpoint import to_huggingface
 from ijepa.model import (
     LAYER_NORM_EPS,
     Predictor,
