@@ -7,7 +7,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib import util
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,9 +17,11 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ijepa.checkpoint import load_checkpoint, save_checkpoint
 from ijepa.comparison import Comparison, compare
 from ijepa.data import Split
-from ijepa.model import ViTConfig
+from ijepa.huggingface import export_huggingface
+from ijepa.model import VisionTransformer, ViTConfig
 from ijepa.page import page
 from ijepa.projections import Maps, TsneProjection, project_pca
 from ijepa.report import ON_PAGE, complete, draw, json_text, metrics_content
@@ -54,6 +58,32 @@ def make_image_folder(tmp_path_factory: pytest.TempPathFactory) -> FolderMaker:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def load_script() -> Callable[[str], ModuleType]:
+    """Import a script by name, so that its `main` runs without a process of its own."""
+
+    def load(name: str) -> ModuleType:
+        path = Path(__file__).resolve().parents[1] / "scripts" / f"{name}.py"
+        spec = util.spec_from_file_location(name, path)
+        module = sys.modules[name] = util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint of tiny random encoders, and its context encoder for Hugging Face."""
+    path = tmp_path_factory.mktemp("models") / "checkpoint.pt"
+    config = ViTConfig(embed_dim=32, depth=2, num_heads=2, patch_size=8)
+    torch.manual_seed(0)
+    encoders = {"target": VisionTransformer(config), "context": VisionTransformer(config)}
+    save_checkpoint(path, config, encoders, (0.5, 0.5), {"epochs": 3, "planned_epochs": 9})
+    export_huggingface(load_checkpoint(path, "context"), path.with_name("hf"))
+    return path, path.with_name("hf")
 
 
 @pytest.fixture(scope="session")
