@@ -1,8 +1,4 @@
 import contextlib
-import os
-import pathlib
-import subprocess
-import sys
 import threading
 import types
 from dataclasses import replace
@@ -362,53 +358,3 @@ def test_the_file_of_embeddings_holds_everything_to_find_an_image_without_pickle
     save_embeddings(path, values, make_split(5))
     with np.load(path) as arrays:
         assert "paths" not in arrays
-
-
-# --- several processes
-
-WORKER = """
-import os, sys
-from pathlib import Path
-import numpy as np
-from torch import distributed
-sys.path[:0] = [{root!r}, {tests!r}]
-from test_embeddings import counted, embed, make_split
-cache, failing = Path(sys.argv[1]), sys.argv[2]
-distributed.init_process_group("gloo")
-rank = distributed.get_rank()
-if failing == str(rank):
-    print("error: no such luck", file=sys.stderr)
-    sys.exit(1)
-encoder, asked = counted()
-found = embed(make_split(), cache / "cache", [encoder])
-assert bool(found) == (rank == 0) and len(asked) in (10, 11), (rank, found, len(asked))
-if rank == 0:
-    np.save(cache / "values.npy", found["random_weights"].values)
-distributed.barrier()
-os._exit(0)  # as the scripts do
-"""
-
-
-@pytest.mark.parametrize("failing", ["none", "1"])
-def test_processes_share_the_work_and_meet_in_the_cache(tmp_path, failing):
-    here = pathlib.Path(__file__).parent
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER.format(root=str(here.parent), tests=str(here)))
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", str(worker), str(tmp_path), failing),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if failing == "none":
-        assert result.returncode == 0, result.stderr
-        values = np.load(tmp_path / "values.npy")
-        np.testing.assert_allclose(values, embed(make_split()).values, atol=1e-5)
-    else:
-        assert result.returncode != 0
-        assert "error: no such luck" in result.stderr
-        assert not (tmp_path / "values.npy").exists()
