@@ -38,14 +38,14 @@ def restored_signals():
 
 @pytest.fixture(scope="module")
 def folder(make_image_folder):
-    return make_image_folder({"a": 60, "b": 60})
+    return make_image_folder({"a": 24, "b": 24})
 
 
 @pytest.fixture(scope="module")
 def flags(folder):
-    """Three updates an epoch on 108 images; 12 are held out."""
+    """Three updates an epoch on 38 images; 10 are held out."""
     return [
-        *("--dataset", str(folder), "--epochs", str(EPOCHS), "--batch-size", "36"),
+        *("--dataset", str(folder), "--epochs", str(EPOCHS), "--batch-size", "12"),
         *("--embed-dim", "64", "--depth", "1", "--device", "cpu", "--dtype", "float32"),
     ]
 
@@ -130,23 +130,23 @@ def test_the_checkpoint_tells_how_it_was_made(finished, folder):
     assert (checkpoint.config.embed_dim, checkpoint.config.depth) == (64, 1)
     assert (checkpoint.mean, checkpoint.std) == ((0.5,) * 3, (0.5,) * 3)
     training = checkpoint.training
-    assert (training["dataset"], training["num_images"]) == (str(folder), 108)
+    assert (training["dataset"], training["num_images"]) == (str(folder), 38)
     assert (training["planned_epochs"], training["device"]) == (EPOCHS, "cpu")
     assert training["dtype"] == "float32"
-    assert training["settings"]["batch_size"] == 36
+    assert training["settings"]["batch_size"] == 12
     assert training["command"].startswith("python scripts/train_ijepa.py --dataset ")
     assert training["command"].endswith(str(finished))
     assert training["seconds"] > 0
 
 
 def test_held_out_images_play_no_part_in_training(script, folder):
-    rest, held_out = script.load_images(str(folder), Path(), 36)
-    assert rest.images.shape == (108, 3, 32, 32)
-    assert held_out.images.shape == (12, 3, 32, 32)
-    assert np.bincount(held_out.labels).tolist() == [6, 6]
+    rest, held_out = script.load_images(str(folder), Path(), 12)
+    assert rest.images.shape == (38, 3, 32, 32)
+    assert held_out.images.shape == (10, 3, 32, 32)
+    assert np.bincount(held_out.labels).tolist() == [5, 5]
     rows = {image.numpy().tobytes() for image in rest.images}
     assert not rows & {image.numpy().tobytes() for image in held_out.images}
-    assert len(rows) == 108
+    assert len(rows) == 38
 
 
 def test_images_of_a_tensor_data_set_are_taken_as_they_are(script, tmp_path):
@@ -189,8 +189,8 @@ def test_a_finished_run_is_found_and_left_alone(script, finished, flags, capsys)
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (["--batch-size", "18"], "batch_size 36, not 18"),
-        (["--recipe", "paper", "--batch-size", "36"], "recipe matched, not paper"),
+        (["--batch-size", "6"], "batch_size 12, not 6"),
+        (["--recipe", "paper", "--batch-size", "12"], "recipe matched, not paper"),
         (["--epochs", str(EPOCHS + 2)], "it has had 9"),  # the learning rate has fallen
         (["--init-from", "elsewhere"], "init_from None, not elsewhere"),
     ],
@@ -207,12 +207,12 @@ def test_a_run_with_other_settings_is_not_touched(script, finished, flags, capsy
 
 def test_a_run_goes_on_with_its_own_images_only(script, finished, flags, make_image_folder, capsys):
     before = contents(finished)
-    other = make_image_folder({"cat": 60, "dog": 60})
+    other = make_image_folder({"cat": 24, "dog": 24})
     Image.new("RGB", (9, 9)).save(other / "cat" / "000.png")
     arguments = [*flags, "--epochs", "3", "--dataset", str(other), "--output-dir", str(finished)]
     assert script.main(arguments) == 1
     problem = capsys.readouterr().err.splitlines()[0]
-    assert "108 images of" in problem
+    assert "38 images of" in problem
     assert str(other) in problem
     assert contents(finished) == before
 
@@ -406,8 +406,8 @@ def test_a_batch_that_processes_cannot_share_is_an_error(
     script, tmp_path, flags, monkeypatch, capsys
 ):
     monkeypatch.setattr("ijepa.distributed.num_processes", lambda: 2)
-    assert script.main([*flags, "--batch-size", "35", "--output-dir", str(tmp_path)]) == 1
-    assert "2 processes cannot share a batch of 35" in capsys.readouterr().err
+    assert script.main([*flags, "--batch-size", "11", "--output-dir", str(tmp_path)]) == 1
+    assert "2 processes cannot share a batch of 11" in capsys.readouterr().err
 
 
 # --- bad input
@@ -416,7 +416,7 @@ def test_a_batch_that_processes_cannot_share_is_an_error(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--batch-size", "109"], "120 images are too few for batches of 109, as 12 are held out"),
+        (["--batch-size", "39"], "48 images are too few for batches of 39, as 10 are held out"),
         (["--dataset", "/no/such"], "no such folder"),
         (["--device", "tpu"], "device 'tpu' is not available"),
         (["--lr", "1e9"], "the loss is no longer a number after 3 updates"),
