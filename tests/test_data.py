@@ -179,7 +179,7 @@ def test_every_format_that_pillow_opens_counts_whatever_the_case_of_its_suffix(t
         (tmp_path / name).mkdir()
     for suffix in suffixes:
         kind = Image.registered_extensions()[suffix]
-        image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+        image = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
         mode = {"BLP": "P", "MSP": "1", "XBM": "1", "PALM": "P"}.get(kind, "RGB")
         image.convert(mode).save(tmp_path / "a" / f"x{suffix}", kind)
         image.convert(mode).save(tmp_path / "b" / f"x{suffix.upper()}", kind)
