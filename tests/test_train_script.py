@@ -218,6 +218,12 @@ def test_a_run_goes_on_with_its_own_images_only(script, finished, flags, make_im
 
 
 @pytest.fixture
+def no_curves(script, monkeypatch):
+    """Leave out what takes half of the time of a run and is tested elsewhere."""
+    monkeypatch.setattr(script, "finish", lambda _: None)
+
+
+@pytest.fixture
 def signal_after(script, monkeypatch):
     """Send signals to the script, which runs in this process, when it reports an epoch."""
 
@@ -271,6 +277,7 @@ def test_a_terminated_run_saves_and_goes_on_to_the_same_weights(
     assert_same_run(tmp_path, finished)
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_a_second_ctrl_c_ends_at_once_and_keeps_the_saved_state(
     script, tmp_path, flags, signal_after, capfd
 ):
@@ -303,6 +310,7 @@ def test_a_damaged_state_is_a_user_error(script, tmp_path, flags, capsys):
     assert (tmp_path / "state.pt").read_bytes() == b"PK\x03\x04 cut off"
 
 
+@pytest.mark.usefixtures("no_curves")
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"PK"), Path.unlink])
 def test_a_lost_state_falls_back_to_the_one_before(
     script, finished, flags, tmp_path, capsys, damage
@@ -314,6 +322,7 @@ def test_a_lost_state_falls_back_to_the_one_before(
     assert_same_run(folder, finished)
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_a_run_made_longer_in_time_is_the_long_run(script, tmp_path, flags, finished):
     longer = [*flags, "--epochs", str(EPOCHS + 2)]
     straight, changed = tmp_path / "straight", tmp_path / "changed"
@@ -327,6 +336,7 @@ def test_a_run_made_longer_in_time_is_the_long_run(script, tmp_path, flags, fini
 # --- beginning with the weights of a finished run
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_a_run_goes_on_with_networks_and_log_of_a_finished_one(script, finished, flags, tmp_path):
     longer = [*flags, "--epochs", str(EPOCHS + 2), "--init-from", str(finished)]
     before = contents(finished)
@@ -350,6 +360,7 @@ def test_a_run_goes_on_with_networks_and_log_of_a_finished_one(script, finished,
     assert ended.training["earlier_runs"] == []
 
 
+@pytest.mark.usefixtures("no_curves")
 def test_a_stopped_run_from_a_finished_one_resumes_without_it(script, finished, flags, tmp_path):
     start = shutil.copytree(finished, tmp_path / "start")
     arguments = [*flags, "--epochs", str(EPOCHS + 2), "--init-from", str(start)]
