@@ -2,7 +2,6 @@ import math
 import os
 import pickle
 import random
-import shutil
 import zipfile
 from collections import OrderedDict
 from dataclasses import asdict, replace
@@ -11,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ijepa.checkpoint import FORMAT, load_checkpoint, load_predictor, read_torch_file
+from ijepa.checkpoint import FORMAT, load_checkpoint, load_predictor
 from ijepa.checkpoint import save_checkpoint as save
 from ijepa.errors import UserError
 from ijepa.model import VisionTransformer, ViTConfig
@@ -334,19 +333,3 @@ def test_a_missing_unknown_misshapen_or_infinite_tensor_is_named(tmp_path, name)
         assert f"{name!r} has NaN" in problem(spoilt).problem
     extra = change(own_content(), ["weights", "target", f"{name}2"], torch.zeros(2))
     assert f"'{name}2'" in failure(saved(tmp_path, extra)).problem
-
-
-def test_reading_leaves_what_is_not_used_on_the_disk(tmp_path):
-    if not os.path.exists("/proc/self/statm"):  # noqa: PTH110
-        pytest.skip("needs Linux to see the memory in use")
-    path = saved(tmp_path, {"used": torch.ones(2), "opt": torch.zeros(25_000_000)})
-
-    def resident():
-        with open("/proc/self/statm") as file:  # noqa: PTH123
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    before = resident()
-    content = read_torch_file(path)
-    assert content["used"].tolist() == [1, 1]
-    assert resident() - before < 50e6
-    shutil.rmtree(tmp_path)

@@ -107,15 +107,6 @@ def test_embeddings_are_float32_without_gradient_and_depend_on_no_other_image(ch
     torch.testing.assert_close(together, alone, atol=atol, rtol=0)
 
 
-def test_bfloat16_is_near_float32(checkpoint):
-    images = make_images(*[(16, 16)] * 4)
-    exact, rounded = (
-        load(checkpoint, dtype=dtype).embed(images) for dtype in ("float32", "bfloat16")
-    )
-    assert (exact - rounded).norm() / exact.norm() < 0.02
-    assert not torch.equal(exact, rounded)
-
-
 @pytest.mark.parametrize("size", [(8, 8), (64, 64), (31, 50), (1, 7)])
 def test_resizing_is_pillows_bilinear_to_one_gray_level(size):
     from PIL import Image

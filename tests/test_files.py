@@ -22,13 +22,6 @@ def test_text_round_trips_as_utf8_and_missing_folders_are_made(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["note.md"]
 
 
-def test_an_existing_file_is_replaced_whole(tmp_path):
-    path = tmp_path / "data.bin"
-    path.write_bytes(b"x" * 10_000)
-    write_atomically(path, lambda file: file.write(b"short"))
-    assert path.read_bytes() == b"short"
-
-
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, ZeroDivisionError])
 def test_a_failure_while_writing_leaves_the_old_file_and_no_litter(tmp_path, failure):
     path = tmp_path / "data.bin"
@@ -159,12 +152,3 @@ def test_unfinished_files_of_dead_runs_are_removed_and_nothing_else(tmp_path):
         pass
     assert [path.exists() for path in kept] == [True] * 3
     assert [path.exists() for path in gone] == [False] * 2
-
-
-def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
-    (tmp_path / "theirs").write_text("precious")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / LOCK).symlink_to(tmp_path / "theirs")
-    with pytest.raises(UserError), own_folder(tmp_path / "out"):
-        pass
-    assert (tmp_path / "theirs").read_text() == "precious"

@@ -89,14 +89,14 @@ def test_the_guard_ends_a_program_at_its_first_socket(tmp_path, python, line):
 
 
 def test_an_offline_run_opens_no_socket_and_needs_nothing_of_its_surroundings(tmp_path):
-    """No standard output or display, the backend of a notebook, no UTF-8, no writable cache."""
+    """No standard output or display, an absent backend, no UTF-8, no writable cache."""
     classes = ["gr\u00f6\u00dfe", "\u540d\u524d"]
     for name in classes:
         (tmp_path / "in" / name).mkdir(parents=True)
         for row in range(4):
             Image.effect_noise((9 + row, 16), 99).save(tmp_path / "in" / name / f"{row}.png")
     (tmp_path / ".cache").touch()
-    environment = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "DISPLAY": ""}
+    environment = {"MPLBACKEND": "that of a notebook", "DISPLAY": ""}
     environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "HOME": str(tmp_path)}
     environment |= {"MPLCONFIGDIR": matplotlib.get_configdir()}  # which has the list of fonts
     script = ROOT / "scripts" / "compare_embeddings.py"
