@@ -8,7 +8,7 @@ CPU = torch.device("cpu")
 
 
 TOGETHER = """
-import sys, time
+import os, time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -65,7 +65,7 @@ if first:
 torch.distributed.barrier()
 print("checked", flush=True)
 if not first:
-    sys.exit(3)
+    os._exit(0)  # not as a failure, for which torchrun would kill the other one before it speaks
 try:
     leave_processes()
 except UserError as error:
@@ -79,7 +79,6 @@ def test_two_processes_share_the_work_and_notice_the_others_death(tmp_path, torc
     result = torchrun(script)
     assert result.stdout.count("checked") == 2, result.stderr
     assert "another process of this run has ended" in result.stdout
-    assert result.returncode != 0
 
 
 def test_without_torchrun_everything_is_one_process(monkeypatch):
