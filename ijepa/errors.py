@@ -3,6 +3,7 @@
 import os
 import shlex
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,10 +33,12 @@ def command_line(script: str, words: Sequence[str]) -> str:
     """The line that runs a script with these arguments, in as many processes as now.
 
     Raises:
-        ValueError: If an argument is not UTF-8, as no report could hold it.
+        ValueError: If an argument is not UTF-8, or not read as such, as no report could hold it.
     """
     if any("\udc80" <= character <= "\udcff" for word in words for character in word):
-        raise ValueError(f"arguments must be UTF-8, got {words!a}")
+        locale = sys.getfilesystemencoding()
+        how = "" if locale == "utf-8" else f" (read as {locale}: set PYTHONUTF8=1)"
+        raise ValueError(f"arguments must be UTF-8{how}, got {words!a}")
     count = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = ["torchrun", "--nproc-per-node", count] if count else ["python"]
     return shlex.join([*launcher, script, *words])

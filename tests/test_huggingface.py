@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, IJepaConfig, IJepaModel
 
 from ijepa.checkpoint import export_huggingface, load_checkpoint, save_checkpoint
-from ijepa.encoders import load_encoder, resize_and_normalize
+from ijepa.encoders import load_encoder
 from ijepa.errors import UserError
 from ijepa.huggingface import FAMILIES, stored_parameters
 from ijepa.model import VisionTransformer, ViTConfig
@@ -313,14 +313,6 @@ def test_the_description_says_what_defines_the_embeddings(folder):
     assert load(renamed).description["short_name"] == f"{folder.parent.name}/hf"
 
 
-def test_parameters_of_text_towers_decoders_and_heads_do_not_count(tmp_path):
-    for kind in ("clip", "vit_mae", "vit"):
-        write(kind, tmp_path / kind)
-        counted = stored_parameters(tmp_path / kind, "x")
-        exact = load(tmp_path / kind).description["parameters"]
-        assert exact <= counted < 1.2 * exact
-
-
 def test_the_key_changes_with_weights_configuration_and_processor_and_not_with_the_place(folder):
     keys = {load(folder).key, load(shutil.copytree(folder, folder.parent / "copy")).key}
     assert len(keys) == 1
@@ -361,100 +353,60 @@ def test_an_unknown_family_is_named_with_those_there_are(folder):
     assert "fixed-size" in error.hint
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", "\xff\xfe", "[" * 100_000])
-@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
-def test_json_that_cannot_be_read_is_a_user_error(folder, name, text):
-    (folder / name).write_bytes(text.encode("latin-1"))
-    failure(folder)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        *({"hidden_size": value} for value in (48, "24", -1, 1.5, [])),
-        {"num_hidden_layers": 3},
-        {"num_attention_heads": 5},
-        {"image_size": 32},
-        {"patch_size": 8},
-        {"num_channels": 4},
-        {"hidden_act": "nothing"},
-        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
-    ],
-    ids=str,
-)
-def test_a_configuration_that_does_not_fit_the_weights_is_a_user_error(folder, changes):
-    change_json(folder / "config.json", **changes)
-    failure(folder)
-
-
 NAME = "encoder.layer.1.intermediate.dense.weight"
 
 
-def test_a_missing_misshapen_or_infinite_tensor_is_named(folder):
+def test_a_missing_misshapen_infinite_or_cut_tensor_is_named(folder):
     path, tensors = folder / "model.safetensors", load_file(folder / "model.safetensors")
 
     def problem(**changes):
-        changed = {**tensors, **changes}
-        kept = {name: value for name, value in changed.items() if value is not None}
+        kept = {name: value for name, value in {**tensors, **changes}.items() if value is not None}
         save_file(kept, path, metadata={"format": "pt"})
         return failure(folder).problem
 
     assert "lacks the tensor 'layers.1.mlp.fc1.weight'" in problem(**{NAME: None})
     found = problem(**{NAME: tensors[NAME][:-1].contiguous()})
     assert "tensor 'layers.1.mlp.fc1.weight' has shape (47, 24), expected (48, 24)" in found
-    for value in (math.nan, -math.inf):
-        bias = tensors["layernorm.bias"].clone()
-        bias[3] = value
-        assert "'layernorm.bias' has NaN" in problem(**{"layernorm.bias": bias})
+    bias = tensors["layernorm.bias"].clone()
+    bias[3] = math.nan
+    assert "'layernorm.bias' has NaN" in problem(**{"layernorm.bias": bias})
+    for keep in (0, 100, -1):
+        path.write_bytes(path.read_bytes()[:keep])
+        failure(folder)
 
 
-@pytest.mark.parametrize("keep", [0, 7, 100, 3000, -1])
-def test_truncated_or_random_weights_are_a_user_error(folder, keep):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-    failure(folder)
-    path.write_bytes(np.random.default_rng(0).bytes(5000))
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        (CONFIG, "{"),
+        (PREPROCESSOR, "\xff\xfe"),
+        (CONFIG, {"hidden_size": 48}),
+        (CONFIG, {"hidden_size": "24"}),
+        (CONFIG, {"num_attention_heads": 5}),
+        (CONFIG, {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}),
+        (PREPROCESSOR, {"size": "large"}),
+        (PREPROCESSOR, {"size": {"shortest_edge": 16}}),
+        (PREPROCESSOR, {"do_resize": False}),
+        (PREPROCESSOR, {"image_std": [0.0, 0.0, 0.0]}),
+        (PREPROCESSOR, {"image_processor_type": "BertTokenizer"}),
+    ],
+    ids=str,
+)
+def test_configurations_that_make_no_sense_are_a_user_error(folder, name, changes):
+    if isinstance(changes, str):
+        (folder / name).write_bytes(changes.encode("latin-1"))
+    else:
+        change_json(folder / name, **changes)
     failure(folder)
 
 
 def test_a_processor_for_another_size_names_both_and_explains(folder):
-    change_json(folder / "preprocessor_config.json", size={"height": 32, "width": 32})
-    error = failure(folder)
-    assert "32" in error.problem
-    assert "16" in error.problem
-    assert "must match" in error.problem
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"size": {"height": 16, "width": 8}},
-        {"size": {"height": 0, "width": 0}},
-        {"size": "large"},
-        {"size": {"depth": 3}},
-        {"do_resize": False},
-        {"do_center_crop": True, "crop_size": {"height": 8, "width": 8}},
-        {"resample": 99},
-        {"image_mean": ["a", "b", "c"]},
-        {"image_mean": [0.5, 0.5]},
-        {"image_mean": [float("nan")] * 3},
-        {"image_std": [0.0, 0.0, 0.0]},
-        {"rescale_factor": "1/255"},
-        {"image_processor_type": "NoSuchProcessor"},
-        {"image_processor_type": "BertTokenizer"},
-        {"image_processor_type": 3},
-    ],
-    ids=str,
-)
-def test_a_processor_that_makes_no_sense_is_a_user_error(folder, changes):
-    change_json(folder / "preprocessor_config.json", **changes)
-    failure(folder)
-
-
-def test_a_processor_whose_images_differ_in_size_is_a_user_error(tmp_path):
-    write("dinov2", tmp_path)
-    change_json(tmp_path / "preprocessor_config.json", do_center_crop=False)
-    assert "same size" in failure(tmp_path).problem
+    change_json(folder / PREPROCESSOR, size={"height": 32, "width": 32})
+    problem = failure(folder).problem
+    assert all(words in problem for words in ("(32, 32)", "(16, 16)", "must match"))
 
 
 TRAP = "from pathlib import Path\n\nPath({marker!r}).touch()\n\n\nclass Trap:\n    pass\n"
@@ -497,14 +449,6 @@ def test_loading_writes_nothing_to_the_terminal_and_leaves_its_settings(folder, 
     IJepaModel.from_pretrained(folder)
     assert capfd.readouterr().err  # transformers itself is not so quiet
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
-
-
-def test_out_of_memory_while_loading_is_not_called_a_damaged_file(folder, monkeypatch):
-    def exhausted(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(IJepaModel, "from_pretrained", exhausted)
-    assert failure(folder).problem.startswith("out of memory")
 
 
 def test_a_model_whose_facts_are_kept_is_loaded_only_when_it_is_needed(
@@ -575,22 +519,6 @@ def test_an_exported_model_loads_in_one_line_in_float32_and_embeds_alike(exporte
     torch.testing.assert_close(ours.embed(images), local.embed(images), atol=1e-5, rtol=0)
     assert ours.description["parameters"] == local.description["parameters"]
     assert ours.description["resize"] == local.description["resize"]
-
-
-@pytest.mark.parametrize("size", [(32, 32), (8, 8), (64, 64), (33, 31), (100, 20), (224, 224)])
-def test_the_exported_processor_makes_our_pixels(exported, size):
-    images = make_images(size)
-    processor = AutoImageProcessor.from_pretrained(exported / "target")
-    expected = resize_and_normalize(images, 32, (0.45,) * 3, (0.25,) * 3)
-    found = processor(images=images, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-
-
-def test_an_export_keeps_the_precision_and_size_of_the_checkpoint(exported):
-    tensors = load_file(exported / "target" / "model.safetensors")
-    assert {value.dtype for value in tensors.values()} == {torch.float16}
-    names = sorted(path.name for path in (exported / "target").iterdir())
-    assert names == ["config.json", "model.safetensors", "preprocessor_config.json"]
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -690,9 +618,9 @@ def digest(body):
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
+def hub(request, tmp_path, monkeypatch):
     """A loopback hub that this process's client, which read its environment long ago, uses."""
-    write("vit", tmp_path / "served")
+    write(getattr(request, "param", "vit"), tmp_path / "served")
     server = Hub(tmp_path / "served")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
@@ -717,11 +645,12 @@ def hub(tmp_path, monkeypatch):
 WANTED = ["config.json", "model.safetensors", "preprocessor_config.json"]
 
 
+@pytest.mark.parametrize("hub", ["vit", "clip", "dinov2", "swin"], indirect=True)
 def test_a_hub_model_is_downloaded_once_and_found_again_without_a_network(hub, tmp_path):
     first = load("someone/vit")
     assert sorted(hub.downloads) == WANTED
     expected = load(tmp_path / "served").embed(MIXED)
-    assert torch.equal(first.embed(MIXED), expected)
+    torch.testing.assert_close(first.embed(MIXED), expected, atol=0, rtol=0)
     assert first.description["revision"] == COMMIT
     assert first.description["short_name"] == "vit"
     for options in ({}, {"offline": True}, {"revision": COMMIT}):

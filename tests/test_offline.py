@@ -1,5 +1,6 @@
 """A whole run that dies at its first socket, in Python or below it."""
 
+import json
 import os
 import platform
 import signal
@@ -7,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "hf_" + "SeCrEt" * 6
@@ -54,19 +57,19 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def guarded(*command, python=True, **options):
+def guarded(*command, python=True, before=(), **environment):
     here = KERNEL.get(platform.machine()) if sys.platform == "linux" else None
     code = GUARD.format(kernel=here, python=python)
     # Neither the suite's own settings, nor a name that spares the interpreter a look-up.
-    hidden = {"HF_HUB_OFFLINE", "LOGNAME", "USER", "LNAME", "USERNAME"}
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    hidden = {"HF_HUB_OFFLINE", "XDG_CACHE_HOME", "LOGNAME", "USER", "LNAME", "USERNAME"}
+    kept = {name: value for name, value in os.environ.items() if name not in hidden}
     return subprocess.run(
-        [sys.executable, "-c", code, *map(str, command)],
-        env={**environment, "HF_TOKEN": TOKEN},
+        [*before, sys.executable, "-c", code, *map(str, command)],
+        env={**kept, "HF_TOKEN": TOKEN, **environment},
         capture_output=True,
         text=True,
         check=False,
-        **options,
+        umask=0o077,
     )
 
 
@@ -85,14 +88,26 @@ def test_the_guard_ends_a_program_at_its_first_socket(tmp_path, python, line):
     assert result.returncode in (99, -signal.SIGSYS)
 
 
-def test_an_offline_run_opens_no_socket_and_keeps_the_token_to_itself(tmp_path):
+def test_an_offline_run_opens_no_socket_and_needs_nothing_of_its_surroundings(tmp_path):
+    """No standard output or display, an absent backend, no UTF-8, no writable cache."""
+    classes = ["gr\u00f6\u00dfe", "\u540d\u524d"]
+    for name in classes:
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for row in range(4):
+            Image.effect_noise((9 + row, 16), 99).save(tmp_path / "in" / name / f"{row}.png")
+    (tmp_path / ".cache").touch()
+    environment = {"MPLBACKEND": "that of a notebook", "DISPLAY": ""}
+    environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "HOME": str(tmp_path)}
+    environment |= {"MPLCONFIGDIR": matplotlib.get_configdir()}  # which has the list of fonts
     script = ROOT / "scripts" / "compare_embeddings.py"
-    flags = ["--offline", "--max-samples", "12", "--output-dir", tmp_path / "out"]
-    result = guarded(script, *flags, cwd=tmp_path, umask=0o077)
+    flags = ["--offline", "--dataset", tmp_path / "in", "--output-dir", "~/out"]
+    result = guarded(script, *flags, before=["sh", "-c", 'exec "$@" >&-', "sh"], **environment)
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "out" / "metrics.json").is_file()
-    assert TOKEN not in result.stdout + result.stderr
+    content = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert content["dataset"]["classes"] == classes
+    assert any("/out/.cache" in caveat for caveat in content["caveats"])
+    assert TOKEN not in result.stderr
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out", ".cache"}
     assert not [path for path in (tmp_path / "out").rglob("*") if path.stat().st_mode & 0o077]

@@ -1,3 +1,4 @@
+import functools
 import html
 import json
 import re
@@ -20,6 +21,7 @@ def fenced(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+@functools.cache
 def usage(script):
     command = [sys.executable, str(ROOT / "scripts" / script), "--help"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout

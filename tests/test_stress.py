@@ -24,15 +24,15 @@ def with_row(factor):
 
 
 def skewed():
-    labels = np.zeros(1001, dtype=np.int64)
-    labels[500] = 1
-    return clusters(1001)[0], labels
+    labels = np.zeros(301, dtype=np.int64)
+    labels[150] = 1
+    return clusters(301)[0], labels
 
 
 X, LABELS = clusters(120)
 CASES = {
     "ordinary": (X, LABELS),
-    **{f"times {scale}": (X * np.float32(scale), LABELS) for scale in (1e-42, 1e-30, 1e30, 1e37)},
+    **{f"times {scale}": (X * np.float32(scale), LABELS) for scale in (1e-42, 1e37)},
     "one row huge": with_row(1e30),
     "one row tiny": with_row(1e-38),
     "far from the origin": (X + np.float32(100), LABELS),
@@ -41,7 +41,7 @@ CASES = {
     "two classes": clusters(60, num_classes=2),
     "one image per class": (X, np.arange(120)),
     "a thousand classes": clusters(1500, num_classes=1000),
-    "1000 to 1": skewed(),
+    "300 to 1": skewed(),
     "four images": (X[:4], LABELS[:4] % 2),
     "two images of each class": clusters(20, num_classes=10),
 }
@@ -84,7 +84,7 @@ NO_CKA = {"all equal", "four images", "one row huge"}
 @pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW.get(n, ())) for n in CASES])
 def test_numbers_at_their_limits_equal_the_float64_oracle(name):
     X, labels = CASES[name]
-    found = compare({"local": X, "hf": X[::-1].copy()}, {"pixels": X}, labels, 0)
+    found = compare({"local": X, "hf": X[::-1].copy()}, {}, labels, 0)
     assert isinstance(found, Comparison)
     for metric, value in oracle(X, labels).items():
         ours = found.metrics["local"][metric].value
@@ -93,12 +93,11 @@ def test_numbers_at_their_limits_equal_the_float64_oracle(name):
         assert math.isfinite(found.agreement[key]) or name in NO_CKA
 
 
-@pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
-def test_a_power_of_two_changes_no_bit_of_any_number(scale):
-    scaled = X * np.float32(scale)
-    pair = [compare({"local": a, "hf": a}, {"pixels": a}, LABELS, 0) for a in (X, scaled)]
-    assert pair[0].metrics == pair[1].metrics
-    assert pair[0].agreement == pair[1].agreement
+def test_a_power_of_two_changes_no_bit_of_any_number():
+    scaled = (X * np.float32(scale) for scale in (2.0**-100, 1, 2.0**100))
+    small, same, large = (compare({"local": a, "hf": a}, {}, LABELS, 0) for a in scaled)
+    assert small.metrics == same.metrics == large.metrics
+    assert small.agreement == same.agreement == large.agreement
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
