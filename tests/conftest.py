@@ -85,8 +85,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint of tiny random encoders, and its context encoder for Hugging Face."""
     import torch
 
-    from ijepa.checkpoint import load_checkpoint, save_checkpoint
-    from ijepa.checkpoint import export_huggingface
+    from ijepa.checkpoint import export_huggingface, load_checkpoint, save_checkpoint
     from ijepa.model import VisionTransformer, ViTConfig
 
     path = tmp_path_factory.mktemp("models") / "checkpoint.pt"
