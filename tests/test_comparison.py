@@ -1,10 +1,13 @@
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy.stats import binomtest, spearmanr, t
 from statsmodels.stats.multitest import multipletests
 
 from ijepa.agreement import cka_null, linear_cka
-from ijepa.comparison import METRICS, analyze, compare, neighbor_confusion
+from ijepa.comparison import METRICS, compare, neighbor_confusion
 from ijepa.errors import UserError
 from ijepa.uncertainty import NUM_HALVES
 
@@ -270,20 +273,14 @@ def test_each_model_has_a_progress_bar_over_its_images():
     X, labels = cloud(8)
     bars = {}
 
-    class Bar:
-        def __init__(self, total, desc):
-            bars[desc] = total
-            self.left = total
+    @contextmanager
+    def progress(total, desc):
+        bars[desc] = []
+        yield SimpleNamespace(update=bars[desc].append)
+        assert sum(bars[desc]) == total == 75
 
-        def update(self, count):
-            self.left -= count
-
-        def close(self):
-            assert self.left == 0
-
-    compare({"local": X}, {"pixels": X}, labels, 0, other_seeds=[X], progress=Bar)
-    assert list(bars.values()) == [75, 75, 75]
-    assert "pixels" in "".join(bars)
+    compare({"local": X}, {"pixels": X}, labels, 0, other_seeds=[X], progress=progress)
+    assert [*bars] == ["pairs local", "pairs pixels", "pairs local_2"]
 
 
 def test_20_images_of_each_class_have_intervals():
@@ -325,6 +322,6 @@ def test_undefined_embeddings_are_refused_with_model_and_image(bad):
     X, labels = cloud(8)
     X[7] = bad
     with pytest.raises(UserError) as caught:
-        analyze(X, labels, "hf")
+        compare({"local": cloud(8)[0], "hf": X}, {}, labels, seed=0)
     assert "hf" in caught.value.problem
     assert "7" in caught.value.problem

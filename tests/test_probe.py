@@ -324,15 +324,11 @@ def test_the_record_is_plain_data():
     assert not content["correct"]
 
 
-def test_what_has_no_direction_or_does_not_match_is_refused():
+def test_what_is_no_number_is_refused():
     banks, queries, *labels = two_models(30, 12)
     broken = {**banks, "hf": np.where(np.arange(30)[:, None] == 4, np.nan, banks["hf"])}
     with pytest.raises(UserError, match="NaN"):
         probe(broken, queries, *labels, 0)
-    with pytest.raises((ValueError, TypeError), match="29"):
-        probe(banks, queries, labels[0][:29], labels[1], 0)
-    with pytest.raises(ValueError, match="for queries of"):
-        probe(banks, {"local": queries["local"]}, *labels, 0)
 
 
 def test_progress_reaches_its_total():
@@ -363,9 +359,3 @@ def test_a_bank_is_balanced_nested_and_free_of_compared_images():
     assert len(everything) == 116
     assert np.bincount(labels[small]).tolist() == [10, 10, 10]
     assert set(small.tolist()) < set(large.tolist()) < set(everything.tolist())
-
-
-def test_the_time_of_many_images_comes_from_a_warm_batch():
-    calls = []
-    assert 0 <= probes.expected_seconds(calls.append, [1, 2], 100) < 1
-    assert calls == [[1, 2], [1, 2]]
