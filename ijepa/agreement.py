@@ -16,26 +16,14 @@ from scipy import stats
 from scipy.cluster.hierarchy import cophenet, linkage
 from scipy.spatial.distance import pdist, squareform
 
+from ijepa import uncertainty
 from ijepa.metrics import NAN, Embeddings, Labels, PerImage, class_means, unit_rows
-from ijepa.uncertainty import (
-    MUTUAL_K,
-    Analysis,
-    ClassDeviations,
-    Deviations,
-    Estimate,
-    Halves,
-    class_average,
-    estimate,
-    mean_deviations,
-    student_p,
-)
+from ijepa.uncertainty import MUTUAL_K, Analysis, Deviations, Estimate, class_average, estimate
 
-MAX_SPEARMAN_IMAGES = 2000
-"""All pairs of this many images are two million similarities."""
+MAX_SPEARMAN_IMAGES = 2000  # with two million pairs
 NUM_PERMUTATIONS = 200
 
-Other = Float[np.ndarray, "n e"]
-"""The second model's embeddings."""
+Other = Float[np.ndarray, "n e"]  # the second model's embeddings
 
 
 def mutual_knn(a: Int[np.ndarray, "n m"], b: Int[np.ndarray, "n l"], k: int = 10) -> PerImage:
@@ -162,19 +150,18 @@ def add_holm(rows: Sequence[dict[str, Any]], test: str, name: str) -> None:
     Statistics 6.
     """
     p_values = np.array([row[test] for row in rows])
-    order = np.argsort(p_values, kind="stable")[: np.isfinite(p_values).sum()]
-    factors = np.arange(len(order), 0, -1)
-    adjusted = np.full(len(p_values), NAN)
-    adjusted[order] = np.minimum(np.maximum.accumulate(p_values[order] * factors), 1.0)
-    for row, p in zip(rows, adjusted.tolist(), strict=True):
-        row[name] = p
+    order = np.argsort(p_values, kind="stable")  # NaN is last, and stays
+    factors = np.isfinite(p_values).sum() - np.arange(len(order))
+    adjusted = np.minimum(np.maximum.accumulate(p_values[order] * factors), 1.0)
+    for row, p in zip(order, adjusted.tolist(), strict=True):
+        rows[row][name] = p
 
 
 def compare_pair(
     local: Analysis,
     hf: Analysis,
     values: Mapping[str, Mapping[str, Estimate]],
-    halves: Halves,
+    halves: uncertainty.Halves,
     seed: int,
 ) -> dict[str, Any]:
     """All numbers of two models, by field of `Comparison`.
@@ -191,7 +178,7 @@ def compare_pair(
     for half, keep in enumerate(halves):
         shared = mutual_knn(local.halves.first[half], hf.halves.first[half], MUTUAL_K // 2)
         on_halves[half] = class_average(shared, codes[keep])
-    deviations, by_class = mean_deviations(on_halves, labels)
+    deviations, by_class = uncertainty.mean_deviations(on_halves, labels)
     mutual_mean = estimate(float(common.mean()), deviations)
     return {
         "differences": differences(local, hf, values),
@@ -235,7 +222,7 @@ def paired_precision(local: PerImage, hf: PerImage, deviations: Deviations) -> d
     if not np.isfinite(local).all():
         return {}
     return {
-        "p": student_p(float((hf - local).mean()), deviations),
+        "p": uncertainty.student_p(float((hf - local).mean()), deviations),
         "wins": int((hf > local).sum()),
         "ties": int((hf == local).sum()),
         "losses": int((hf < local).sum()),
@@ -243,7 +230,7 @@ def paired_precision(local: PerImage, hf: PerImage, deviations: Deviations) -> d
 
 
 def per_class(
-    local: Analysis, hf: Analysis, mutual: PerImage, shared: ClassDeviations
+    local: Analysis, hf: Analysis, mutual: PerImage, shared: uncertainty.ClassDeviations
 ) -> list[dict[str, Any]]:
     """By class: P@5 of both models, difference, tests and mutual kNN; p-values also after Holm."""
     if not np.isfinite(local.precisions(5)).all():

@@ -25,15 +25,9 @@ HEADLINES = ("variance_10pc", "variance_50pc", "silhouette", "precision_at_5")
 """The rows of the table, after the embedding dimension."""
 
 
-def share_of_variance(a: Analysis, k: int) -> float:
-    """Explained variance of k components; NaN where the sample itself has no more than k."""
-    n, d = a.embeddings.shape
-    return metrics.explained_variance(a.eigenvalues, k) if k <= min(n - 1, d) else NAN
-
-
 METRICS: dict[str, Callable[[Analysis], float]] = {
-    "variance_10pc": lambda a: share_of_variance(a, 10),
-    "variance_50pc": lambda a: share_of_variance(a, 50),
+    "variance_10pc": lambda a: metrics.explained_variance(a.eigenvalues, 10),
+    "variance_50pc": lambda a: metrics.explained_variance(a.eigenvalues, 50),
     "components_80": lambda a: metrics.num_components(a.eigenvalues, 0.80),
     "components_90": lambda a: metrics.num_components(a.eigenvalues, 0.90),
     "components_95": lambda a: metrics.num_components(a.eigenvalues, 0.95),
@@ -113,11 +107,9 @@ def measure(a: Analysis) -> dict[str, Estimate]:
 class SeedSpread:
     """A metric of several trainings that differ in their seed, on the same images."""
 
-    values: list[float]
-    """The local model's first, then the others in the order given."""
+    values: list[float]  # the local model's first, then the others in the order given
     mean: float
-    sd: float
-    """Sample standard deviation over trainings: what another seed would change."""
+    sd: float  # sample standard deviation over trainings: what another seed would change
 
 
 @dataclass(frozen=True)
@@ -125,13 +117,11 @@ class Comparison:
     """All numbers of a run. Keys of the mappings are `local` and, if it was given, `hf`."""
 
     analyses: dict[str, Analysis]
-    names: dict[str, str]
-    """Short name of each model, for tables and sentences."""
+    names: dict[str, str]  # short, for tables and sentences
     metrics: dict[str, dict[str, Estimate]]
     """By model, then metric; `se` and `ci95` are NaN where there is no interval."""
     references: dict[str, dict[str, float]]
-    gains: dict[str, Estimate]
-    """By reference: precision@5 of the local model less that of the reference."""
+    gains: dict[str, Estimate]  # by reference: precision@5 of the local model less the reference's
     differences: dict[str, dict[str, Any]]
     """By metric: an `estimate` of hf - local, the `ratio` local / hf, tests where there are any."""
     per_class: list[dict[str, Any]]
@@ -142,15 +132,12 @@ class Comparison:
     class_groups: dict[str, Any]
     """Which classes each model holds for alike; empty for fewer than three classes."""
     agreement: dict[str, Any]
-    mutual: PerImage | None
-    """Share of common 10-NN per image."""
+    mutual: PerImage | None  # share of common 10-NN
     chance_precision: float
-    seeds: dict[str, SeedSpread]
-    """By metric, over several trainings of the local model; empty for one."""
+    seeds: dict[str, SeedSpread]  # by metric, over trainings of the local model; empty for one
     small_classes: int
     """Classes too small for halves: kept whole in all of them, and without own intervals."""
-    num_halves: int
-    """0 where the images are too few for intervals."""
+    num_halves: int  # 0 where the images are too few for intervals
     seed: int
 
 
@@ -172,7 +159,7 @@ def compare(  # noqa: PLR0913
         labels: Class of each row.
         seed: Of the halves, the permutations and the pairs that are correlated.
         other_seeds: Embeddings by other trainings of the local model.
-        device: "cpu" or the CUDA device on which all pairs of images are compared.
+        device: "cpu", or a CUDA device for all pairs of images.
         names: Short names of the models.
         progress: See `Progress`.
 
@@ -189,9 +176,9 @@ def compare(  # noqa: PLR0913
         found[name] = analyze(X, labels, name, own, name in references, device, progress)
     values = {name: measure(a) for name, a in found.items()}
     analyses = {name: found[name] for name in embeddings}
-    pair: dict[str, Any] = {"differences": {}, "per_class": [], "agreement": {}, "mutual": None}
+    pair = {"differences": {}, "per_class": [], "agreement": {}, "mutual": None}
     if "hf" in analyses:
-        pair = compare_pair(analyses["local"], analyses["hf"], values, halves, seed)
+        pair = compare_pair(*analyses.values(), values, halves, seed)
     classes, codes = np.unique(labels, return_inverse=True)
     means = {name: metrics.class_means(X, codes) for name, X in embeddings.items()}
     return Comparison(
@@ -229,9 +216,9 @@ def seed_spread(trainings: Sequence[Mapping[str, Estimate]]) -> dict[str, SeedSp
 
 def gain(local: Analysis, reference: Analysis) -> Estimate:
     """P@5 of the local model less that of a reference, on the same images."""
-    metric = "precision_at_5"
     value = float(local.precisions(5).mean() - reference.precisions(5).mean())
-    return estimate(value, local.deviations_of(metric) - reference.deviations_of(metric))
+    changes = [a.deviations_of("precision_at_5") for a in (local, reference)]
+    return estimate(value, changes[0] - changes[1])
 
 
 def class_precision(a: Analysis) -> list[Estimate]:

@@ -33,12 +33,9 @@ Embeddings = Float[np.ndarray, "n d"]
 Labels = Int[np.ndarray, " n"]
 PerImage = Float[np.ndarray, " n"]
 Eigenvalues = Float[np.ndarray, " rank"]
-Neighbors = Int[np.ndarray, "n m"]
-"""Indices of each image's nearest neighbors, best first."""
-Similarities = Float[np.ndarray, "n m"]
-"""Their cosine similarities."""
-Progress = Callable[..., Any]
-"""Makes a progress bar like `tqdm(total=..., desc=...)`."""
+Neighbors = Int[np.ndarray, "n m"]  # indices of each image's nearest neighbors, best first
+Similarities = Float[np.ndarray, "n m"]  # their cosine similarities
+Progress = Callable[..., Any]  # makes a progress bar like `tqdm(total=..., desc=...)`
 SILENT: Progress = partial(tqdm, disable=True)
 
 
@@ -70,12 +67,13 @@ def unit_rows(X: Embeddings) -> Embeddings:
 
 
 def covariance_spectrum(X: Embeddings, centered: bool = True) -> Eigenvalues:
-    """Eigenvalues of the covariance of the embeddings: min(n, d) of them, descending, >= 0.
+    """Eigenvalues of the covariance of the embeddings, descending, >= 0.
 
-    Columns are not standardized. The divisor is n - 1.
+    Centered there are min(n - 1, d) of them, else min(n, d). Columns are not standardized. The
+    divisor is n - 1.
     """
     values = np.linalg.eigvalsh(_gram(X, centered)[1])
-    return _without_rounding_errors(values, X) / (len(X) - 1)
+    return _without_rounding_errors(values, X)[: len(X) - centered] / (len(X) - 1)
 
 
 def principal_scores(X: Embeddings) -> tuple[Eigenvalues, Float[np.ndarray, "n rank"]]:
@@ -91,7 +89,7 @@ def principal_scores(X: Embeddings) -> tuple[Eigenvalues, Float[np.ndarray, "n r
         scores = (rows / unit).astype(np.float32) @ vectors.astype(np.float32)
     else:
         scores = (vectors * (np.sqrt(values) / unit)).astype(np.float32)
-    return values / (len(X) - 1), scores
+    return values[: len(X) - 1] / (len(X) - 1), scores[:, : len(X) - 1]
 
 
 def _gram(X: Embeddings, centered: bool = True) -> tuple[Embeddings, Float[np.ndarray, "r r"]]:
@@ -112,10 +110,11 @@ def _without_rounding_errors(values: Eigenvalues, X: Embeddings) -> Eigenvalues:
 def explained_variance(eigenvalues: Eigenvalues, k: int) -> float:
     """Share of the total variance along the first k principal components, in [0, 1].
 
-    A shape and not a quality: few strong directions raise it, useful or not. NaN without variance.
+    A shape and not a quality: few strong directions raise it, useful or not. NaN for more than all
+    components and without variance.
     """
     total = eigenvalues.sum()
-    return float(eigenvalues[:k].sum() / total) if total > 0 else NAN
+    return float(eigenvalues[:k].sum() / total) if k <= len(eigenvalues) and total > 0 else NAN
 
 
 def num_components(eigenvalues: Eigenvalues, share: float) -> float:

@@ -1,10 +1,9 @@
 """What a vote of neighbors and a linear map find in embeddings, with a bank of training images.
 
 The protocol of most papers: the share of queries that are given their class. Nothing is chosen on
-the queries. Random parts are drawn once for all models, so that differences are paired.
-
-Intervals hold for new queries, given this bank. A bank of fewer than `ENOUGH` images is itself a
-draw that matters: complementary halves of it then add its part, as in `ijepa.uncertainty`.
+the queries. All models share the random parts, so that differences are paired. Intervals hold for
+new queries, given this bank. A bank of fewer than `ENOUGH` images is itself a draw that matters:
+complementary halves of it then add its part, as in `ijepa.uncertainty`.
 
 Dimension key: N images of the bank, n queries, d width, r principal axes, C classes, B banks (the
 whole one, then both halves of each pair), R draws of a few images.
@@ -22,16 +21,14 @@ from scipy.stats import binomtest
 
 from ijepa.agreement import add_holm, mcnemar_exact_p
 from ijepa.data import balanced_rows
-from ijepa.metrics import SILENT, Progress, knn_vote, validate_embeddings
-from ijepa.uncertainty import Estimate
+from ijepa.metrics import SILENT, Embeddings, Labels, Progress, knn_vote, validate_embeddings
+from ijepa.uncertainty import Estimate, half_deviations
 
-KS = (20, 10, 100, 200)
-"""Numbers of neighbors; the first is the headline."""
+KS = (20, 10, 100, 200)  # numbers of neighbors; the first is the headline
 L2_GRID = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 """Penalties per image, strongest first: each fit starts from the one before."""
 PIXEL_COMPONENTS = 512
-ENOUGH = 2000
-"""Images of a bank from which on another bank would change less than other queries."""
+ENOUGH = 2000  # images of a bank from which on another bank would change less than other queries
 FEW_IMAGES = (1, 10)
 NUM_PAIRS, NUM_DRAWS = 10, 20
 BLOCK = 2**23  # similarities at once
@@ -39,16 +36,12 @@ MEASURES = {"knn": f"knn_{KS[0]}", "linear": "linear"}
 _NORMAL, _BANK_T = float(ndtri(0.975)), float(stdtrit(NUM_PAIRS - 1, 0.975))
 
 Bank = Float[np.ndarray, "N d"]
-Queries = Float[np.ndarray, "n d"]
 BankLabels = Int[np.ndarray, " N"]
-QueryLabels = Int[np.ndarray, " n"]
 Keep = Bool[np.ndarray, " N"]
 Parts = tuple[Keep, list[Keep], dict[int, list[Keep]]]
 """A tenth of the bank, pairs of halves of it, and draws by images of each class."""
-Weights = Float[np.ndarray, "r+1 C"]
-"""Of the linear map; the last row are the offsets."""
-Scores = Bool[np.ndarray, "B n"]
-"""Which queries are given their class with each bank."""
+Weights = Float[np.ndarray, "r+1 C"]  # of the linear map; the last row are the offsets
+Scores = Bool[np.ndarray, "B n"]  # which queries are given their class with each bank
 
 
 @dataclass(frozen=True)
@@ -66,8 +59,7 @@ class Probe:
     gains: dict[str, dict[str, Any]]
     per_class: list[dict[str, Any]]
     """By class of the queries and measure: accuracy of each model and the difference."""
-    notes: list[str]
-    """What was capped or left out, one sentence each."""
+    notes: list[str]  # what was capped or left out, one sentence each
     correct: dict[str, dict[str, Bool[np.ndarray, " n"]]] = field(repr=False)
     """By model and measure, which queries are given their class."""
 
@@ -90,20 +82,14 @@ def probe(
     banks: Mapping[str, Float[np.ndarray, "N _"]],
     queries: Mapping[str, Float[np.ndarray, "n _"]],
     bank_labels: BankLabels,
-    query_labels: QueryLabels,
+    query_labels: Labels,
     seed: int,
     progress: Progress = SILENT,
 ) -> Probe:
     """Measure kNN and a linear probe of each model.
 
-    Args:
-        banks: Embeddings of the bank, by model: `local`, `hf` and references. Those of `pixels` are
-            reduced to the first principal components of the bank.
-        queries: Embeddings of the queries by the same models.
-        bank_labels: Class of each row of the bank.
-        query_labels: Class of each query, numbered like those of the bank.
-        seed: Of the held-out tenth, the half-banks and the draws.
-        progress: See `Progress`.
+    The models are `local`, `hf` and references. The bank's principal components replace `pixels`.
+    Both labels number the classes alike. The seed is that of the random parts of the bank.
 
     Raises:
         UserError: Embeddings are not finite or zero.
@@ -115,9 +101,9 @@ def probe(
     parts, found = draw_parts(codes, seed), {}
     with progress(total=len(banks) * len(query_labels), desc="probe") as bar:
         for name, X in banks.items():
-            own = X, queries[name]
-            own = principal_components(*own) if name == "pixels" else own
-            found[name] = answer(*own, bank_labels, query_labels, parts)
+            pair = X, queries[name]
+            pair = principal_components(*pair) if name == "pixels" else pair
+            found[name] = answer(*pair, bank_labels, query_labels, parts)
             bar.update(len(query_labels))
     paired = {"local", "hf"} <= found.keys()
     references = sorted(found.keys() - {"local", "hf"}) if "local" in found else []
@@ -158,8 +144,7 @@ def notes(codes: BankLabels, num_missing: int) -> list[str]:
 def draw_parts(codes: BankLabels, seed: int) -> Parts:
     """A tenth to choose on, halves of a small bank, and draws of a few images of each class.
 
-    Classes have their share of each part. A single image of a class is in both halves and is not
-    held out.
+    Each part is balanced. A single image of a class is in both halves and is not held out.
     """
     generator, counts = np.random.default_rng(seed), np.bincount(codes)
 
@@ -182,18 +167,18 @@ def draw_parts(codes: BankLabels, seed: int) -> Parts:
 
 
 def answer(
-    X: Bank, Q: Queries, bank_labels: BankLabels, query_labels: QueryLabels, parts: Parts
+    X: Bank, Q: Embeddings, bank_labels: BankLabels, query_labels: Labels, parts: Parts
 ) -> Answers:
     """What one model answers with every bank."""
     held_out, halves, draws = parts
     classes, codes = np.unique(bank_labels, return_inverse=True)
     linear, chosen = linear_answers(X, codes, Q, held_out)
 
-    def of(keep: Keep, ks: Sequence[int], l2: float) -> list[QueryLabels]:
+    def of(keep: Keep, ks: Sequence[int], l2: float) -> list[Labels]:
         part = X[keep], codes[keep], Q
         return [linear_answers(*part, l2=l2)[0], *knn_answers(*part, ks)]
 
-    def scores(answers: list[list[QueryLabels]], ks: Sequence[int]) -> dict[str, Scores]:
+    def scores(answers: list[list[Labels]], ks: Sequence[int]) -> dict[str, Scores]:
         right = (classes[np.array(answers)] == query_labels).swapaxes(0, 1)
         return dict(zip(["linear", *(f"knn_{k}" for k in ks)], right, strict=True))
 
@@ -207,18 +192,15 @@ def answer(
     return Answers(whole, few, int(np.bincount(codes).min()), chosen)
 
 
-def knn_answers(X: Bank, codes: BankLabels, Q: Queries, ks: Sequence[int]) -> list[QueryLabels]:
-    """For each k the class of each query by `knn_vote` of its k nearest by cosine.
-
-    Or of all images if there are fewer. Ties in similarity go to the first image.
-    """
+def knn_answers(X: Bank, codes: BankLabels, Q: Embeddings, ks: Sequence[int]) -> list[Labels]:
+    """For each k, `knn_vote` of each query's k nearest by cosine, or of all images if fewer."""
 
     def unit(rows: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "m d"]:
         lengths = np.linalg.norm(rows, axis=1, keepdims=True)
         return rows / np.where(lengths > 0, lengths, 1)  # centered pixels may be zeros
 
     bank, most = unit(X), min(max(ks), len(X))
-    answers: list[list[QueryLabels]] = [[] for _ in ks]
+    answers: list[list[Labels]] = [[] for _ in ks]
     step = max(1, BLOCK // len(X))
     for at in range(0, len(Q), step):
         similarities = unit(Q[at : at + step]) @ bank.T
@@ -228,11 +210,11 @@ def knn_answers(X: Bank, codes: BankLabels, Q: Queries, ks: Sequence[int]) -> li
         order = np.argsort(-found, axis=1, kind="stable")
         top, found = (np.take_along_axis(values, order, axis=1) for values in (top, found))
         for k, blocks in zip(ks, answers, strict=True):
-            blocks.append(knn_vote(codes[top[:, :k]], found[:, :k], codes.max() + 1))
+            blocks.append(knn_vote(codes[top[:, :k]], found[:, :k], int(codes.max()) + 1))
     return [np.concatenate(blocks) for blocks in answers]
 
 
-def principal_components(X: Bank, Q: Queries) -> list[Float[np.ndarray, "_ r"]]:
+def principal_components(X: Bank, Q: Embeddings) -> list[Float[np.ndarray, "_ r"]]:
     """Bank and queries on the first `PIXEL_COMPONENTS` principal axes of the bank."""
     mean = X.mean(axis=0, dtype=np.float64).astype(np.float32)
     axes = principal_axes(X - mean)[1][:, :PIXEL_COMPONENTS]
@@ -249,8 +231,8 @@ def principal_axes(X: Bank) -> tuple[Float[np.ndarray, " r"], Float[np.ndarray, 
 
 
 def linear_answers(
-    X: Bank, codes: BankLabels, Q: Queries, held_out: Keep | None = None, l2: float = L2_GRID[0]
-) -> tuple[QueryLabels, dict[str, Any]]:
+    X: Bank, codes: BankLabels, Q: Embeddings, held_out: Keep | None = None, l2: float = L2_GRID[0]
+) -> tuple[Labels, dict[str, Any]]:
     """Class of each query by multinomial logistic regression on standardized columns.
 
     With a part to hold out, the penalty is the one of `L2_GRID` whose fit to the rest is most
@@ -350,8 +332,7 @@ def few_shot(first: Answers, second: Answers | None = None) -> dict[int, dict[st
 
 def bank_se(means: Float[np.ndarray, " B"]) -> float:
     """The bank's part of a standard error: root mean square of half the differences of halves."""
-    halves = (means[1::2] - means[2::2]) / 2
-    return float(np.sqrt(np.square(halves).mean())) if len(halves) else 0.0
+    return float(np.sqrt(np.square(half_deviations(means[1:])).mean())) if len(means) > 1 else 0.0
 
 
 def accuracy(scores: Scores) -> Estimate:
@@ -393,7 +374,7 @@ def over_draws(scores: Shaped[np.ndarray, "R n"], share: float) -> dict[str, Any
     return {"estimate": Estimate(mean, float(np.hypot(images, drawn)), ci95), "sd": sd}
 
 
-def per_class(found: Mapping[str, Answers], labels: QueryLabels) -> list[dict[str, Any]]:
+def per_class(found: Mapping[str, Answers], labels: Labels) -> list[dict[str, Any]]:
     """Accuracies and differences by class of the queries; p-values also after Holm."""
     rows: list[dict[str, Any]] = []
     paired = {"local", "hf"} <= found.keys()

@@ -21,10 +21,8 @@ from ijepa.data import balanced_rows
 from ijepa.files import write_atomically
 from ijepa.metrics import NAN, Embeddings, Labels, class_means, row_norms
 
-MAX_POINTS = 5000
-"""Images on a map at most; with more, t-SNE takes minutes and the map shows a blot."""
-TSNE_WIDTH = 50
-"""Principal components that t-SNE sees at most."""
+MAX_POINTS = 5000  # with more images, t-SNE takes minutes and the map shows a blot
+TSNE_WIDTH = 50  # principal components that t-SNE sees at most
 PERPLEXITY = 30.0
 # What NumPy and zipfile raise for files that are missing or damaged, found by flipping every bit.
 UNREADABLE = (OSError, EOFError, KeyError, RuntimeError, ValueError, zipfile.BadZipFile)
@@ -36,10 +34,8 @@ Plane = Float[np.ndarray, "n 2"]
 class PcaProjection:
     """Principal components of centered, not standardized, embeddings."""
 
-    coordinates: Float[np.ndarray, "n k"]
-    """Scores on the first k components; zero beyond the d that there are."""
-    variance_shares: Float[np.ndarray, " d"]
-    """Share of the total variance of all d components, descending, in [0, 1]."""
+    coordinates: Float[np.ndarray, "n k"]  # scores; zero beyond the d components that there are
+    variance_shares: Float[np.ndarray, " d"]  # of all components, descending, in [0, 1]
 
     @property
     def note(self) -> str:
@@ -53,13 +49,11 @@ class TsneProjection:
     """A t-SNE map and how faithful it is; principal components where t-SNE has no meaning."""
 
     coordinates: Plane
-    kl_divergence: float
-    """Divergence left at the end, in nats, lower is better; NaN without t-SNE."""
+    kl_divergence: float  # left at the end, in nats, lower is better; NaN without t-SNE
     kept_neighbors: float
     """Share of the 10 nearest neighbors by cosine that are among the 10 nearest in the plane, in
     [0, 1], higher is better; NaN for a single image."""
-    perplexity: float
-    """30, lowered to stay under n/3; NaN without t-SNE."""
+    perplexity: float  # 30, lowered to stay under n/3; NaN without t-SNE
 
     @property
     def note(self) -> str:
@@ -76,9 +70,7 @@ class Maps:
     rows: Int[np.ndarray, " m"]
     """The images on the maps: all of them, or a class-balanced sample in order."""
     tsne: Mapping[str, TsneProjection]
-    """Of `rows`."""
-    pca: Mapping[str, PcaProjection]
-    """Of `rows`, on the components of all images."""
+    pca: Mapping[str, PcaProjection]  # on the components of all images
 
 
 def make_maps(

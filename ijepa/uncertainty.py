@@ -26,29 +26,17 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import stats
 
-from ijepa.metrics import (
-    KNN_K,
-    NAN,
-    Eigenvalues,
-    Embeddings,
-    Labels,
-    Neighbors,
-    PerImage,
-    Similarities,
-    knn_vote,
-)
+from ijepa import metrics
+from ijepa.metrics import KNN_K, NAN, Eigenvalues, Embeddings, Labels, Neighbors, PerImage
 
 NUM_HALVES = 200
 LEVEL = 0.95
-MIN_IMAGES_PER_CLASS = 20
-"""Fewer images of a class leave its half too small for a standard deviation."""
+MIN_IMAGES_PER_CLASS = 20  # fewer leave a half too small for a standard deviation
 PRECISION_KS = (1, 5, 10, 20)
 MUTUAL_K = 10
-LIST_LENGTH = 64
-"""Half of 64 listed neighbors are expected in a half; fewer than 10 have a chance of 2e-9."""
+LIST_LENGTH = 64  # half of them are expected in a half; fewer than 10 have a chance of 2e-9
 VARIANCE_COMPONENTS = (10, 50)
-NUM_CONFUSIONS = 3
-"""Pairs of classes that a ranking of confusions names."""
+NUM_CONFUSIONS = 3  # pairs of classes that a ranking of confusions names
 
 Halves = Bool[np.ndarray, "B n"]
 Deviations = Float[np.ndarray, " r"]
@@ -70,10 +58,8 @@ class NeighborHalves:
 
     values: dict[str, Float[np.ndarray, "B C"]]
     """Class means by metric: precision@k, k in `PRECISION_KS`, and kNN accuracy."""
-    first: list[Int[np.ndarray, "h _"]]
-    """The first `MUTUAL_K` / 2 neighbors of the kept images of each half."""
-    confused: list[set[tuple[int, int]]]
-    """The pairs of classes that `most_confused` finds in each half."""
+    first: list[Int[np.ndarray, "h _"]]  # the first `MUTUAL_K` / 2 neighbors of the kept images
+    confused: list[set[tuple[int, int]]]  # the pairs of classes that `most_confused` finds
 
 
 @dataclass(frozen=True)
@@ -83,17 +69,13 @@ class Analysis:
     embeddings: Embeddings
     labels: Labels
     neighbors: Neighbors
-    similarities: Similarities
+    similarities: metrics.Similarities
     eigenvalues: Eigenvalues
-    silhouettes: dict[str, PerImage]
-    """By distance: `euclidean` and `cosine`."""
-    scores: dict[str, PerImage]
-    """By metric, as in `NeighborHalves`."""
+    silhouettes: dict[str, PerImage]  # by distance: `euclidean` and `cosine`
+    scores: dict[str, PerImage]  # by metric, as in `NeighborHalves`
     halves: NeighborHalves
-    class_deviations: ClassDeviations
-    """Of precision@5."""
-    deviations: dict[str, Deviations]
-    """Of all metrics that have an interval."""
+    class_deviations: ClassDeviations  # of precision@5
+    deviations: dict[str, Deviations]  # of all metrics that have an interval
 
     def precisions(self, k: int) -> PerImage:
         """Precision@k of each image; NaN for fewer than k others, or no two images of a class."""
@@ -142,9 +124,9 @@ def small_classes(labels: Labels) -> Int[np.ndarray, " s"]:
 def half_samples(labels: Labels, num_halves: int = NUM_HALVES, seed: int = 0) -> Halves:
     """Random halves, True for the kept images; none for one class or without any to be halved.
 
-    Each keeps half of every class, and all images of `small_classes`. Rows 2i and 2i + 1 are a
-    pair: each keeps what the other leaves out. A class of odd size keeps the smaller or the larger
-    half; in each draw as many classes round up as down, or one fewer, chosen at random.
+    Each keeps half of every class, and all of `small_classes`. Rows 2i and 2i + 1 are a pair: each
+    keeps what the other leaves out. In each draw as many classes of odd size round up as down, or
+    one fewer, chosen at random.
     """
     small = np.isin(labels, small_classes(labels))
     if small.all() or len(np.unique(labels)) < 2:
@@ -183,7 +165,7 @@ def mean_deviations(
 
 
 def neighbors_within(
-    neighbors: Neighbors, similarities: Similarities, keep: Bool[np.ndarray, " n"], k: int
+    neighbors: Neighbors, similarities: metrics.Similarities, keep: Bool[np.ndarray, " n"], k: int
 ) -> tuple[Int[np.ndarray, "h k"], Float[np.ndarray, "h k"]]:
     """The first k kept neighbors, and their similarities, of each kept image.
 
@@ -226,7 +208,7 @@ def most_confused(shares: Float[np.ndarray, "C C"]) -> list[tuple[int, int, floa
 
 
 def neighbor_halves(
-    neighbors: Neighbors, similarities: Similarities, labels: Labels, halves: Halves
+    neighbors: Neighbors, similarities: metrics.Similarities, labels: Labels, halves: Halves
 ) -> NeighborHalves:
     """Precision@k, kNN accuracy and confusions on the halves."""
     classes, codes = np.unique(labels, return_inverse=True)
@@ -242,7 +224,7 @@ def neighbor_halves(
         for k in PRECISION_KS:  # k / 2 neighbors; of an odd k the last one counts half
             score = (hits[:, k // 2] + hits[:, (k + 1) // 2]) / k
             values[f"precision_at_{k}"][half] = class_average(score, own)
-        correct = (knn_vote(others, near, len(classes)) == own).astype(np.float64)
+        correct = (metrics.knn_vote(others, near, len(classes)) == own).astype(np.float64)
         values["knn_accuracy"][half] = class_average(correct, own)
         shares = confusion(own, others[:, :3], len(classes), np.array([2.0, 2.0, 1.0]))
         found.first.append(nearest[:, : MUTUAL_K // 2])

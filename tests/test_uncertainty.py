@@ -180,7 +180,9 @@ def test_principal_scores_are_those_of_scikit_learn():
         eigenvalues, scores = metrics.principal_scores(X)
         np.testing.assert_allclose(eigenvalues, metrics.covariance_spectrum(X), atol=1e-10)
         expected = PCA().fit_transform(X.astype(np.float64)) / np.sqrt(eigenvalues.sum())
-        np.testing.assert_allclose(np.abs(scores), np.abs(expected), atol=1e-5)
+        np.testing.assert_allclose(
+            np.abs(scores), np.abs(expected)[:, : scores.shape[1]], atol=1e-5
+        )
 
 
 def influences(X):
@@ -195,7 +197,7 @@ def test_spectrum_errors_are_close_to_those_of_the_jackknife(width):
     for image in range(120):
         others = np.delete(X, image, axis=0)
         spectrum = metrics.covariance_spectrum(others)
-        shares = [metrics.explained_variance(spectrum, k) for k in (10, 50)]
+        shares = [spectrum[:k].sum() / spectrum.sum() for k in (10, 50)]
         left.append([*shares, metrics.effective_rank(others)])
     expected = np.sqrt(119 * np.var(left, axis=0))
     ours = influences(X)
