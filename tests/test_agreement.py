@@ -47,12 +47,10 @@ def test_cka_ignores_rotation_scale_translation_and_the_order_of_images():
     X, Y = pair()
     expected = agreement.linear_cka(X, Y)
     rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(9, 9)))[0]
-    order = np.random.default_rng(2).permutation(len(X))
-    assert agreement.linear_cka(X, Y @ rotation) == pytest.approx(expected, abs=1e-10)
-    assert agreement.linear_cka(-3e3 * X.astype(float), Y) == pytest.approx(expected, abs=1e-10)
-    assert agreement.linear_cka(X.astype(float) + 50, Y) == pytest.approx(expected, abs=1e-10)
-    assert agreement.linear_cka(X[order], Y[order]) == pytest.approx(expected, abs=1e-10)
-    assert agreement.linear_cka(Y, X) == pytest.approx(expected, abs=1e-12)
+    order, wide = np.random.default_rng(2).permutation(len(X)), X.astype(float)
+    same = ((X, Y @ rotation), (-3e3 * wide, Y), (wide + 50, Y), (X[order], Y[order]), (Y, X))
+    for pair_of_models in same:
+        assert agreement.linear_cka(*pair_of_models) == pytest.approx(expected, abs=1e-10)
     assert agreement.linear_cka(X, X) == pytest.approx(1, abs=1e-12)
     stretch = np.array([9, 1, 1, 1, 1])
     assert abs(agreement.linear_cka(X * stretch, Y) - expected) > 0.01
@@ -62,11 +60,6 @@ def test_cka_of_independent_noise_is_near_zero_at_unequal_widths():
     generator = np.random.default_rng(0)
     X, Y = (generator.normal(size=(2000, d)).astype(np.float32) for d in (192, 1280))
     assert abs(agreement.linear_cka(X, Y)) < 0.01
-
-
-def test_cka_may_be_negative():
-    values = [agreement.linear_cka(*(pair(8, seed=s)[0] for s in (i, i + 1))) for i in range(20)]
-    assert min(values) < 0
 
 
 def test_cka_is_nan_where_it_is_not_defined():
@@ -138,21 +131,6 @@ def test_cka_null_equals_cka_of_the_same_shuffles():
             order[images] = generator.permutation(images)
         assert value == pytest.approx(agreement.linear_cka(X[order], Y), abs=1e-6)
     np.testing.assert_array_equal(null, agreement.cka_null(X, Y, labels, 5, seed=3))
-
-
-def test_sharing_only_classes_stays_inside_the_null_and_sharing_images_does_not():
-    generator = np.random.default_rng(0)
-    labels = np.arange(200) % 4
-    shared = generator.normal(size=(200, 8))
-    means = 3 * np.eye(8)[labels]
-    X, other, same = (
-        (means + noise).astype(np.float32)
-        for noise in (shared, generator.normal(size=(200, 8)), shared + 0.5 * shared[:, ::-1])
-    )
-    null = agreement.cka_null(X, other, labels, 200)
-    assert agreement.linear_cka(X, other) > 0.2
-    assert null.min() < agreement.linear_cka(X, other) < null.max()
-    assert agreement.linear_cka(X, same) > agreement.cka_null(X, same, labels, 200).max()
 
 
 def test_similarity_spearman_equals_scipy_with_ties():

@@ -1,6 +1,3 @@
-from contextlib import contextmanager
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from scipy import stats
@@ -140,31 +137,9 @@ def test_rows_small_next_to_the_others_keep_their_direction():
     np.testing.assert_array_equal(metrics.nearest_neighbors(X, 7)[0], naive_neighbors(X, 7))
 
 
-def test_permuting_the_images_permutes_neighbors():
-    X, labels = clustered(350, 20)
-    order = np.random.default_rng(2).permutation(len(X))
-    neighbors, similarities = metrics.nearest_neighbors(X, 9)
-    moved, moved_similarities = metrics.nearest_neighbors(X[order], 9)
-    assert (order[moved] == neighbors[order]).mean() > 0.999
-    np.testing.assert_allclose(moved_similarities, similarities[order], atol=2e-6)
-    ours, theirs = (
-        metrics.silhouette_samples(X, labels),
-        metrics.silhouette_samples(X[order], labels[order]),
-    )
-    np.testing.assert_allclose(theirs, ours[order], atol=1e-6)
-
-
-def test_one_pass_gives_what_each_part_gives_and_reports_progress():
+def test_one_pass_gives_what_each_part_gives():
     X, labels = clustered(600, 5)
-    done = []
-
-    @contextmanager
-    def progress(total):
-        yield SimpleNamespace(update=done.append)
-        assert sum(done) == total == 600
-
-    found = metrics.all_pairs(X, 3, labels, progress=progress)
-    assert len(done) > 1
+    found = metrics.all_pairs(X, 3, labels)
     np.testing.assert_array_equal(found.neighbors, metrics.nearest_neighbors(X, 3)[0])
     np.testing.assert_allclose(found.silhouettes, metrics.silhouette_samples(X, labels), atol=1e-7)
 
@@ -231,12 +206,10 @@ def test_knn_vote_equals_a_naive_loop():
     assert 0 < correct.mean() < 1
 
 
-def test_knn_weighs_near_neighbors_more_and_gives_ties_to_the_lowest_label():
-    neighbors, labels = np.array([[1, 2, 3]] * 4), np.array([3, 3, 8, 8])
-    near = np.tile(np.array([0.9, 0.5, 0.5], np.float32), (4, 1))
-    assert metrics.knn_correct(neighbors, near, labels, k=3).tolist() == [True, True, False, False]
-    level = np.full((4, 3), 0.5, np.float32)
-    assert metrics.knn_correct(neighbors, level, labels, k=2)[0]
+def test_ties_of_a_vote_go_to_the_lowest_label():
+    neighbors, labels = np.array([[1, 2]] * 4), np.array([3, 3, 8, 8])
+    level = np.full((4, 2), 0.5, np.float32)
+    assert metrics.knn_correct(neighbors, level, labels).tolist() == [1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

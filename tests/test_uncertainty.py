@@ -98,22 +98,6 @@ def test_deviations_of_a_mean_over_all_halves_give_its_textbook_standard_error()
     assert estimate.se == pytest.approx(stats.sem(values))
 
 
-def test_deviations_of_a_statistic_of_pairs_double_its_variance_where_single_halves_triple_it():
-    # The mean product of two different values of mean 0 depends on nothing but pairs.
-    values = np.random.default_rng(0).normal(size=(4000, 40))
-
-    def mean_product(samples):
-        n = samples.shape[1]
-        return (samples.sum(axis=1) ** 2 - np.square(samples).sum(axis=1)) / (n * (n - 1))
-
-    halves = [mean_product(values[:, :20]), mean_product(values[:, 20:])]
-    deviations = uncertainty.half_deviations(np.stack(halves, axis=1).ravel())
-    variance = 2 / (40 * 39)
-    assert np.square(deviations).mean() / variance == pytest.approx(2, rel=0.15)
-    single = np.square(halves[0] - mean_product(values)).mean()
-    assert single / variance == pytest.approx(3, rel=0.15)
-
-
 def test_deviations_of_a_mean_weigh_classes_by_their_images_and_small_ones_have_none():
     labels = np.repeat([7, 2, 5], [30, 10, 20])
     scores = np.random.default_rng(0).random((2, 60))
