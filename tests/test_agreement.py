@@ -16,17 +16,11 @@ def pair(n=40, d=5, e=9, seed=0):
 
 
 def song_hsic(X, Y):
-    """Unbiased HSIC of Song et al., term by term over tuples of different images."""
-    K, L = X.astype(float) @ X.T.astype(float), Y.astype(float) @ Y.T.astype(float)
-    n = len(K)
-    np.fill_diagonal(K, 0)
-    np.fill_diagonal(L, 0)
-    pairs = sum(K[i, j] * L[i, j] for i in range(n) for j in range(n))
-    quadruples = sum(
-        K[i, j] * L[q, r] for i in range(n) for j in range(n) for q in range(n) for r in range(n)
-    )
-    triples = sum(K[i, j] * L[i, q] for i in range(n) for j in range(n) for q in range(n))
-    return (pairs + quadruples / ((n - 1) * (n - 2)) - 2 * triples / (n - 2)) / (n * (n - 3))
+    """Equation 5 of Song et al. 2012, from the n x n Gram matrices without their diagonals."""
+    K, L = (Z.astype(float) @ Z.T.astype(float) * (1 - np.eye(len(Z))) for Z in (X, Y))
+    n, ones = len(K), np.ones(len(K))
+    sums = (ones @ K @ ones) * (ones @ L @ ones) / ((n - 1) * (n - 2))
+    return (np.trace(K @ L) + sums - 2 / (n - 2) * ones @ K @ L @ ones) / (n * (n - 3))
 
 
 def test_mutual_neighbors_equal_set_intersections():
@@ -56,12 +50,6 @@ def test_cka_ignores_rotation_scale_translation_and_the_order_of_images():
     assert abs(agreement.linear_cka(X * stretch, Y) - expected) > 0.01
 
 
-def test_cka_of_independent_noise_is_near_zero_at_unequal_widths():
-    generator = np.random.default_rng(0)
-    X, Y = (generator.normal(size=(2000, d)).astype(np.float32) for d in (192, 1280))
-    assert abs(agreement.linear_cka(X, Y)) < 0.01
-
-
 def test_cka_is_nan_where_it_is_not_defined():
     X, Y = pair()
     assert np.isnan(agreement.linear_cka(X, np.full_like(Y, 0.1)))
@@ -82,7 +70,7 @@ def test_cka_next_to_the_classes_ignores_their_means():
     assert np.isnan(agreement.linear_cka(np.eye(3)[labels // 5], Y, labels))
 
 
-@pytest.mark.parametrize(("n", "num_classes"), [(500, 100), (400, 190), (300, 10)])
+@pytest.mark.parametrize(("n", "num_classes"), [(500, 100), (400, 190), (300, 10), (300, 1)])
 def test_cka_of_noise_next_to_the_classes_is_zero_for_many_classes_and_unequal_widths(
     n, num_classes
 ):

@@ -6,6 +6,7 @@ from scipy import stats
 from sklearn.decomposition import PCA
 
 from ijepa import metrics, uncertainty
+from ijepa.comparison import analyze, measure
 
 
 def two_models(n=200, d=12, e=20, num_classes=5, seed=0):
@@ -217,25 +218,14 @@ def test_explained_variance_at_full_rank_has_no_error_and_constants_have_none():
 
 
 def test_standard_errors_match_the_spread_over_fresh_samples():
-    generator = np.random.default_rng(0)
-    centers = generator.normal(size=(4, 10))
-    labels = np.arange(160) % 4
-    scales = np.linspace(2, 0.5, 10)
-    values, errors = [], []
+    generator, labels = np.random.default_rng(0), np.arange(160) % 4
+    centers, scales = generator.normal(size=(4, 10)), np.linspace(2, 0.5, 10)
+    halves = uncertainty.half_samples(labels, 40)
+    samples = []
     for _ in range(60):
         X = (centers[labels] + scales * generator.normal(size=(160, 10))).astype(np.float32)
-        halves = uncertainty.half_samples(labels, 40)
-        pairs = metrics.all_pairs(X, 64, labels, halves)
-        found = uncertainty.neighbor_halves(pairs.neighbors, pairs.similarities, labels, halves)
-        deviations = [
-            uncertainty.mean_deviations(found.values[f"precision_at_{k}"], labels)[0]
-            for k in (1, 20)
-        ]
-        deviations.append(uncertainty.half_deviations(pairs.half_silhouettes["silhouette"]))
-        deviations.append(influences(X)["effective_rank"])
-        precisions = [metrics.precision_at_k(pairs.neighbors, labels, k).mean() for k in (1, 20)]
-        values.append([*precisions, pairs.silhouettes.mean(), metrics.effective_rank(X)])
-        errors.append([uncertainty.estimate(0.0, one).se for one in deviations])
-    ratio = np.mean(errors, axis=0) / np.std(values, axis=0, ddof=1)
-    # 60 samples know their deviation to 9%.
-    assert (np.abs(ratio - 1) < 0.3).all(), ratio
+        samples.append(measure(analyze(X, labels, "local", halves)))
+    for metric in ("precision_at_1", "precision_at_20", "silhouette", "effective_rank"):
+        spread = np.std([one[metric].value for one in samples], ddof=1)
+        # 60 samples know their deviation to 9%.
+        assert 0.7 < np.mean([one[metric].se for one in samples]) / spread < 1.3, metric
