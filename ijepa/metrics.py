@@ -176,15 +176,9 @@ def all_pairs(
     Blocks of rows are compared with all rows. One float32 product of the centered embeddings gives
     a block's cosine similarities and Euclidean distances: a common offset costs no digits. An image
     is never its own neighbor. Ties go to the smaller index; identical embeddings are always tied.
-
-    Args:
-        X: The embeddings.
-        k: How many neighbors, or all other images if they are fewer.
-        labels: Needed for silhouettes.
-        halves: Rows 2i and 2i + 1 are a pair: each keeps what the other leaves out, and both keep
-            what the first pair has in common.
-        device: "cpu" or a CUDA device of PyTorch.
-        progress: See `Progress`.
+    There are k neighbors, or all other images if they are fewer, and silhouettes if there are
+    labels. Rows 2i and 2i + 1 of the halves are a pair: each keeps what the other leaves out, and
+    both keep what the first pair has in common. The device is "cpu" or a CUDA device of PyTorch.
     """
     n, k = len(X), min(k, len(X) - 1)
     codes = np.zeros(n, np.int64) if labels is None else np.unique(labels, return_inverse=True)[1]
@@ -323,9 +317,8 @@ def silhouettes_of_sums(
     """Silhouettes (b - a) / max(a, b) of some images in several subsets.
 
     a is the mean distance to the rest of the own class and b the smallest mean distance to another
-    class, from the sums of distances to the kept images of each class and their counts; 0 in a
-    class of one image and where both are 0. Rousseeuw 1987,
-    https://doi.org/10.1016/0377-0427(87)90125-7.
+    class, from the sums of distances to the kept images of each class and their counts. 0 in a
+    class of one image and where both are 0. Rousseeuw 1987, doi:10.1016/0377-0427(87)90125-7.
     """
     own = codes[:, None, None].expand(-1, 1, sums.shape[2])
     inside = sums.gather(1, own)[:, 0] / (counts[codes] - 1).clamp(min=1)
@@ -382,9 +375,8 @@ def chance_precision(labels: Labels) -> float:
 def knn_vote(codes: Neighbors, similarities: Similarities, num_classes: int) -> Labels:
     """Class that the neighbors of each image vote for, from their classes, numbered from 0.
 
-    A neighbor's vote weighs exp(similarity / 0.07): the rule of DINO's evaluation (Caron et al.
-    2021, https://arxiv.org/abs/2104.14294). Other rules go by the same name, with weights
-    softmax(s / T) or 1 / distance. Ties go to the first class.
+    A vote weighs exp(similarity / 0.07): the rule of DINO's evaluation, Caron et al. 2021,
+    https://arxiv.org/abs/2104.14294; others use 1 / distance. Ties go to the first class.
     """
     # exp(s - 1) changes no order and cannot overflow at small temperatures.
     weights = np.exp((similarities.astype(np.float64) - 1.0) / TEMPERATURE)

@@ -94,9 +94,8 @@ def probe(
     Raises:
         UserError: Embeddings are not finite or zero.
     """
-    for name in banks:
-        validate_embeddings(banks[name], name)
-        validate_embeddings(queries[name], name)
+    for name, X in [*banks.items(), *queries.items()]:
+        validate_embeddings(X, name)
     codes = np.unique(bank_labels, return_inverse=True)[1]
     parts, found = draw_parts(codes, seed), {}
     with progress(total=len(banks) * len(query_labels), desc="probe") as bar:
@@ -235,9 +234,9 @@ def linear_answers(
 ) -> tuple[Labels, dict[str, Any]]:
     """Class of each query by multinomial logistic regression on standardized columns.
 
-    With a part to hold out, the penalty is the one of `L2_GRID` whose fit to the rest is most
-    accurate there; ties go to the stronger one. The answers come from a fit to the whole bank, and
-    with them the penalty `l2` and, by penalty, `held_out_accuracy`.
+    The answers come from a fit to the whole bank, and with them the penalty `l2` and, by penalty,
+    `held_out_accuracy`. With a part to hold out, the penalty is the one of `L2_GRID` whose fit to
+    the rest is most accurate there; ties go to the stronger one.
     """
     mean = X.mean(axis=0, dtype=np.float64).astype(np.float32)
     Z, W = X - mean, Q - mean
@@ -310,8 +309,8 @@ def fit(
 def summary(answers: Answers) -> dict[str, Any]:
     """The accuracies of one model."""
     knn = {k: accuracy(answers.scores[f"knn_{k}"]) for k in sorted(KS)}
-    found = {"knn": knn, "linear": accuracy(answers.scores["linear"]), **answers.chosen}
-    return found | {"few_shot": few_shot(answers)}
+    linear = accuracy(answers.scores["linear"])
+    return {"knn": knn, "linear": linear, **answers.chosen, "few_shot": few_shot(answers)}
 
 
 def change(first: Answers, second: Answers) -> dict[str, Any]:

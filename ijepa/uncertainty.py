@@ -258,6 +258,6 @@ def spectrum_deviations(
     entropy = -(p * np.log(p)).sum()
     rank = np.exp(entropy)
     slopes = -rank * (np.log(p) + entropy) / (2 * roots * roots.sum())
-    bounded = rank > n / 2
-    influences["effective_rank"] = np.full(n, NAN) if bounded else squares[:, positive] @ slopes
+    influence = squares[:, positive] @ slopes
+    influences["effective_rank"] = influence if rank <= n / 2 else np.full(n, NAN)
     return {name: (one - one.mean()) / np.sqrt(n) for name, one in influences.items()}
