@@ -7,8 +7,7 @@ Dimension key: n images, d and e widths of the two embeddings, k neighbors.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,118 +16,74 @@ from scipy import stats
 from scipy.cluster.hierarchy import cophenet, linkage
 from scipy.spatial.distance import pdist, squareform
 
-from ijepa.metrics import NAN, class_means, unit_rows
-from ijepa.uncertainty import (
-    MUTUAL_K,
-    Analysis,
-    Deviations,
-    Estimate,
-    class_average,
-    columns,
-    estimate,
-    half_deviations,
-    overall,
-    student_p,
-)
+from ijepa import uncertainty
+from ijepa.metrics import NAN, Embeddings, Labels, PerImage, class_means, unit_rows
+from ijepa.uncertainty import MUTUAL_K, Analysis, Deviations, Estimate, class_average, estimate
 
-MAX_SPEARMAN_IMAGES = 2000
-"""All pairs of this many images are two million similarities."""
+MAX_SPEARMAN_IMAGES = 2000  # with two million pairs
 NUM_PERMUTATIONS = 200
 
+Other = Float[np.ndarray, "n e"]  # the second model's embeddings
 
-def mutual_knn(
-    neighbors_a: Int[np.ndarray, "n m"], neighbors_b: Int[np.ndarray, "n l"], k: int = 10
-) -> Float[np.ndarray, " n"]:
+
+def mutual_knn(a: Int[np.ndarray, "n m"], b: Int[np.ndarray, "n l"], k: int = 10) -> PerImage:
     """Share of each image's first k neighbors that both models have in common, in [0, 1].
 
     The mean over images is the metric; higher is more agreement, unrelated models give k / (n - 1).
     Huh et al. 2024, "The Platonic Representation Hypothesis", https://arxiv.org/abs/2405.07987.
-
-    Raises:
-        ValueError: k exceeds the number of neighbors given.
     """
-    fewest = min(neighbors_a.shape[1], neighbors_b.shape[1])
-    if k > fewest:
-        raise ValueError(f"k must be at most the {fewest} neighbors, got {k}")
-    common = neighbors_a[:, :k, None] == neighbors_b[:, None, :k]
-    return common.sum(axis=(1, 2)) / k
+    return (a[:, :k, None] == b[:, None, :k]).sum(axis=(1, 2)) / k
 
 
-def mutual_knn_of_classes(
-    same_a: Float[np.ndarray, " n"],
-    same_b: Float[np.ndarray, " n"],
-    labels: Int[np.ndarray, " n"],
-    k: int = 10,
-) -> float:
-    """Mutual kNN of two models that agree on the classes and on nothing else.
+def mutual_knn_of_classes(same_a: PerImage, same_b: PerImage, labels: Labels, k: int = 10) -> float:
+    """Mutual kNN of two models that agree on the classes and on nothing else: mean over classes.
 
-    Each takes its own shares of neighbors from the same class, of which k / n_c would be common by
-    chance. The mean over classes.
-
-    Args:
-        same_a: Share of each image's k neighbors that have its label, in one model.
-        same_b: The same in the other one.
-        labels: Class of each image.
-        k: Number of neighbors.
+    From the share of each image's k neighbors that have its label, in either model. k / n_c of them
+    would be common by chance.
     """
     codes, counts = np.unique(labels, return_inverse=True, return_counts=True)[1:]
-    shares = [np.bincount(codes, same) / counts for same in (same_a, same_b)]
-    return float((shares[0] * shares[1] * k / counts).mean())
+    shares = class_average(same_a, codes) * class_average(same_b, codes)
+    return float((shares * k / counts).mean())
 
 
-def linear_cka(
-    X: Float[np.ndarray, "n d"],
-    Y: Float[np.ndarray, "n e"],
-    labels: Int[np.ndarray, " n"] | None = None,
-) -> float:
+def linear_cka(X: Embeddings, Y: Other, labels: Labels | None = None) -> float:
     """Debiased linear centered kernel alignment; 1 for equal up to rotation, scale and offset.
 
-    Unrelated embeddings give 0 on average whatever their widths and the number of classes, so that
-    single values may be slightly negative; they are not clamped. With labels it is that of what is
-    left next to the classes: each row less the mean of its class. NaN for fewer than 4 images and
-    where the self term of a model is not positive. The ratio of the unbiased HSIC estimators of
-    Song et al. 2012, Journal of Machine Learning Research 13, computed from the embeddings without
+    Unrelated embeddings give 0 on average whatever their widths and the number of classes; single
+    values may be slightly negative. With labels, the mean of its class is taken from each row. NaN
+    for fewer than 4 images and where the self term of a model is not positive. The ratio of the
+    unbiased HSIC estimators of Song et al. 2012, Journal of Machine Learning Research 13, without
     n x n matrices.
     """
     codes = np.zeros(len(X), np.int64)
     if labels is not None:
         codes = np.unique(labels, return_inverse=True)[1]
-    A, B = (_residuals(Z, codes) for Z in (X, Y))
-    scale = _cka_scale(A, B, codes)
-    return _debiased_product(A, B, codes) / scale if scale > 0 else NAN
+    A, B = _residuals(X, codes), _residuals(Y, codes)
+    return _debiased_product(A, B, codes) / _cka_scale(A, B, codes)
 
 
-def _residuals(
-    X: Float[np.ndarray, "n d"], codes: Int[np.ndarray, " n"]
-) -> Float[np.ndarray, "n d"]:
+def _residuals(X: Embeddings, codes: Labels) -> Embeddings:
     """Rows less the mean of their class, over the root of their mean square."""
     rows = X - class_means(X, codes)[codes]
     return rows / (np.sqrt(np.square(rows).sum() / len(X)) or 1.0)
 
 
-def _cka_scale(
-    X: Float[np.ndarray, "n d"], Y: Float[np.ndarray, "n e"], codes: Int[np.ndarray, " n"]
-) -> float:
-    """Geometric mean of the self terms; 0 if one is not positive or there are too few images."""
-    if len(X) < 4:
-        return 0.0
-    return math.prod(math.sqrt(max(_debiased_product(Z, Z, codes), 0.0)) for Z in (X, Y))
+def _cka_scale(A: Embeddings, B: Other, codes: Labels) -> float:
+    """Geometric mean of the self terms; NaN if one is not positive or for fewer than 4 images."""
+    terms = [_debiased_product(Z, Z, codes) for Z in (A, B)]
+    return math.sqrt(terms[0]) * math.sqrt(terms[1]) if len(A) > 3 and min(terms) > 0 else NAN
 
 
-def _debiased_product(
-    X: Float[np.ndarray, "n d"], Y: Float[np.ndarray, "n e"], codes: Int[np.ndarray, " n"]
-) -> float:
+def _debiased_product(A: Embeddings, B: Other, codes: Labels) -> float:
     """Unbiased inner product of the Gram matrices of two matrices of residuals."""
-    return float(np.square(X.T @ Y).sum()) - _bias(_row_squares(X), _row_squares(Y), codes)
+    return float(np.square(A.T @ B).sum()) - _bias(_row_squares(A), _row_squares(B), codes)
 
 
-def _row_squares(X: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " n"]:
+def _row_squares(X: Embeddings) -> PerImage:
     return np.einsum("ij,ij->i", X, X)
 
 
-def _bias(
-    r_x: Float[np.ndarray, " n"], r_y: Float[np.ndarray, " n"], codes: Int[np.ndarray, " n"]
-) -> float:
+def _bias(r_x: PerImage, r_y: PerImage, codes: Labels) -> float:
     """Part of ||X^T Y||^2 that comes from the diagonals of the Gram matrices, given as r."""
     n, common, t_x, t_y = (np.bincount(codes, weights) for weights in (None, r_x * r_y, r_x, r_y))
     larger = np.maximum(n, 3)
@@ -138,11 +93,7 @@ def _bias(
 
 
 def cka_null(
-    X: Float[np.ndarray, "n d"],
-    Y: Float[np.ndarray, "n e"],
-    labels: Int[np.ndarray, " n"],
-    num_permutations: int = NUM_PERMUTATIONS,
-    seed: int = 0,
+    X: Embeddings, Y: Other, labels: Labels, num_permutations: int = NUM_PERMUTATIONS, seed: int = 0
 ) -> Float[np.ndarray, " p"]:
     """`linear_cka` after shuffling which image is which inside each class, once per entry.
 
@@ -151,8 +102,6 @@ def cka_null(
     codes = np.zeros(len(X), np.int64)
     narrow, wide = (_residuals(Z, codes) for Z in ((X, Y) if X.shape[1] < Y.shape[1] else (Y, X)))
     scale = _cka_scale(narrow, wide, codes)
-    if scale == 0:
-        return np.full(num_permutations, NAN)
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     generator = np.random.default_rng(seed)
     # Each product feeds d * e squares into one sum: float32 costs it 1e-6 and saves half the time.
@@ -167,14 +116,12 @@ def cka_null(
     return np.array(values)
 
 
-def similarity_spearman(
-    X: Float[np.ndarray, "n d"], Y: Float[np.ndarray, "n e"], seed: int = 0
-) -> float:
+def similarity_spearman(X: Embeddings, Y: Other, seed: int = 0) -> float:
     """Spearman correlation of the cosine similarities of all pairs of images, in [-1, 1].
 
-    Higher is more agreement. More than `MAX_SPEARMAN_IMAGES` images are thinned to that number by
-    the seed. NaN where all pairs of a model are equally similar. Representational similarity
-    analysis, Kriegeskorte et al. 2008, https://doi.org/10.3389/neuro.06.004.2008.
+    Higher is more agreement. The seed picks `MAX_SPEARMAN_IMAGES` of more images. NaN where all
+    pairs of a model are equally similar. Representational similarity analysis, Kriegeskorte et al.
+    2008, https://doi.org/10.3389/neuro.06.004.2008.
     """
     if len(X) > MAX_SPEARMAN_IMAGES:
         kept = np.random.default_rng(seed).choice(len(X), MAX_SPEARMAN_IMAGES, replace=False)
@@ -196,60 +143,49 @@ def mcnemar_exact_p(correct_a: Bool[np.ndarray, " n"], correct_b: Bool[np.ndarra
     return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
-def holm(p_values: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
-    """P-values adjusted for looking at all of them together, in the order given; NaN stays.
+def add_holm(rows: Sequence[dict[str, Any]], test: str, name: str) -> None:
+    """Add to each row its p-value of a test, adjusted for looking at all of them; NaN stays.
 
     Holm 1979, "A Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of
     Statistics 6.
     """
-    order = np.argsort(p_values, kind="stable")[: np.isfinite(p_values).sum()]
-    factors = np.arange(len(order), 0, -1)
-    adjusted = np.full(len(p_values), NAN)
-    adjusted[order] = np.minimum(np.maximum.accumulate(p_values[order] * factors), 1.0)
-    return adjusted
-
-
-@dataclass(frozen=True)
-class PairNumbers:
-    """What `Comparison` has to say about two models: see there."""
-
-    differences: dict[str, dict[str, Any]]
-    per_class: list[dict[str, Any]]
-    agreement: dict[str, Any]
-    mutual: Float[np.ndarray, " n"] | None
+    p_values = np.array([row[test] for row in rows])
+    order = np.argsort(p_values, kind="stable")  # NaN is last, and stays
+    factors = np.isfinite(p_values).sum() - np.arange(len(order))
+    adjusted = np.minimum(np.maximum.accumulate(p_values[order] * factors), 1.0)
+    for row, p in zip(order, adjusted.tolist(), strict=True):
+        rows[row][name] = p
 
 
 def compare_pair(
     local: Analysis,
     hf: Analysis,
     values: Mapping[str, Mapping[str, Estimate]],
-    halves: Bool[np.ndarray, "B n"] | None,
+    halves: uncertainty.Halves,
     seed: int,
-) -> PairNumbers:
-    """All numbers of two models.
+) -> dict[str, Any]:
+    """All numbers of two models, by field of `Comparison`.
 
-    Args:
-        local: The first model.
-        hf: The second one.
-        values: Every metric of `local` and `hf`.
-        halves: On which mutual kNN is repeated; None for no intervals.
-        seed: Of the permutations and of the pairs of images that are correlated.
+    From their metrics `values`, and mutual kNN on the halves. The seed is that of the permutations
+    and of the pairs of images that are correlated.
     """
-    mutual = None
-    if min(local.neighbors.shape[1], hf.neighbors.shape[1]) >= MUTUAL_K:
+    labels, mutual = local.labels, None
+    if local.neighbors.shape[1] >= MUTUAL_K:
         mutual = mutual_knn(local.neighbors, hf.neighbors, MUTUAL_K)
-    shared = None if halves is None else mutual_deviations(local, hf, halves)
-    return PairNumbers(
-        differences(local, hf, values),
-        per_class(local, hf, mutual, shared),
-        agreement(local, hf, mutual, shared, seed),
-        mutual,
-    )
-
-
-def change(first: Deviations, second: Deviations, metric: str) -> Float[np.ndarray, "..."] | None:
-    """Deviations of the second model's metric less the first one's; None without intervals."""
-    return second[metric] - first[metric] if metric in first else None
+    common = np.full(len(labels), NAN) if mutual is None else mutual
+    codes = np.unique(labels, return_inverse=True)[1]
+    on_halves = np.empty((len(halves), codes.max() + 1))
+    for half, keep in enumerate(halves):
+        shared = mutual_knn(local.halves.first[half], hf.halves.first[half], MUTUAL_K // 2)
+        on_halves[half] = class_average(shared, codes[keep])
+    deviations, by_class = uncertainty.mean_deviations(on_halves, labels)
+    mutual_mean = estimate(float(common.mean()), deviations)
+    return {
+        "differences": differences(local, hf, values),
+        "per_class": per_class(local, hf, common, by_class),
+        "agreement": {"mutual_knn": mutual_mean, **agreement(local, hf, seed)},
+        "mutual": mutual,
+    }
 
 
 def ratio(local: float, hf: float) -> float:
@@ -264,19 +200,16 @@ def differences(
     result: dict[str, dict[str, Any]] = {}
     for metric, ours in values["local"].items():
         theirs = values["hf"][metric]
-        quotient, relative = ratio(ours.value, theirs.value), None
-        if theirs.ci95[0] <= 0:  # a quotient by what may be 0 says nothing
-            quotient = NAN
-        elif metric in local.deviations:
-            # A quotient changes with its parts as its derivative says: the delta method.
-            relative = local.deviations[metric] - quotient * hf.deviations[metric]
-            relative = relative / theirs.value
-        changed = change(local.deviations, hf.deviations, metric)
+        parts = local.deviations_of(metric), hf.deviations_of(metric)
+        # A quotient by what may be 0 says nothing.
+        quotient = NAN if theirs.ci95[0] <= 0 else ratio(ours.value, theirs.value)
+        # It changes with its parts as its derivative says: the delta method.
+        relative = (parts[0] - quotient * parts[1]) / theirs.value
         result[metric] = {
-            "estimate": estimate(theirs.value - ours.value, changed),
+            "estimate": estimate(theirs.value - ours.value, parts[1] - parts[0]),
             "ratio": estimate(quotient, relative),
         }
-    changed = change(local.deviations, hf.deviations, "precision_at_5")
+    changed = hf.deviations_of("precision_at_5") - local.deviations_of("precision_at_5")
     result["precision_at_5"] |= paired_precision(local.precisions(5), hf.precisions(5), changed)
     if np.isfinite(local.precisions(1)).all():
         p = mcnemar_exact_p(local.first_is_right(), hf.first_is_right())
@@ -284,16 +217,12 @@ def differences(
     return result
 
 
-def paired_precision(
-    local: Float[np.ndarray, " n"],
-    hf: Float[np.ndarray, " n"],
-    deviations: Float[np.ndarray, " r"] | None,
-) -> dict[str, Any]:
+def paired_precision(local: PerImage, hf: PerImage, deviations: Deviations) -> dict[str, Any]:
     """p-value of no difference and the images on which hf wins, ties and loses; or nothing."""
     if not np.isfinite(local).all():
         return {}
     return {
-        "p": student_p(float((hf - local).mean()), deviations),
+        "p": uncertainty.student_p(float((hf - local).mean()), deviations),
         "wins": int((hf > local).sum()),
         "ties": int((hf == local).sum()),
         "losses": int((hf < local).sum()),
@@ -301,106 +230,75 @@ def paired_precision(
 
 
 def per_class(
-    local: Analysis,
-    hf: Analysis,
-    mutual: Float[np.ndarray, " n"] | None,
-    shared: Float[np.ndarray, "r C"] | None,
+    local: Analysis, hf: Analysis, mutual: PerImage, shared: uncertainty.ClassDeviations
 ) -> list[dict[str, Any]]:
     """By class: P@5 of both models, difference, tests and mutual kNN; p-values also after Holm."""
-    labels, precisions = local.labels, [a.precisions(5) for a in (local, hf)]
-    if not np.isfinite(precisions[0]).all():
+    if not np.isfinite(local.precisions(5)).all():
         return []
-    changed = change(local.class_deviations, hf.class_deviations, "precision_at_5")
-    intervals = zip(columns(changed, labels), columns(shared, labels), strict=True)
-    rows = []
-    for label, (deviations, of_mutual) in zip(np.unique(labels), intervals, strict=True):
-        own = labels == label
-        ours, theirs = (values[own] for values in precisions)
-        common = NAN if mutual is None else float(mutual[own].mean())
+    changed, rows = hf.class_deviations - local.class_deviations, []
+    for code, label in enumerate(np.unique(local.labels)):
+        own = local.labels == label
+        ours, theirs = (model.precisions(5)[own] for model in (local, hf))
+        first = local.first_is_right()[own], hf.first_is_right()[own]
         rows.append(
             {
                 "label": int(label),
                 "n": int(own.sum()),
                 "local": float(ours.mean()),
                 "hf": float(theirs.mean()),
-                "difference": estimate(float((theirs - ours).mean()), deviations),
-                **paired_precision(ours, theirs, deviations),
-                "mcnemar_p": mcnemar_exact_p(local.first_is_right()[own], hf.first_is_right()[own]),
-                "mutual_knn": estimate(common, of_mutual),
+                "difference": estimate(float((theirs - ours).mean()), changed[:, code]),
+                **paired_precision(ours, theirs, changed[:, code]),
+                "mcnemar_p": mcnemar_exact_p(*first),
+                "mutual_knn": estimate(float(mutual[own].mean()), shared[:, code]),
             }
         )
-    for test, corrected in (("p", "holm_p"), ("mcnemar_p", "mcnemar_holm_p")):
-        for row, p in zip(rows, holm(np.array([row[test] for row in rows])), strict=True):
-            row[corrected] = float(p)
+    add_holm(rows, "p", "holm_p")
+    add_holm(rows, "mcnemar_p", "mcnemar_holm_p")
     return rows
 
 
-def mutual_deviations(
-    local: Analysis, hf: Analysis, halves: Bool[np.ndarray, "B n"]
-) -> Float[np.ndarray, "r C"]:
-    """Deviations of mutual kNN by class."""
-    codes = np.unique(local.labels, return_inverse=True)[1]
-    lists = zip(local.halves.first, hf.halves.first, halves, strict=True)
-    return half_deviations(
-        np.array(
-            [class_average(mutual_knn(a, b, MUTUAL_K // 2), codes[keep]) for a, b, keep in lists]
-        )
-    )
-
-
-def agreement(
-    local: Analysis,
-    hf: Analysis,
-    mutual: Float[np.ndarray, " n"] | None,
-    shared: Float[np.ndarray, "r C"] | None,
-    seed: int,
-) -> dict[str, Any]:
+def agreement(local: Analysis, hf: Analysis, seed: int) -> dict[str, float]:
     """How alike the two models see the images, each number next to its chance level."""
     labels, n = local.labels, len(local.labels)
     X, Y = local.embeddings, hf.embeddings
-    numbers = {
+    cka, null = linear_cka(X, Y), cka_null(X, Y, labels, seed=seed)
+    reached = (1 + int((null >= cka).sum())) / (1 + len(null))
+    same = [a.precisions(MUTUAL_K) for a in (local, hf)]
+    return {
         "mutual_knn_chance": MUTUAL_K / (n - 1) if n > MUTUAL_K else NAN,
-        "cka": linear_cka(X, Y),
+        "cka": cka,
         "cka_class_demeaned": linear_cka(X, Y, labels),
         "similarity_spearman": similarity_spearman(X, Y, seed),
+        "cka_null_p99": float(np.quantile(null, 0.99)),
+        "cka_null_p": NAN if np.isnan(null).any() else reached,
+        "mutual_knn_class_only": mutual_knn_of_classes(*same, labels, MUTUAL_K),
     }
-    null = cka_null(X, Y, labels, seed=seed)
-    reached = int((null >= numbers["cka"]).sum())
-    numbers["cka_null_p99"] = float(np.quantile(null, 0.99))
-    numbers["cka_null_p"] = NAN if np.isnan(null).any() else (1 + reached) / (1 + len(null))
-    same = [a.precisions(MUTUAL_K) for a in (local, hf)]
-    numbers["mutual_knn_class_only"] = mutual_knn_of_classes(*same, labels, MUTUAL_K)
-    common = None if shared is None else overall(shared, labels)
-    value = NAN if mutual is None else float(mutual.mean())
-    return {"mutual_knn": estimate(value, common), **numbers}
 
 
 def class_groups(
-    embeddings: Mapping[str, Float[np.ndarray, "n _"]],
-    labels: Int[np.ndarray, " n"],
+    class_means: Mapping[str, Float[np.ndarray, "C _"]],
+    classes: Int[np.ndarray, " C"],
     seed: int = 0,
     num_permutations: int = 1000,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Which classes each model holds for alike, and how well two models agree on it.
 
-    Average linkage of the class means, less their mean, by 1 - cosine similarity. Of each model
-    `merges` are the pairs of groups of labels in the order in which they become one, with the
-    distance at which they do, and `top` the last two groups. For two models `cophenetic` is the
-    correlation over pairs of classes of the distances at which they join, Sokal and Rohlf 1962,
-    https://doi.org/10.2307/1217208, in [-1, 1], and `p` the share of 1 + `num_permutations` orders
-    of the classes of one model that agree as well or better. None for fewer than 3 classes or
-    where a class mean has no direction.
+    Average linkage of the class means, less their mean, by 1 - cosine similarity. `merges` of each
+    model are the pairs of groups of labels that become one, in this order, with their distance;
+    `top` is the last pair. For two models `cophenetic` is the correlation over pairs of classes of
+    the distances at which they join, in [-1, 1], Sokal and Rohlf 1962,
+    https://doi.org/10.2307/1217208, and `p` the share of 1 + `num_permutations` orders of one
+    model's classes that agree as well or better. Empty for fewer than 3 classes or where a class
+    mean has no direction.
     """
-    classes, codes = np.unique(labels, return_inverse=True)
     if len(classes) < 3:
-        return None
+        return {}
     groups: dict[str, Any] = {}
     heights = []
-    for name, X in embeddings.items():
-        means = class_means(X, codes)
+    for name, means in class_means.items():
         distances = pdist(means - means.mean(axis=0), "cosine")
         if not np.isfinite(distances).all():
-            return None
+            return {}
         tree = linkage(distances, "average")
         clusters, merges = [[int(label)] for label in classes], []
         for left, right, height, _ in tree:
@@ -421,11 +319,11 @@ def permuted_correlation(
 
     NaN where all pairs of a model are equally far.
     """
-    a, square = a - a.mean(), squareform(b - b.mean())
-    scale = float(np.linalg.norm(a) * np.linalg.norm(b - b.mean()))
+    a, b = a - a.mean(), b - b.mean()
+    scale, square = float(np.linalg.norm(a) * np.linalg.norm(b)), squareform(b)
     if scale < 1e-12:
-        return float("nan"), float("nan")
-    observed = float(a @ (b - b.mean())) / scale
+        return NAN, NAN
+    observed = float(a @ b) / scale
     generator, as_large = np.random.default_rng(seed), 0
     for _ in range(num_permutations):
         order = generator.permutation(len(square))

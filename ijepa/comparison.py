@@ -1,41 +1,23 @@
 """From the embeddings of the same images by one or two models to one record of numbers.
 
-Each model's embeddings become one `Analysis`; the rest puts these records side by side.
-`METRICS` is the table of single-model numbers: a new one is a function of an `Analysis` and a line.
-Differences are always hf - local. Where no class has enough images for halves there is no interval.
+`analyze` passes each model's embeddings through all that is computed from them, to one `Analysis`;
+the rest puts these records side by side. `METRICS` is the table of single-model numbers: a new one
+is a function of an `Analysis` and a line. Differences are always hf - local. Where no class has
+enough images for halves there is no interval.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from ijepa.agreement import PairNumbers, change, class_groups, compare_pair
-from ijepa.metrics import (
-    NAN,
-    chance_precision,
-    effective_rank,
-    effective_rank_of_spectrum,
-    explained_variance,
-    hubness,
-    num_components,
-    participation_ratio,
-)
-from ijepa.uncertainty import (
-    NUM_HALVES,
-    Analysis,
-    Estimate,
-    Progress,
-    analyze,
-    class_average,
-    columns,
-    estimate,
-    half_samples,
-    most_confused,
-    small_classes,
-)
+from ijepa import metrics, uncertainty
+from ijepa.agreement import class_groups, compare_pair
+from ijepa.metrics import NAN, SILENT, Embeddings, Labels, PerImage, Progress
+from ijepa.uncertainty import Analysis, Estimate, Halves, class_average, confusion, estimate
 
 MODEL_NAMES = {"local": "Local model", "hf": "HF model"}
 """What the models are called where no other name is given."""
@@ -43,28 +25,12 @@ HEADLINES = ("variance_10pc", "variance_50pc", "silhouette", "precision_at_5")
 """The rows of the table, after the embedding dimension."""
 
 
-def share_of_variance(a: Analysis, k: int) -> float:
-    """Explained variance of k components; NaN where the sample itself has no more than k."""
-    n, d = a.embeddings.shape
-    return explained_variance(a.eigenvalues, k) if k <= min(n - 1, d) else NAN
-
-
-def components_for(a: Analysis, share: float) -> float:
-    """Principal components that hold this share of the variance; NaN without any variance."""
-    return float(num_components(a.eigenvalues, share)) if a.eigenvalues.sum() > 0 else NAN
-
-
-def k_occurrence(a: Analysis, statistic: str) -> float:
-    """A statistic of the 10-NN lists, see `hubness`; NaN for fewer than 11 images."""
-    return hubness(a.neighbors)[statistic] if a.neighbors.shape[1] >= 10 else NAN
-
-
 METRICS: dict[str, Callable[[Analysis], float]] = {
-    "variance_10pc": lambda a: share_of_variance(a, 10),
-    "variance_50pc": lambda a: share_of_variance(a, 50),
-    "components_80": lambda a: components_for(a, 0.80),
-    "components_90": lambda a: components_for(a, 0.90),
-    "components_95": lambda a: components_for(a, 0.95),
+    "variance_10pc": lambda a: metrics.explained_variance(a.eigenvalues, 10),
+    "variance_50pc": lambda a: metrics.explained_variance(a.eigenvalues, 50),
+    "components_80": lambda a: metrics.num_components(a.eigenvalues, 0.80),
+    "components_90": lambda a: metrics.num_components(a.eigenvalues, 0.90),
+    "components_95": lambda a: metrics.num_components(a.eigenvalues, 0.95),
     "silhouette": lambda a: float(a.silhouettes["euclidean"].mean()),
     "silhouette_cosine": lambda a: float(a.silhouettes["cosine"].mean()),
     "precision_at_1": lambda a: float(a.precisions(1).mean()),
@@ -72,29 +38,78 @@ METRICS: dict[str, Callable[[Analysis], float]] = {
     "precision_at_10": lambda a: float(a.precisions(10).mean()),
     "precision_at_20": lambda a: float(a.precisions(20).mean()),
     "knn_accuracy": lambda a: float(a.scores["knn_accuracy"].mean()),
-    "effective_rank": lambda a: effective_rank_of_spectrum(a.eigenvalues),
-    "effective_rank_uncentered": lambda a: effective_rank(a.embeddings, centered=False),
-    "participation_ratio": lambda a: participation_ratio(a.eigenvalues, len(a.labels)),
-    "hubness_skew": lambda a: k_occurrence(a, "skew"),
-    "hubness_maximum": lambda a: k_occurrence(a, "maximum"),
-    "anti_hub_share": lambda a: k_occurrence(a, "anti_hub_share"),
+    "effective_rank": lambda a: metrics.effective_rank_of_spectrum(a.eigenvalues),
+    "effective_rank_uncentered": lambda a: metrics.effective_rank(a.embeddings, centered=False),
+    "participation_ratio": lambda a: metrics.participation_ratio(a.eigenvalues, len(a.labels)),
+    "hubness_skew": lambda a: metrics.hubness(a.neighbors)["skew"],
+    "hubness_maximum": lambda a: metrics.hubness(a.neighbors)["maximum"],
+    "anti_hub_share": lambda a: metrics.hubness(a.neighbors)["anti_hub_share"],
 }
+
+
+def analyze(  # noqa: PLR0913
+    X: Embeddings,
+    labels: Labels,
+    name: str,
+    halves: Halves,
+    reference: bool = False,
+    device: str = "cpu",
+    progress: Progress = SILENT,
+) -> Analysis:
+    """All that the numbers of one model, and their intervals on the halves, are made of.
+
+    Of a `reference` only precision@k and kNN accuracy have intervals.
+
+    Raises:
+        UserError: If a row is not finite or has zero length; names the model and the image.
+    """
+    metrics.validate_embeddings(X, name)
+    bar = partial(progress, desc=f"pairs {name}")
+    of_distances = halves[:0] if reference else halves
+    pairs = metrics.all_pairs(X, uncertainty.LIST_LENGTH, labels, of_distances, device, bar)
+    lists = pairs.neighbors, pairs.similarities
+    found = uncertainty.neighbor_halves(*lists, labels, halves)
+    deviations, by_class = {}, {}
+    for metric, values in found.values.items():
+        deviations[metric], by_class[metric] = uncertainty.mean_deviations(values, labels)
+    for metric, values in pairs.half_silhouettes.items():
+        deviations[metric] = uncertainty.half_deviations(values)
+    if len(of_distances):
+        eigenvalues, components = metrics.principal_scores(X)
+        deviations |= uncertainty.spectrum_deviations(eigenvalues, components)
+    else:
+        eigenvalues = metrics.covariance_spectrum(X)
+    precisions = {
+        f"precision_at_{k}": metrics.precision_at_k(lists[0], labels, k)
+        for k in uncertainty.PRECISION_KS
+    }
+    cosine = metrics.silhouette_samples(X, labels, "cosine")
+    return Analysis(
+        embeddings=X,
+        labels=labels,
+        neighbors=pairs.neighbors,
+        similarities=pairs.similarities,
+        eigenvalues=eigenvalues,
+        silhouettes={"euclidean": pairs.silhouettes, "cosine": cosine},
+        scores=precisions | {"knn_accuracy": metrics.knn_correct(*lists, labels)},
+        halves=found,
+        class_deviations=by_class["precision_at_5"],
+        deviations=deviations,
+    )
 
 
 def measure(a: Analysis) -> dict[str, Estimate]:
     """Every metric of the table, with an interval where there is one."""
-    return {name: estimate(metric(a), a.deviations.get(name)) for name, metric in METRICS.items()}
+    return {name: estimate(metric(a), a.deviations_of(name)) for name, metric in METRICS.items()}
 
 
 @dataclass(frozen=True)
 class SeedSpread:
     """A metric of several trainings that differ in their seed, on the same images."""
 
-    values: list[float]
-    """The local model's first, then the others in the order given."""
+    values: list[float]  # the local model's first, then the others in the order given
     mean: float
-    sd: float
-    """Sample standard deviation over trainings: what another seed would change."""
+    sd: float  # sample standard deviation over trainings: what another seed would change
 
 
 @dataclass(frozen=True)
@@ -102,13 +117,11 @@ class Comparison:
     """All numbers of a run. Keys of the mappings are `local` and, if it was given, `hf`."""
 
     analyses: dict[str, Analysis]
-    names: dict[str, str]
-    """Short name of each model, for tables and sentences."""
+    names: dict[str, str]  # short, for tables and sentences
     metrics: dict[str, dict[str, Estimate]]
     """By model, then metric; `se` and `ci95` are NaN where there is no interval."""
     references: dict[str, dict[str, float]]
-    gains: dict[str, Estimate]
-    """By reference: precision@5 of the local model less that of the reference."""
+    gains: dict[str, Estimate]  # by reference: precision@5 of the local model less the reference's
     differences: dict[str, dict[str, Any]]
     """By metric: an `estimate` of hf - local, the `ratio` local / hf, tests where there are any."""
     per_class: list[dict[str, Any]]
@@ -119,27 +132,24 @@ class Comparison:
     class_groups: dict[str, Any]
     """Which classes each model holds for alike; empty for fewer than three classes."""
     agreement: dict[str, Any]
-    mutual: Float[np.ndarray, " n"] | None
-    """Share of common 10-NN per image."""
+    mutual: PerImage | None  # share of common 10-NN
     chance_precision: float
-    seeds: dict[str, SeedSpread]
-    """By metric, over several trainings of the local model; empty for one."""
+    seeds: dict[str, SeedSpread]  # by metric, over trainings of the local model; empty for one
     small_classes: int
     """Classes too small for halves: kept whole in all of them, and without own intervals."""
-    num_halves: int
-    """0 where the images are too few for intervals."""
+    num_halves: int  # 0 where the images are too few for intervals
     seed: int
 
 
 def compare(  # noqa: PLR0913
     embeddings: Mapping[str, Float[np.ndarray, "n _"]],
     references: Mapping[str, Float[np.ndarray, "n _"]],
-    labels: Int[np.ndarray, " n"],
+    labels: Labels,
     seed: int,
     other_seeds: Sequence[Float[np.ndarray, "n _"]] = (),
     device: str = "cpu",
-    names: Mapping[str, str] | None = None,
-    progress: Progress | None = None,
+    names: Mapping[str, str] = MODEL_NAMES,
+    progress: Progress = SILENT,
 ) -> Comparison:
     """Measure one model or two, and the references, on the same images.
 
@@ -149,7 +159,7 @@ def compare(  # noqa: PLR0913
         labels: Class of each row.
         seed: Of the halves, the permutations and the pairs that are correlated.
         other_seeds: Embeddings by other trainings of the local model.
-        device: "cpu" or the CUDA device on which all pairs of images are compared.
+        device: "cpu", or a CUDA device for all pairs of images.
         names: Short names of the models.
         progress: See `Progress`.
 
@@ -158,30 +168,22 @@ def compare(  # noqa: PLR0913
         UserError: If embeddings are not finite or zero.
     """
     seeds = {f"local_{row}": X for row, X in enumerate(other_seeds, start=2)}
-    for name, X in [*embeddings.items(), *references.items(), *seeds.items()]:
+    halves, found = uncertainty.half_samples(labels, seed=seed), {}
+    for name, X in {**embeddings, **references, **seeds}.items():
         if len(X) != len(labels):
             raise ValueError(f"{name} has {len(X)} rows for {len(labels)} labels")
-    halves = half_samples(labels, NUM_HALVES, seed)
-    found = {
-        name: analyze(
-            X,
-            labels,
-            name,
-            halves if name not in seeds else None,
-            name in references,
-            device,
-            progress,
-        )
-        for name, X in {**embeddings, **references, **seeds}.items()
-    }
+        own = halves[:0] if name in seeds else halves
+        found[name] = analyze(X, labels, name, own, name in references, device, progress)
     values = {name: measure(a) for name, a in found.items()}
     analyses = {name: found[name] for name in embeddings}
-    pair = PairNumbers({}, [], {}, None)
+    pair = {"differences": {}, "per_class": [], "agreement": {}, "mutual": None}
     if "hf" in analyses:
-        pair = compare_pair(analyses["local"], analyses["hf"], values, halves, seed)
+        pair = compare_pair(*analyses.values(), values, halves, seed)
+    classes, codes = np.unique(labels, return_inverse=True)
+    means = {name: metrics.class_means(X, codes) for name, X in embeddings.items()}
     return Comparison(
         analyses=analyses,
-        names={name: (names or MODEL_NAMES)[name] for name in analyses},
+        names={name: names[name] for name in analyses},
         metrics={name: values[name] for name in analyses},
         references={
             name: {"embedding_dim": float(X.shape[1])}
@@ -189,18 +191,15 @@ def compare(  # noqa: PLR0913
             for name, X in references.items()
         },
         gains={name: gain(found["local"], found[name]) for name in references},
-        differences=pair.differences,
-        per_class=pair.per_class,
         class_precision={name: class_precision(a) for name, a in analyses.items()},
         rankings={name: ranking(a) for name, a in analyses.items()},
-        class_groups=class_groups(embeddings, labels, seed) or {},
-        agreement=pair.agreement,
-        mutual=pair.mutual,
-        chance_precision=chance_precision(labels),
+        class_groups=class_groups(means, classes, seed),
+        chance_precision=metrics.chance_precision(labels),
         seeds=seed_spread([values["local"], *(values[name] for name in seeds)]),
-        small_classes=len(small_classes(labels)),
-        num_halves=0 if halves is None else len(halves),
+        small_classes=len(uncertainty.small_classes(labels)),
+        num_halves=len(halves),
         seed=seed,
+        **pair,
     )
 
 
@@ -218,17 +217,14 @@ def seed_spread(trainings: Sequence[Mapping[str, Estimate]]) -> dict[str, SeedSp
 def gain(local: Analysis, reference: Analysis) -> Estimate:
     """P@5 of the local model less that of a reference, on the same images."""
     value = float(local.precisions(5).mean() - reference.precisions(5).mean())
-    return estimate(value, change(reference.deviations, local.deviations, "precision_at_5"))
+    changes = [a.deviations_of("precision_at_5") for a in (local, reference)]
+    return estimate(value, changes[0] - changes[1])
 
 
 def class_precision(a: Analysis) -> list[Estimate]:
     """P@5 of each class that occurs."""
-    precision = a.precisions(5)
-    deviations = columns(a.class_deviations.get("precision_at_5"), a.labels)
-    return [
-        estimate(float(precision[a.labels == label].mean()), column)
-        for label, column in zip(np.unique(a.labels), deviations, strict=True)
-    ]
+    means = [float(a.precisions(5)[a.labels == label].mean()) for label in np.unique(a.labels)]
+    return [estimate(*one) for one in zip(means, a.class_deviations.T, strict=True)]
 
 
 def ranking(a: Analysis) -> dict[str, Any]:
@@ -237,34 +233,35 @@ def ranking(a: Analysis) -> dict[str, Any]:
     The share of halves is that of the same class, and of the same confusions in any order; NaN
     without halves. Empty where precision@5 is not defined.
     """
-    precision = a.precisions(5)
-    if not np.isfinite(precision).all():
+    if not np.isfinite(a.precisions(5)).all():
         return {}
     classes, codes = np.unique(a.labels, return_inverse=True)
-    purest = int(class_average(precision, codes).argmax())
-    confused = most_confused(codes, codes[a.neighbors[:, :5]], np.ones(5))
-    same = same_pairs = NAN
-    if a.halves is not None:
-        on_halves = a.halves.values["precision_at_5"].argmax(axis=1)
-        same = float((on_halves == purest).mean())
-        pairs = {pair[:2] for pair in confused}
-        same_pairs = float(np.mean([found == pairs for found in a.halves.confused]))
+    purest = int(class_average(a.precisions(5), codes).argmax())
+    shares = confusion(codes, codes[a.neighbors[:, :5]], len(classes), np.ones(5))
+    confused = uncertainty.most_confused(shares)
+    on_halves = a.halves.values["precision_at_5"].argmax(axis=1)
+    pairs = {pair[:2] for pair in confused}
     return {
-        "purest_class": {"label": int(classes[purest]), "share_of_halves": same},
+        "purest_class": {
+            "label": int(classes[purest]),
+            "share_of_halves": share_of(list(on_halves == purest)),
+        },
         "confusions": [
             {"from": int(classes[row]), "to": int(classes[column]), "share": share}
             for row, column, share in confused
         ],
-        "confusions_share_of_halves": same_pairs,
+        "confusions_share_of_halves": share_of([found == pairs for found in a.halves.confused]),
     }
+
+
+def share_of(repeated: Sequence[Any]) -> float:
+    """Share of the halves that repeat something; NaN without halves."""
+    return float(np.mean(repeated)) if len(repeated) else NAN
 
 
 def neighbor_confusion(
     analysis: Analysis, num_classes: int, k: int = 5
 ) -> Float[np.ndarray, "C C"]:
     """Share of the k nearest neighbors of each class (row) that belong to each class (column)."""
-    k = min(k, analysis.neighbors.shape[1])
-    found = analysis.labels[analysis.neighbors[:, :k]]
-    counts = np.zeros((num_classes, num_classes))
-    np.add.at(counts, (np.repeat(analysis.labels, k), found.ravel()), 1)
-    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    labels, neighbors = analysis.labels, analysis.neighbors[:, :k]
+    return confusion(labels, labels[neighbors], num_classes, np.ones(neighbors.shape[1]))

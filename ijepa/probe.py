@@ -1,21 +1,16 @@
 """What a vote of neighbors and a linear map find in embeddings, with a bank of training images.
 
 The protocol of most papers: the share of queries that are given their class. Nothing is chosen on
-the queries. Random parts are drawn once for all models, so that differences are paired.
-
-Intervals hold for new queries, given this bank. A bank of fewer than `ENOUGH` images is itself a
-draw that matters: complementary halves of it then add its part, as in McCarthy 1969,
-"Pseudo-Replication: Half Samples", Review of the International Statistical Institute 37.
+the queries. All models share the random parts, so that differences are paired. Intervals hold for
+new queries, given this bank. A bank of fewer than `ENOUGH` images is itself a draw that matters:
+complementary halves of it then add its part, as in `ijepa.uncertainty`.
 
 Dimension key: N images of the bank, n queries, d width, r principal axes, C classes, B banks (the
 whole one, then both halves of each pair), R draws of a few images.
 """
 
-import time
-from collections.abc import Callable, Mapping, Sequence, Set
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -24,18 +19,16 @@ from scipy.optimize import minimize
 from scipy.special import ndtri, stdtr, stdtrit
 from scipy.stats import binomtest
 
-from ijepa.agreement import holm, mcnemar_exact_p
+from ijepa.agreement import add_holm, mcnemar_exact_p
 from ijepa.data import balanced_rows
-from ijepa.metrics import TEMPERATURE, validate_embeddings
-from ijepa.uncertainty import Estimate
+from ijepa.metrics import SILENT, Embeddings, Labels, Progress, knn_vote, validate_embeddings
+from ijepa.uncertainty import Estimate, half_deviations
 
-KS = (20, 10, 100, 200)
-"""Numbers of neighbors; the first is the headline."""
+KS = (20, 10, 100, 200)  # numbers of neighbors; the first is the headline
 L2_GRID = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 """Penalties per image, strongest first: each fit starts from the one before."""
 PIXEL_COMPONENTS = 512
-ENOUGH = 2000
-"""Images of a bank from which on another bank would change less than other queries."""
+ENOUGH = 2000  # images of a bank from which on another bank would change less than other queries
 FEW_IMAGES = (1, 10)
 NUM_PAIRS, NUM_DRAWS = 10, 20
 BLOCK = 2**23  # similarities at once
@@ -43,14 +36,12 @@ MEASURES = {"knn": f"knn_{KS[0]}", "linear": "linear"}
 _NORMAL, _BANK_T = float(ndtri(0.975)), float(stdtrit(NUM_PAIRS - 1, 0.975))
 
 Bank = Float[np.ndarray, "N d"]
-Queries = Float[np.ndarray, "n d"]
 BankLabels = Int[np.ndarray, " N"]
-QueryLabels = Int[np.ndarray, " n"]
 Keep = Bool[np.ndarray, " N"]
 Parts = tuple[Keep, list[Keep], dict[int, list[Keep]]]
 """A tenth of the bank, pairs of halves of it, and draws by images of each class."""
-Scores = Bool[np.ndarray, "B n"]
-"""Which queries are given their class with each bank."""
+Weights = Float[np.ndarray, "r+1 C"]  # of the linear map; the last row are the offsets
+Scores = Bool[np.ndarray, "B n"]  # which queries are given their class with each bank
 
 
 @dataclass(frozen=True)
@@ -68,8 +59,7 @@ class Probe:
     gains: dict[str, dict[str, Any]]
     per_class: list[dict[str, Any]]
     """By class of the queries and measure: accuracy of each model and the difference."""
-    notes: list[str]
-    """What was capped or left out, one sentence each."""
+    notes: list[str]  # what was capped or left out, one sentence each
     correct: dict[str, dict[str, Bool[np.ndarray, " n"]]] = field(repr=False)
     """By model and measure, which queries are given their class."""
 
@@ -92,43 +82,28 @@ def probe(
     banks: Mapping[str, Float[np.ndarray, "N _"]],
     queries: Mapping[str, Float[np.ndarray, "n _"]],
     bank_labels: BankLabels,
-    query_labels: QueryLabels,
+    query_labels: Labels,
     seed: int,
-    progress: Callable[..., Any] | None = None,
+    progress: Progress = SILENT,
 ) -> Probe:
     """Measure kNN and a linear probe of each model.
 
-    Args:
-        banks: Embeddings of the bank, by model: `local`, `hf` and references. Those of `pixels` are
-            reduced to the first principal components of the bank.
-        queries: Embeddings of the queries by the same models.
-        bank_labels: Class of each row of the bank.
-        query_labels: Class of each query, numbered like those of the bank.
-        seed: Of the held-out tenth, the half-banks and the draws.
-        progress: Makes a progress bar like `tqdm(total=..., desc=...)`.
+    The models are `local`, `hf` and references. The bank's principal components replace `pixels`.
+    Both labels number the classes alike. The seed is that of the random parts of the bank.
 
     Raises:
-        ValueError: The models or the numbers of rows do not match.
         UserError: Embeddings are not finite or zero.
     """
-    if banks.keys() != queries.keys():
-        raise ValueError(f"banks of {[*banks]} for queries of {[*queries]}")
-    for arrays, labels in ((banks, bank_labels), (queries, query_labels)):
-        for name, X in arrays.items():
-            if len(X) != len(labels) or not len(X):
-                raise ValueError(f"{name} has {len(X)} rows for {len(labels)} labels")
-            validate_embeddings(X, name)
+    for name, X in [*banks.items(), *queries.items()]:
+        validate_embeddings(X, name)
     codes = np.unique(bank_labels, return_inverse=True)[1]
-    parts = draw_parts(codes, seed)
-    found = {}
-    total = len(banks) * len(query_labels)
-    with progress(total=total, desc="probe") if progress else nullcontext() as bar:
+    parts, found = draw_parts(codes, seed), {}
+    with progress(total=len(banks) * len(query_labels), desc="probe") as bar:
         for name, X in banks.items():
-            own = X, queries[name]
-            own = principal_components(*own) if name == "pixels" else own
-            found[name] = answer(*own, bank_labels, query_labels, parts)
-            if bar is not None:
-                bar.update(len(query_labels))
+            pair = X, queries[name]
+            pair = principal_components(*pair) if name == "pixels" else pair
+            found[name] = answer(*pair, bank_labels, query_labels, parts)
+            bar.update(len(query_labels))
     paired = {"local", "hf"} <= found.keys()
     references = sorted(found.keys() - {"local", "hf"}) if "local" in found else []
     return Probe(
@@ -168,8 +143,7 @@ def notes(codes: BankLabels, num_missing: int) -> list[str]:
 def draw_parts(codes: BankLabels, seed: int) -> Parts:
     """A tenth to choose on, halves of a small bank, and draws of a few images of each class.
 
-    Classes have their share of each part. A single image of a class is in both halves and is not
-    held out.
+    Each part is balanced. A single image of a class is in both halves and is not held out.
     """
     generator, counts = np.random.default_rng(seed), np.bincount(codes)
 
@@ -192,70 +166,58 @@ def draw_parts(codes: BankLabels, seed: int) -> Parts:
 
 
 def answer(
-    X: Bank, Q: Queries, bank_labels: BankLabels, query_labels: QueryLabels, parts: Parts
+    X: Bank, Q: Embeddings, bank_labels: BankLabels, query_labels: Labels, parts: Parts
 ) -> Answers:
     """What one model answers with every bank."""
     held_out, halves, draws = parts
     classes, codes = np.unique(bank_labels, return_inverse=True)
     linear, chosen = linear_answers(X, codes, Q, held_out)
 
-    def of(keep: Keep, ks: Sequence[int], l2: float) -> list[QueryLabels]:
+    def of(keep: Keep, ks: Sequence[int], l2: float) -> list[Labels]:
         part = X[keep], codes[keep], Q
         return [linear_answers(*part, l2=l2)[0], *knn_answers(*part, ks)]
 
-    def scores(answers: list[list[QueryLabels]], ks: Sequence[int]) -> dict[str, Scores]:
+    def scores(answers: list[list[Labels]], ks: Sequence[int]) -> dict[str, Scores]:
         right = (classes[np.array(answers)] == query_labels).swapaxes(0, 1)
         return dict(zip(["linear", *(f"knn_{k}" for k in ks)], right, strict=True))
 
     # Each image of a half counts for two.
     on_halves = [of(keep, [k // 2 for k in KS], chosen["l2"]) for keep in halves]
-    with_few = {
-        size: scores([of(keep, KS[:1], L2_GRID[0]) for keep in banks], KS[:1])
-        for size, banks in draws.items()
-    }
     whole = scores([[linear, *knn_answers(X, codes, Q, KS)], *on_halves], KS)
-    return Answers(whole, with_few, int(np.bincount(codes).min()), chosen)
+    few = {
+        size: scores([of(keep, KS[:1], L2_GRID[0]) for keep in kept], KS[:1])
+        for size, kept in draws.items()
+    }
+    return Answers(whole, few, int(np.bincount(codes).min()), chosen)
 
 
-def knn_answers(X: Bank, codes: BankLabels, Q: Queries, ks: Sequence[int]) -> list[QueryLabels]:
-    """For each k the class of each query by the vote of its k nearest by cosine, or all if fewer.
-
-    A vote weighs exp(similarity / 0.07): the rule of DINO's evaluation, Caron et al. 2021,
-    https://arxiv.org/abs/2104.14294. Ties go to the lowest class.
-    """
+def knn_answers(X: Bank, codes: BankLabels, Q: Embeddings, ks: Sequence[int]) -> list[Labels]:
+    """For each k, `knn_vote` of each query's k nearest by cosine, or of all images if fewer."""
 
     def unit(rows: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "m d"]:
         lengths = np.linalg.norm(rows, axis=1, keepdims=True)
         return rows / np.where(lengths > 0, lengths, 1)  # centered pixels may be zeros
 
-    bank, num_classes, most = unit(X), codes.max() + 1, min(max(ks), len(X))
-    answers: list[list[QueryLabels]] = [[] for _ in ks]
+    bank, most = unit(X), min(max(ks), len(X))
+    answers: list[list[Labels]] = [[] for _ in ks]
     step = max(1, BLOCK // len(X))
     for at in range(0, len(Q), step):
         similarities = unit(Q[at : at + step]) @ bank.T
-        # By index before the stable sort by similarity: ties go to the first image.
+        # In the order of the bank before the stable sort by similarity.
         top = np.sort(np.argpartition(-similarities, most - 1, axis=1)[:, :most], axis=1)
         found = np.take_along_axis(similarities, top, axis=1)
         order = np.argsort(-found, axis=1, kind="stable")
         top, found = (np.take_along_axis(values, order, axis=1) for values in (top, found))
-        # exp((s - 1) / T) changes no order and cannot overflow.
-        weights = np.exp((found.astype(np.float64) - 1) / TEMPERATURE)
-        cells = codes[top] + num_classes * np.arange(len(top))[:, None]
         for k, blocks in zip(ks, answers, strict=True):
-            cast = cells[:, :k].ravel(), weights[:, :k].ravel()
-            votes = np.bincount(*cast, minlength=num_classes * len(top))
-            blocks.append(votes.reshape(-1, num_classes).argmax(axis=1))
+            blocks.append(knn_vote(codes[top[:, :k]], found[:, :k], int(codes.max()) + 1))
     return [np.concatenate(blocks) for blocks in answers]
 
 
-def principal_components(
-    X: Bank, Q: Queries
-) -> tuple[Float[np.ndarray, "N r"], Float[np.ndarray, "n r"]]:
+def principal_components(X: Bank, Q: Embeddings) -> list[Float[np.ndarray, "_ r"]]:
     """Bank and queries on the first `PIXEL_COMPONENTS` principal axes of the bank."""
     mean = X.mean(axis=0, dtype=np.float64).astype(np.float32)
-    centered = X - mean
-    axes = principal_axes(centered)[1][:, :PIXEL_COMPONENTS]
-    return centered @ axes, (Q - mean) @ axes
+    axes = principal_axes(X - mean)[1][:, :PIXEL_COMPONENTS]
+    return [(rows - mean) @ axes for rows in (X, Q)]
 
 
 def principal_axes(X: Bank) -> tuple[Float[np.ndarray, " r"], Float[np.ndarray, "d r"]]:
@@ -268,13 +230,13 @@ def principal_axes(X: Bank) -> tuple[Float[np.ndarray, " r"], Float[np.ndarray, 
 
 
 def linear_answers(
-    X: Bank, codes: BankLabels, Q: Queries, held_out: Keep | None = None, l2: float = L2_GRID[0]
-) -> tuple[QueryLabels, dict[str, Any]]:
+    X: Bank, codes: BankLabels, Q: Embeddings, held_out: Keep | None = None, l2: float = L2_GRID[0]
+) -> tuple[Labels, dict[str, Any]]:
     """Class of each query by multinomial logistic regression on standardized columns.
 
-    With a part to hold out, the penalty is the one of `L2_GRID` whose fit to the rest is most
-    accurate there; ties go to the stronger one. The answers come from a fit to the whole bank, and
-    with them the penalty `l2` and, by penalty, `held_out_accuracy`.
+    The answers come from a fit to the whole bank, and with them the penalty `l2` and, by penalty,
+    `held_out_accuracy`. With a part to hold out, the penalty is the one of `L2_GRID` whose fit to
+    the rest is most accurate there; ties go to the stronger one.
     """
     mean = X.mean(axis=0, dtype=np.float64).astype(np.float32)
     Z, W = X - mean, Q - mean
@@ -287,27 +249,30 @@ def linear_answers(
     Z, W = Z @ axes, (W / scale) @ axes
     accuracy, solutions, weights = {}, {}, np.zeros((Z.shape[1] + 1, codes.max() + 1))
     if held_out is not None and held_out.any():
-        fitted, own = Z[~held_out], codes[~held_out]
         for l2 in L2_GRID:
-            solutions[l2] = weights = fit(fitted, own, l2, weights, variances)
-            found = (Z[held_out] @ weights[:-1] + weights[-1]).argmax(axis=1)
-            accuracy[l2] = float((found == codes[held_out]).mean())
+            weights = fit(Z[~held_out], codes[~held_out], l2, weights, variances)
+            solutions[l2] = weights
+            accuracy[l2] = float((predict(Z[held_out], weights) == codes[held_out]).mean())
         l2 = max(accuracy, key=accuracy.__getitem__)
     weights = fit(Z, codes, l2, solutions.get(l2, weights), variances)
-    answers = (W @ weights[:-1] + weights[-1]).argmax(axis=1)
-    return answers, {"l2": l2, "held_out_accuracy": accuracy}
+    return predict(W, weights), {"l2": l2, "held_out_accuracy": accuracy}
+
+
+def predict(Z: Float[np.ndarray, "m r"], weights: Weights) -> Int[np.ndarray, " m"]:
+    """The most probable class of each row."""
+    return (Z @ weights[:-1] + weights[-1]).argmax(axis=1)
 
 
 def fit(
     Z: Float[np.ndarray, "m r"],
     codes: Int[np.ndarray, " m"],
     l2: float,
-    start: Float[np.ndarray, "r+1 C"],
+    start: Weights,
     variances: Float[np.ndarray, " r"],
-) -> Float[np.ndarray, "r+1 C"]:
+) -> Weights:
     """Minimum of the mean cross-entropy plus l2 / 2 times the squared weights without offsets.
 
-    The last row are the offsets. As scikit-learn's `LogisticRegression` with C = 1 / (l2 m).
+    As scikit-learn's `LogisticRegression` with C = 1 / (l2 m).
     """
     step = max(1, BLOCK // (8 * sum(start.shape)))
     # About the inverse root of the curvature along each axis.
@@ -344,28 +309,29 @@ def fit(
 def summary(answers: Answers) -> dict[str, Any]:
     """The accuracies of one model."""
     knn = {k: accuracy(answers.scores[f"knn_{k}"]) for k in sorted(KS)}
-    few = {
-        size: {m: over_draws(scores[key], size / answers.fewest) for m, key in MEASURES.items()}
-        for size, scores in answers.few.items()
-    }
-    knn_and_linear = {"knn": knn, "linear": accuracy(answers.scores["linear"])}
-    return knn_and_linear | answers.chosen | {"few_shot": few}
+    linear = accuracy(answers.scores["linear"])
+    return {"knn": knn, "linear": linear, **answers.chosen, "few_shot": few_shot(answers)}
 
 
 def change(first: Answers, second: Answers) -> dict[str, Any]:
     """First less second, by measure, with the whole bank and on the same draws."""
-    few: dict[int, dict[str, Any]] = {size: {} for size in first.few}
-    for size, (m, key) in product(few, MEASURES.items()):
-        gains = first.few[size][key] * 1.0 - second.few[size][key]
-        few[size][m] = over_draws(gains, size / first.fewest)
-    by_measure = {m: (first.scores[key], second.scores[key]) for m, key in MEASURES.items()}
-    return {m: difference(*pair) for m, pair in by_measure.items()} | {"few_shot": few}
+    found = {m: difference(first.scores[key], second.scores[key]) for m, key in MEASURES.items()}
+    return found | {"few_shot": few_shot(first, second)}
+
+
+def few_shot(first: Answers, second: Answers | None = None) -> dict[int, dict[str, Any]]:
+    """Accuracies by images per class and measure, or how far they exceed the second model's."""
+    found: dict[int, dict[str, Any]] = {size: {} for size in first.few}
+    for size, scores in first.few.items():
+        for m, key in MEASURES.items():
+            gains = scores[key] * 1.0 - (second.few[size][key] if second else 0.0)
+            found[size][m] = over_draws(gains, size / first.fewest)
+    return found
 
 
 def bank_se(means: Float[np.ndarray, " B"]) -> float:
     """The bank's part of a standard error: root mean square of half the differences of halves."""
-    halves = (means[1::2] - means[2::2]) / 2
-    return float(np.sqrt(np.square(halves).mean())) if len(halves) else 0.0
+    return float(np.sqrt(np.square(half_deviations(means[1:])).mean())) if len(means) > 1 else 0.0
 
 
 def accuracy(scores: Scores) -> Estimate:
@@ -407,7 +373,7 @@ def over_draws(scores: Shaped[np.ndarray, "R n"], share: float) -> dict[str, Any
     return {"estimate": Estimate(mean, float(np.hypot(images, drawn)), ci95), "sd": sd}
 
 
-def per_class(found: Mapping[str, Answers], labels: QueryLabels) -> list[dict[str, Any]]:
+def per_class(found: Mapping[str, Answers], labels: Labels) -> list[dict[str, Any]]:
     """Accuracies and differences by class of the queries; p-values also after Holm."""
     rows: list[dict[str, Any]] = []
     paired = {"local", "hf"} <= found.keys()
@@ -421,10 +387,7 @@ def per_class(found: Mapping[str, Answers], labels: QueryLabels) -> list[dict[st
                 row[measure]["difference"] = difference(scores["hf"], scores["local"])
         rows.append(row)
     for measure in MEASURES if paired else ():
-        changes = [row[measure]["difference"] for row in rows]
-        corrected = holm(np.array([one["p"] for one in changes]))
-        for one, p in zip(changes, corrected, strict=True):
-            one["holm_p"] = float(p)
+        add_holm([row[measure]["difference"] for row in rows], "p", "holm_p")
     return rows
 
 
@@ -439,11 +402,3 @@ def select_bank(
     rows = np.flatnonzero([key not in compared for key in keys])
     chosen = balanced_rows(labels[rows], int(labels.max()) + 1, limit or len(rows), seed)
     return rows[chosen], len(keys) - len(rows)
-
-
-def expected_seconds(embed: Callable[[Sequence[Any]], Any], batch: Sequence[Any], n: int) -> float:
-    """Seconds that n images will take, from those of a batch after a first one to warm up."""
-    embed(batch)
-    began = time.perf_counter()
-    embed(batch)
-    return (time.perf_counter() - began) * n / len(batch)

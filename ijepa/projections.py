@@ -14,33 +14,28 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.linalg import orthogonal_procrustes
 from threadpoolctl import threadpool_limits
 
 from ijepa.data import balanced_rows
 from ijepa.files import write_atomically
-from ijepa.metrics import class_means, row_norms
+from ijepa.metrics import NAN, Embeddings, Labels, class_means, row_norms
 
-MAX_POINTS = 5000
-"""Images on a map at most; with more, t-SNE takes minutes and the map shows a blot."""
-TSNE_WIDTH = 50
-"""Principal components that t-SNE sees at most."""
+MAX_POINTS = 5000  # with more images, t-SNE takes minutes and the map shows a blot
+TSNE_WIDTH = 50  # principal components that t-SNE sees at most
 PERPLEXITY = 30.0
-FACTS = ("kl_divergence", "kept_neighbors", "perplexity")
 # What NumPy and zipfile raise for files that are missing or damaged, found by flipping every bit.
 UNREADABLE = (OSError, EOFError, KeyError, RuntimeError, ValueError, zipfile.BadZipFile)
+
+Plane = Float[np.ndarray, "n 2"]
 
 
 @dataclass(frozen=True)
 class PcaProjection:
-    """Principal components of centered, not standardized, embeddings.
+    """Principal components of centered, not standardized, embeddings."""
 
-    Args:
-        coordinates: Scores on the first k components; zero beyond the d that there are.
-        variance_shares: Share of the total variance of all d components, descending, in [0, 1].
-    """
-
-    coordinates: Float[np.ndarray, "n k"]
-    variance_shares: Float[np.ndarray, " d"]
+    coordinates: Float[np.ndarray, "n k"]  # scores; zero beyond the d components that there are
+    variance_shares: Float[np.ndarray, " d"]  # of all components, descending, in [0, 1]
 
     @property
     def note(self) -> str:
@@ -51,21 +46,14 @@ class PcaProjection:
 
 @dataclass(frozen=True)
 class TsneProjection:
-    """A t-SNE map and how faithful it is.
+    """A t-SNE map and how faithful it is; principal components where t-SNE has no meaning."""
 
-    Args:
-        coordinates: Positions in the plane; the first two principal components where
-            t-SNE has no meaning (fewer than four images, or no variance).
-        kl_divergence: Divergence left at the end, in nats, lower is better; NaN without t-SNE.
-        kept_neighbors: Share of the 10 nearest neighbors by cosine that are among the 10 nearest
-            in the plane, in [0, 1], higher is better; NaN for a single image.
-        perplexity: The perplexity used: 30, lowered to stay under n/3; NaN without t-SNE.
-    """
-
-    coordinates: Float[np.ndarray, "n 2"]
-    kl_divergence: float
+    coordinates: Plane
+    kl_divergence: float  # left at the end, in nats, lower is better; NaN without t-SNE
     kept_neighbors: float
-    perplexity: float
+    """Share of the 10 nearest neighbors by cosine that are among the 10 nearest in the plane, in
+    [0, 1], higher is better; NaN for a single image."""
+    perplexity: float  # 30, lowered to stay under n/3; NaN without t-SNE
 
     @property
     def note(self) -> str:
@@ -77,35 +65,26 @@ class TsneProjection:
 
 @dataclass(frozen=True)
 class Maps:
-    """The projections to show, by model; the second model's are turned to resemble the first's.
-
-    Args:
-        rows: The m images on the maps: all of them, or a class-balanced sample in order.
-        tsne: Of `rows`.
-        pca: Of `rows`, on the components of all images.
-    """
+    """The projections to show, by model; the second model's are turned to resemble the first's."""
 
     rows: Int[np.ndarray, " m"]
+    """The images on the maps: all of them, or a class-balanced sample in order."""
     tsne: Mapping[str, TsneProjection]
-    pca: Mapping[str, PcaProjection]
+    pca: Mapping[str, PcaProjection]  # on the components of all images
 
 
 def make_maps(
     embeddings: Mapping[str, Float[np.ndarray, "n _"]],
-    labels: Int[np.ndarray, " n"],
+    labels: Labels,
     seed: int,
     cache: Path | None = None,
 ) -> Maps:
     """PCA and t-SNE maps of each model, of at most `MAX_POINTS` images.
 
-    Args:
-        embeddings: By model, rows in the same order.
-        labels: Class of each row.
-        seed: Of the sample and of t-SNE.
-        cache: Folder that keeps t-SNE maps between runs.
+    The seed is that of the sample and of t-SNE; the cache keeps t-SNE maps between runs.
 
     Raises:
-        UserError: If the folder cannot be written.
+        UserError: If the cache cannot be written.
     """
     rows = balanced_rows(labels, int(labels.max()) + 1, MAX_POINTS, seed)
     # A t-SNE map takes one thread, so both models' are made at once. The limit is set here as
@@ -115,17 +94,16 @@ def make_maps(
         tsne = dict(zip(embeddings, made, strict=True))
     pca = {name: project_pca(X, 2) for name, X in embeddings.items()}
     pca = {name: replace(p, coordinates=p.coordinates[rows]) for name, p in pca.items()}
-    first = next(iter(embeddings))
-    for name in embeddings:
-        if name != first:
-            turned = align(tsne[first].coordinates, tsne[name].coordinates)
-            tsne[name] = replace(tsne[name], coordinates=turned)
-            flipped = match_signs(pca[first].coordinates, pca[name].coordinates)
-            pca[name] = replace(pca[name], coordinates=flipped)
+    first, *others = embeddings
+    for name in others:
+        turned = align(tsne[first].coordinates, tsne[name].coordinates)
+        tsne[name] = replace(tsne[name], coordinates=turned)
+        flipped = match_signs(pca[first].coordinates, pca[name].coordinates)
+        pca[name] = replace(pca[name], coordinates=flipped)
     return Maps(rows, tsne, pca)
 
 
-def project_pca(X: Float[np.ndarray, "n d"], k: int) -> PcaProjection:
+def project_pca(X: Embeddings, k: int) -> PcaProjection:
     """Project on k principal components, each with its largest absolute loading positive."""
     centered = X.astype(np.float64)
     centered -= centered.mean(axis=0)
@@ -135,35 +113,32 @@ def project_pca(X: Float[np.ndarray, "n d"], k: int) -> PcaProjection:
     variances, loadings = ascending[::-1].clip(min=0), vectors[:, ::-1][:, :k]
     largest = np.take_along_axis(loadings, np.abs(loadings).argmax(axis=0)[None], axis=0)
     scores = centered @ (loadings * np.sign(largest))
-    total = variances.sum()
-    shares = variances / total if total > 0 else variances
+    shares = variances / (variances.sum() or 1.0)
     return PcaProjection(np.pad(scores, ((0, 0), (0, k - scores.shape[1]))), shares)
 
 
-def project_tsne(X: Float[np.ndarray, "n d"], seed: int) -> TsneProjection:
+def project_tsne(X: Embeddings, seed: int) -> TsneProjection:
     """Map embeddings to the plane: unit length, PCA to 50, then scikit-learn's t-SNE.
 
     The same seed gives the same map, whatever the number of cores.
     """
     from sklearn.manifold import TSNE
 
-    unit = X.astype(np.float64) / np.linalg.norm(X.astype(np.float64), axis=1, keepdims=True)
+    unit = X.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     scores = project_pca(unit, k=max(2, min(TSNE_WIDTH, *X.shape))).coordinates
     if len(X) < 4 or np.ptp(scores, axis=0).max() < 1e-6:  # no variance but that of rounding
-        coordinates, divergence, perplexity = scores[:, :2], float("nan"), float("nan")
-    else:
-        perplexity = min(PERPLEXITY, (len(X) - 1) / 3)
-        tsne = TSNE(perplexity=perplexity, random_state=seed)
-        # Threads add in any order and t-SNE magnifies the last digit; one thread is repeatable.
-        with threadpool_limits(limits=1):
-            coordinates = tsne.fit_transform(scores).astype(np.float64)
-        divergence = float(tsne.kl_divergence_)
-    return TsneProjection(coordinates, divergence, kept_neighbors(unit, coordinates), perplexity)
+        coordinates = scores[:, :2]
+        return TsneProjection(coordinates, NAN, kept_neighbors(unit, coordinates), NAN)
+    tsne = TSNE(perplexity=min(PERPLEXITY, (len(X) - 1) / 3), random_state=seed)
+    # Threads add in any order and t-SNE magnifies the last digit; one thread is repeatable.
+    with threadpool_limits(limits=1):
+        coordinates = tsne.fit_transform(scores).astype(np.float64)
+    kept = kept_neighbors(unit, coordinates)
+    return TsneProjection(coordinates, float(tsne.kl_divergence_), kept, tsne.perplexity)
 
 
-def project_tsne_cached(
-    X: Float[np.ndarray, "n d"], seed: int, cache: Path | None
-) -> TsneProjection:
+def project_tsne_cached(X: Embeddings, seed: int, cache: Path | None) -> TsneProjection:
     """`project_tsne`, read from a folder of maps if it is there and otherwise saved in it.
 
     The file's name is a hash of the embeddings, the settings and the versions of the libraries. A
@@ -180,7 +155,9 @@ def project_tsne_cached(
     file = cache / f"{key}.npz"
     try:
         with file.open("rb") as opened, np.load(opened) as kept:
-            facts = [float(kept[name]) for name in FACTS]
+            facts = [
+                float(kept[name]) for name in ("kl_divergence", "kept_neighbors", "perplexity")
+            ]
             return TsneProjection(kept["coordinates"], *facts)
     except UNREADABLE:
         made = project_tsne(X, seed)
@@ -188,59 +165,44 @@ def project_tsne_cached(
         return made
 
 
-def kept_neighbors(original: Float[np.ndarray, "n d"], plane: Float[np.ndarray, "n 2"]) -> float:
-    """Share of the 10 nearest neighbors in ``original`` that are also among them in ``plane``."""
+def kept_neighbors(original: Embeddings, plane: Plane) -> float:
+    """Share of the 10 nearest neighbors in `original` that are also among them in `plane`."""
     from sklearn.neighbors import NearestNeighbors
 
-    k = min(10, len(plane) - 1)
-    if k == 0:
-        return float("nan")
+    if len(plane) == 1:
+        return NAN
     # Without an argument, kneighbors leaves each point out of its own neighbors by index.
-    before, after = (
-        NearestNeighbors(n_neighbors=k).fit(Z).kneighbors(return_distance=False)
-        for Z in (original, plane)
-    )
+    search = NearestNeighbors(n_neighbors=min(10, len(plane) - 1))
+    before, after = (search.fit(Z).kneighbors(return_distance=False) for Z in (original, plane))
     return float((before[:, :, None] == after[:, None, :]).sum() / before.size)
 
 
-def align(
-    reference: Float[np.ndarray, "n 2"], moving: Float[np.ndarray, "n 2"]
-) -> Float[np.ndarray, "n 2"]:
-    """Rotate, reflect, scale and shift ``moving`` onto ``reference`` (orthogonal Procrustes)."""
+def align(reference: Plane, moving: Plane) -> Plane:
+    """Rotate, reflect, scale and shift `moving` onto `reference` (orthogonal Procrustes)."""
     center = reference.mean(axis=0)
     centered = moving - moving.mean(axis=0)
-    left, stretch, right = np.linalg.svd(centered.T @ (reference - center))
-    scale = stretch.sum() / max((centered**2).sum(), np.finfo(np.float64).tiny)
-    return center + scale * centered @ left @ right
+    turn, stretch = orthogonal_procrustes(centered, reference - center)
+    return center + stretch / (np.square(centered).sum() or 1.0) * centered @ turn
 
 
 def match_signs(
     reference: Float[np.ndarray, "n k"], moving: Float[np.ndarray, "n k"]
 ) -> Float[np.ndarray, "n k"]:
-    """Flip each column of ``moving`` that correlates negatively with that of ``reference``."""
+    """Flip each column of `moving` that correlates negatively with that of `reference`."""
     products = ((reference - reference.mean(axis=0)) * (moving - moving.mean(axis=0))).sum(axis=0)
     return moving * np.where(products < 0, -1, 1)
 
 
-def class_similarity(
-    X: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"], *, centered: bool
-) -> Float[np.ndarray, "c c"]:
+def class_similarity(X: Embeddings, labels: Labels, *, centered: bool) -> Float[np.ndarray, "c c"]:
     """Cosine similarity of the means of the classes present, in ascending order of label.
 
-    Args:
-        X: Embeddings.
-        labels: Class of each row.
-        centered: Whether the mean of all embeddings is subtracted first. A common offset brings
-            all raw similarities near 1.
-
-    A class whose mean vanishes has no direction: its row and column are NaN.
+    Centered, the mean of all embeddings is subtracted first: a common offset brings all raw
+    similarities near 1. A class whose mean vanishes has no direction: its row and column are NaN.
     """
-    codes = np.unique(labels, return_inverse=True)[1]
-    scale = row_norms(X).mean()
-    means = class_means(X, codes)
+    means = class_means(X, np.unique(labels, return_inverse=True)[1])
     if centered:
-        means -= class_means(X, np.zeros_like(codes))
+        means -= X.mean(axis=0, dtype=np.float64)
     norms = np.linalg.norm(means, axis=1, keepdims=True)
-    unit = means / np.where(norms > 1e-9 * scale, norms, np.nan)
+    unit = means / np.where(norms > 1e-9 * row_norms(X).mean(), norms, np.nan)
     # Rounding takes parallel means just beyond 1.
     return np.clip(unit @ unit.T, -1, 1)

@@ -16,17 +16,11 @@ def pair(n=40, d=5, e=9, seed=0):
 
 
 def song_hsic(X, Y):
-    """Unbiased HSIC of Song et al., term by term over tuples of different images."""
-    K, L = X.astype(float) @ X.T.astype(float), Y.astype(float) @ Y.T.astype(float)
-    n = len(K)
-    np.fill_diagonal(K, 0)
-    np.fill_diagonal(L, 0)
-    pairs = sum(K[i, j] * L[i, j] for i in range(n) for j in range(n))
-    quadruples = sum(
-        K[i, j] * L[q, r] for i in range(n) for j in range(n) for q in range(n) for r in range(n)
-    )
-    triples = sum(K[i, j] * L[i, q] for i in range(n) for j in range(n) for q in range(n))
-    return (pairs + quadruples / ((n - 1) * (n - 2)) - 2 * triples / (n - 2)) / (n * (n - 3))
+    """Equation 5 of Song et al. 2012, from the n x n Gram matrices without their diagonals."""
+    K, L = (Z.astype(float) @ Z.T.astype(float) * (1 - np.eye(len(Z))) for Z in (X, Y))
+    n, ones = len(K), np.ones(len(K))
+    sums = (ones @ K @ ones) * (ones @ L @ ones) / ((n - 1) * (n - 2))
+    return (np.trace(K @ L) + sums - 2 / (n - 2) * ones @ K @ L @ ones) / (n * (n - 3))
 
 
 def test_mutual_neighbors_equal_set_intersections():
@@ -35,8 +29,6 @@ def test_mutual_neighbors_equal_set_intersections():
     expected = [len({*x[:10]} & {*y}) / 10 for x, y in zip(a.tolist(), b.tolist(), strict=True)]
     np.testing.assert_allclose(agreement.mutual_knn(a, b), expected)
     assert (agreement.mutual_knn(a, a, 7) == 1).all()
-    with pytest.raises(ValueError, match="at most the 10 neighbors, got 11"):
-        agreement.mutual_knn(a, b, 11)
 
 
 def test_cka_equals_the_ratio_of_naive_u_statistics():
@@ -49,26 +41,13 @@ def test_cka_ignores_rotation_scale_translation_and_the_order_of_images():
     X, Y = pair()
     expected = agreement.linear_cka(X, Y)
     rotation = np.linalg.qr(np.random.default_rng(1).normal(size=(9, 9)))[0]
-    order = np.random.default_rng(2).permutation(len(X))
-    assert agreement.linear_cka(X, Y @ rotation) == pytest.approx(expected, abs=1e-10)
-    assert agreement.linear_cka(-3e3 * X.astype(float), Y) == pytest.approx(expected, abs=1e-10)
-    assert agreement.linear_cka(X.astype(float) + 50, Y) == pytest.approx(expected, abs=1e-10)
-    assert agreement.linear_cka(X[order], Y[order]) == pytest.approx(expected, abs=1e-10)
-    assert agreement.linear_cka(Y, X) == pytest.approx(expected, abs=1e-12)
+    order, wide = np.random.default_rng(2).permutation(len(X)), X.astype(float)
+    same = ((X, Y @ rotation), (-3e3 * wide, Y), (wide + 50, Y), (X[order], Y[order]), (Y, X))
+    for pair_of_models in same:
+        assert agreement.linear_cka(*pair_of_models) == pytest.approx(expected, abs=1e-10)
     assert agreement.linear_cka(X, X) == pytest.approx(1, abs=1e-12)
     stretch = np.array([9, 1, 1, 1, 1])
     assert abs(agreement.linear_cka(X * stretch, Y) - expected) > 0.01
-
-
-def test_cka_of_independent_noise_is_near_zero_at_unequal_widths():
-    generator = np.random.default_rng(0)
-    X, Y = (generator.normal(size=(2000, d)).astype(np.float32) for d in (192, 1280))
-    assert abs(agreement.linear_cka(X, Y)) < 0.01
-
-
-def test_cka_may_be_negative():
-    values = [agreement.linear_cka(*(pair(8, seed=s)[0] for s in (i, i + 1))) for i in range(20)]
-    assert min(values) < 0
 
 
 def test_cka_is_nan_where_it_is_not_defined():
@@ -91,7 +70,7 @@ def test_cka_next_to_the_classes_ignores_their_means():
     assert np.isnan(agreement.linear_cka(np.eye(3)[labels // 5], Y, labels))
 
 
-@pytest.mark.parametrize(("n", "num_classes"), [(500, 100), (400, 190), (300, 10)])
+@pytest.mark.parametrize(("n", "num_classes"), [(500, 100), (400, 190), (300, 10), (300, 1)])
 def test_cka_of_noise_next_to_the_classes_is_zero_for_many_classes_and_unequal_widths(
     n, num_classes
 ):
@@ -142,21 +121,6 @@ def test_cka_null_equals_cka_of_the_same_shuffles():
     np.testing.assert_array_equal(null, agreement.cka_null(X, Y, labels, 5, seed=3))
 
 
-def test_sharing_only_classes_stays_inside_the_null_and_sharing_images_does_not():
-    generator = np.random.default_rng(0)
-    labels = np.arange(200) % 4
-    shared = generator.normal(size=(200, 8))
-    means = 3 * np.eye(8)[labels]
-    X, other, same = (
-        (means + noise).astype(np.float32)
-        for noise in (shared, generator.normal(size=(200, 8)), shared + 0.5 * shared[:, ::-1])
-    )
-    null = agreement.cka_null(X, other, labels, 200)
-    assert agreement.linear_cka(X, other) > 0.2
-    assert null.min() < agreement.linear_cka(X, other) < null.max()
-    assert agreement.linear_cka(X, same) > agreement.cka_null(X, same, labels, 200).max()
-
-
 def test_similarity_spearman_equals_scipy_with_ties():
     X, Y = pair()
     X[3] = X[4] = X[5]
@@ -169,10 +133,11 @@ def test_similarity_spearman_equals_scipy_with_ties():
     assert agreement.similarity_spearman(X, 2 * X) == pytest.approx(1)
 
 
-def test_similarity_spearman_takes_some_of_many_images_by_seed():
-    X, Y = pair(2100)
+def test_similarity_spearman_takes_some_of_many_images_by_seed(monkeypatch):
+    monkeypatch.setattr(agreement, "MAX_SPEARMAN_IMAGES", 200)
+    X, Y = pair(210)
     value = agreement.similarity_spearman(X, Y, seed=1)
-    kept = np.random.default_rng(1).choice(2100, 2000, replace=False)
+    kept = np.random.default_rng(1).choice(210, 200, replace=False)
     assert value == agreement.similarity_spearman(X[kept], Y[kept])
     assert value != agreement.similarity_spearman(X, Y, seed=2)
 
@@ -189,19 +154,14 @@ def test_mcnemar_equals_statsmodels(only_a, only_b):
     expected = mcnemar([[11, only_a], [only_b, 4]], exact=True).pvalue if only_a + only_b else 1
     assert agreement.mcnemar_exact_p(a, b) == pytest.approx(expected, rel=1e-9)
     assert agreement.mcnemar_exact_p(a, b) == agreement.mcnemar_exact_p(b, a)
-    if only_a + only_b:
-        binomial = stats.binomtest(only_a, only_a + only_b).pvalue
-        assert agreement.mcnemar_exact_p(a, b) == pytest.approx(binomial, rel=1e-9)
-
-
-def test_holm_leaves_out_what_is_not_defined():
-    found = agreement.holm(np.array([0.01, np.nan, 0.04]))
-    np.testing.assert_allclose(found, [0.02, np.nan, 0.04])
 
 
 @pytest.mark.parametrize("size", [1, 2, 10])
-def test_holm_equals_statsmodels(size):
+def test_holm_equals_statsmodels_and_leaves_out_what_is_not_defined(size):
     p_values = np.random.default_rng(size).random(size) ** 3
     p_values[-1] = p_values[0]
-    expected = multipletests(p_values, method="holm")[1]
-    np.testing.assert_allclose(agreement.holm(p_values), expected, rtol=1e-12)
+    rows = [{"p": p} for p in [*p_values[:1], np.nan, *p_values[1:]]]
+    agreement.add_holm(rows, "p", "adjusted")
+    found = [row["adjusted"] for row in rows]
+    assert np.isnan(found.pop(1))
+    np.testing.assert_allclose(found, multipletests(p_values, method="holm")[1], rtol=1e-12)

@@ -1,5 +1,6 @@
 import json
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,18 +28,17 @@ def clouds(n, d=12, num_classes=3, noise=1.6, seed=0, offset=2.0):
     return points.astype(np.float32), labels
 
 
-def two_models(num_bank, num_queries, num_classes=3, noises=(1.6, 2.0)):
-    names = ("local", "hf")
-    banks = {
-        name: clouds(num_bank, num_classes=num_classes, noise=noise, seed=row)[0]
-        for row, (name, noise) in enumerate(zip(names, noises, strict=True))
-    }
-    queries = {
-        name: clouds(num_queries, num_classes=num_classes, noise=noise, seed=10 + row)[0]
-        for row, (name, noise) in enumerate(zip(names, noises, strict=True))
-    }
-    labels = [np.arange(n) % num_classes for n in (num_bank, num_queries)]
-    return banks, queries, *labels
+def two_models(num_bank, num_queries, num_classes=3):
+    """Banks and queries of both models, then the labels of each."""
+    sizes, noises = (num_bank, num_queries), {"local": 1.6, "hf": 2.0}
+    points = [
+        {
+            name: clouds(n, num_classes=num_classes, noise=noise, seed=10 * part + row)[0]
+            for row, (name, noise) in enumerate(noises.items())
+        }
+        for part, n in enumerate(sizes)
+    ]
+    return *points, *(np.arange(n) % num_classes for n in sizes)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def digits_probe(digits):
 
 
 def votes(distances):
-    return np.exp((1 - distances) / probes.TEMPERATURE)
+    return np.exp((1 - distances) / 0.07)
 
 
 @pytest.mark.parametrize("k", KS)
@@ -84,14 +84,15 @@ def test_linear_accuracy_is_that_of_scikit_learn_at_the_same_penalty(digits, l2)
 def test_the_fit_is_the_minimum_that_scikit_learn_finds():
     X, y = clouds(300, d=5)
     Z = StandardScaler().fit_transform(X).astype(np.float32)
-    start, variances = np.zeros((6, 3)), np.ones(5)
-    weights = probes.fit(Z, y, 1e-3, start, variances)
+    weights = probes.fit(Z, y, 1e-3, np.zeros((6, 3)), np.ones(5))
     regression = LogisticRegression(C=1 / (1e-3 * 300), max_iter=5000, tol=1e-8).fit(Z, y)
-    # A common shift of all offsets changes no probability.
-    offsets = weights[-1] - weights[-1].mean()
     np.testing.assert_allclose(weights[:-1].T, regression.coef_, atol=0.02)
-    expected = regression.intercept_ - regression.intercept_.mean()
-    np.testing.assert_allclose(offsets, expected, atol=0.02)
+    # A common shift of all offsets changes no probability.
+    np.testing.assert_allclose(
+        weights[-1] - weights[-1].mean(),
+        regression.intercept_ - regression.intercept_.mean(),
+        atol=0.02,
+    )
 
 
 def test_the_penalty_is_chosen_on_a_tenth_of_the_bank(digits, digits_probe):
@@ -225,13 +226,8 @@ def test_few_images_are_drawn_alike_for_all_models():
             assert paired == pytest.approx(one - other)
     draws = probes.draw_parts(labels[0], 3)[2]
     assert {size: len(kept) for size, kept in draws.items()} == {1: 20, 10: 20}
-    means = [
-        (
-            probes.knn_answers(banks["hf"][keep], labels[0][keep], queries["hf"], [20])[0]
-            == labels[1]
-        )
-        for keep in draws[10]
-    ]
+    parts = [(banks["hf"][keep], labels[0][keep], queries["hf"]) for keep in draws[10]]
+    means = [probes.knn_answers(*part, [20])[0] == labels[1] for part in parts]
     found = few["hf"][10]["knn"]
     assert found["estimate"].value == pytest.approx(np.mean(means))
     assert found["sd"] == pytest.approx(np.mean(means, axis=1).std(ddof=1))
@@ -241,25 +237,8 @@ def test_few_images_are_drawn_alike_for_all_models():
     assert found["estimate"].se == pytest.approx(np.sqrt(drawn + image))
 
 
-def test_few_shot_intervals_hold_for_other_banks():
-    queries, query_labels = clouds(1500, seed=50)
-    means, errors, images = [], [], []
-    for seed in range(40):
-        bank, labels = clouds(12, seed=seed)
-        answers = [
-            probes.knn_answers(bank[keep], labels[keep], queries, [1])[0] == query_labels
-            for keep in probes.draw_parts(labels, 0)[2][1]
-        ]
-        found = probes.over_draws(np.array(answers), 1 / 4)["estimate"]
-        means.append(found.value)
-        images.append(np.mean(answers, axis=0).var() / 1500)
-        errors.append(found.se)
-    spread = np.sqrt(np.mean(np.square(errors)) - np.mean(images))
-    assert 0.7 < spread / np.std(means) < 1.5
-
-
 def test_nothing_is_chosen_on_the_queries():
-    banks, queries, *labels = two_models(300, 100)
+    banks, queries, *labels = two_models(90, 100)
     wrong = probe(banks, queries, labels[0], (labels[1] + 1) % 3, 0)
     right = probe(banks, queries, *labels, 0)
     for name in banks:
@@ -268,7 +247,7 @@ def test_nothing_is_chosen_on_the_queries():
 
 
 def test_the_order_of_the_queries_does_not_matter_and_the_seed_repeats():
-    banks, queries, *labels = two_models(150, 80)
+    banks, queries, *labels = two_models(60, 80)
     expected = probe(banks, queries, *labels, 5)
     order = np.random.default_rng(0).permutation(80)
     shuffled = {name: Q[order] for name, Q in queries.items()}
@@ -324,15 +303,11 @@ def test_the_record_is_plain_data():
     assert not content["correct"]
 
 
-def test_what_has_no_direction_or_does_not_match_is_refused():
+def test_what_is_no_number_is_refused():
     banks, queries, *labels = two_models(30, 12)
     broken = {**banks, "hf": np.where(np.arange(30)[:, None] == 4, np.nan, banks["hf"])}
     with pytest.raises(UserError, match="NaN"):
         probe(broken, queries, *labels, 0)
-    with pytest.raises((ValueError, TypeError), match="29"):
-        probe(banks, queries, labels[0][:29], labels[1], 0)
-    with pytest.raises(ValueError, match="for queries of"):
-        probe(banks, {"local": queries["local"]}, *labels, 0)
 
 
 def test_progress_reaches_its_total():
@@ -340,13 +315,10 @@ def test_progress_reaches_its_total():
 
     @contextmanager
     def progress(total, desc):
-        bar = type("Bar", (), {"update": lambda _, n: seen.append(n)})()
-        yield bar
-        assert sum(seen) == total
-        assert desc
+        yield SimpleNamespace(update=seen.append)
+        assert (sum(seen), desc) == (total, "probe")
 
-    banks, queries, *labels = two_models(30, 12)
-    probe(banks, queries, *labels, 0, progress)
+    probe(*two_models(30, 12), 0, progress)
     assert seen == [12, 12]
 
 
@@ -363,9 +335,3 @@ def test_a_bank_is_balanced_nested_and_free_of_compared_images():
     assert len(everything) == 116
     assert np.bincount(labels[small]).tolist() == [10, 10, 10]
     assert set(small.tolist()) < set(large.tolist()) < set(everything.tolist())
-
-
-def test_the_time_of_many_images_comes_from_a_warm_batch():
-    calls = []
-    assert 0 <= probes.expected_seconds(calls.append, [1, 2], 100) < 1
-    assert calls == [[1, 2], [1, 2]]

@@ -6,6 +6,7 @@ from scipy import stats
 from sklearn.decomposition import PCA
 
 from ijepa import metrics, uncertainty
+from ijepa.comparison import analyze, measure
 
 
 def two_models(n=200, d=12, e=20, num_classes=5, seed=0):
@@ -52,12 +53,7 @@ def test_small_classes_are_whole_in_every_half():
 @pytest.mark.parametrize("counts", [(19, 19), (90,), (1, 1, 1)])
 def test_one_class_and_nothing_but_small_classes_have_no_halves(counts):
     labels = np.repeat(np.arange(len(counts)), counts)
-    assert uncertainty.half_samples(labels) is None
-
-
-def test_halves_come_in_pairs():
-    with pytest.raises(ValueError, match="halves come in pairs, got 5"):
-        uncertainty.half_samples(np.arange(60) % 2, 5)
+    assert uncertainty.half_samples(labels).shape == (0, len(labels))
 
 
 @pytest.mark.parametrize("count", [30, 100])
@@ -71,7 +67,11 @@ def test_estimate_is_a_t_interval_of_root_mean_square_deviations(count):
 
 
 def test_without_finite_deviations_there_is_no_interval():
-    for value, deviations in ((0.5, None), (np.nan, np.ones(9)), (0.5, np.array([1, np.nan]))):
+    for value, deviations in (
+        (0.5, np.empty(0)),
+        (np.nan, np.ones(9)),
+        (0.5, np.array([1, np.nan])),
+    ):
         found = uncertainty.estimate(value, deviations)
         assert found.value is value
         assert np.isnan([found.se, *found.ci95, uncertainty.student_p(value, deviations)]).all()
@@ -99,29 +99,16 @@ def test_deviations_of_a_mean_over_all_halves_give_its_textbook_standard_error()
     assert estimate.se == pytest.approx(stats.sem(values))
 
 
-def test_deviations_of_a_statistic_of_pairs_double_its_variance_where_single_halves_triple_it():
-    # The mean product of two different values of mean 0 depends on nothing but pairs.
-    values = np.random.default_rng(0).normal(size=(4000, 40))
-
-    def mean_product(samples):
-        n = samples.shape[1]
-        return (samples.sum(axis=1) ** 2 - np.square(samples).sum(axis=1)) / (n * (n - 1))
-
-    halves = [mean_product(values[:, :20]), mean_product(values[:, 20:])]
-    deviations = uncertainty.half_deviations(np.stack(halves, axis=1).ravel())
-    variance = 2 / (40 * 39)
-    assert np.square(deviations).mean() / variance == pytest.approx(2, rel=0.15)
-    single = np.square(halves[0] - mean_product(values)).mean()
-    assert single / variance == pytest.approx(3, rel=0.15)
-
-
-def test_the_overall_mean_weighs_classes_by_their_images():
+def test_deviations_of_a_mean_weigh_classes_by_their_images_and_small_ones_have_none():
     labels = np.repeat([7, 2, 5], [30, 10, 20])
-    scores = np.random.default_rng(0).random(60)
+    scores = np.random.default_rng(0).random((2, 60))
     codes = np.unique(labels, return_inverse=True)[1]
-    by_class = uncertainty.class_average(scores, codes)
-    assert by_class == pytest.approx([scores[labels == label].mean() for label in (2, 5, 7)])
-    assert uncertainty.overall(by_class[None], labels) == pytest.approx([scores.mean()])
+    by_class = np.stack([uncertainty.class_average(one, codes) for one in scores])
+    expected = [scores[:, labels == label].mean(axis=1) for label in (2, 5, 7)]
+    np.testing.assert_allclose(by_class.T, expected)
+    whole, parts = uncertainty.mean_deviations(by_class, labels)
+    assert whole == pytest.approx([(scores[0] - scores[1]).mean() / 2])
+    assert parts[0] == pytest.approx([np.nan, *(by_class[0] - by_class[1])[1:] / 2], nan_ok=True)
 
 
 def test_neighbors_within_a_half_are_those_of_the_kept_images_only():
@@ -160,29 +147,31 @@ def test_neighbor_statistics_of_halves_count_every_kept_image_twice():
         first = np.flatnonzero(keep)[nearest[0][:, :5]]
         np.testing.assert_array_equal(found.first[half], first)
         codes = np.unique(own, return_inverse=True)[1]
-        confused = uncertainty.most_confused(codes, codes[neighbors[:, :5]], np.ones(5))
-        assert found.confused[half] == {pair[:2] for pair in confused}
+        shares = uncertainty.confusion(codes, codes[neighbors[:, :5]], 5, np.ones(5))
+        assert found.confused[half] == {pair[:2] for pair in uncertainty.most_confused(shares)}
 
 
 def test_the_most_confused_classes_are_counted_by_a_loop():
     codes = np.array([0, 0, 1, 1, 2, 2])
     others = np.array([[0, 1], [2, 1], [1, 0], [1, 1], [2, 2], [2, 2]])
-    found = uncertainty.most_confused(codes, others, np.array([2.0, 1.0]))
-    assert found == [(0, 1, 2 / 6), (0, 2, 2 / 6), (1, 0, 1 / 6)]
-    assert uncertainty.most_confused(codes, codes[:, None], np.ones(1)) == []
+    shares = uncertainty.confusion(codes, others, 4, np.array([2.0, 1.0]))
+    assert uncertainty.most_confused(shares) == [(0, 1, 2 / 6), (0, 2, 2 / 6), (1, 0, 1 / 6)]
+    assert uncertainty.most_confused(np.eye(3)) == []
 
 
 def test_principal_scores_are_those_of_scikit_learn():
     for shape in ((60, 12), (30, 50)):
         X = two_models(*shape)[0]
-        eigenvalues, scores = uncertainty.principal_scores(X)
+        eigenvalues, scores = metrics.principal_scores(X)
         np.testing.assert_allclose(eigenvalues, metrics.covariance_spectrum(X), atol=1e-10)
         expected = PCA().fit_transform(X.astype(np.float64)) / np.sqrt(eigenvalues.sum())
-        np.testing.assert_allclose(np.abs(scores), np.abs(expected), atol=1e-5)
+        np.testing.assert_allclose(
+            np.abs(scores), np.abs(expected)[:, : scores.shape[1]], atol=1e-5
+        )
 
 
 def influences(X):
-    return uncertainty.spectrum_deviations(*uncertainty.principal_scores(X))
+    return uncertainty.spectrum_deviations(*metrics.principal_scores(X))
 
 
 @pytest.mark.parametrize("width", [12, 60, 300])
@@ -193,7 +182,7 @@ def test_spectrum_errors_are_close_to_those_of_the_jackknife(width):
     for image in range(120):
         others = np.delete(X, image, axis=0)
         spectrum = metrics.covariance_spectrum(others)
-        shares = [metrics.explained_variance(spectrum, k) for k in (10, 50)]
+        shares = [spectrum[:k].sum() / spectrum.sum() for k in (10, 50)]
         left.append([*shares, metrics.effective_rank(others)])
     expected = np.sqrt(119 * np.var(left, axis=0))
     ours = influences(X)
@@ -223,32 +212,20 @@ def test_an_effective_rank_bounded_by_the_number_of_images_has_no_error():
     assert np.isfinite(influences(X)["variance_10pc"]).all()
 
 
-def test_explained_variance_at_full_rank_has_no_error_and_constants_have_no_value():
+def test_explained_variance_at_full_rank_has_no_error_and_constants_have_none():
     assert np.abs(influences(two_models()[0])["variance_50pc"]).max() < 1e-6
-    constant = influences(np.full((200, 4), 0.1, np.float32))
-    assert all(np.isnan(values).all() for values in constant.values())
+    assert influences(np.full((200, 4), 0.1, np.float32)) == {}
 
 
 def test_standard_errors_match_the_spread_over_fresh_samples():
-    generator = np.random.default_rng(0)
-    centers = generator.normal(size=(4, 10))
-    labels = np.arange(160) % 4
-    scales = np.linspace(2, 0.5, 10)
-    values, errors = [], []
+    generator, labels = np.random.default_rng(0), np.arange(160) % 4
+    centers, scales = generator.normal(size=(4, 10)), np.linspace(2, 0.5, 10)
+    halves = uncertainty.half_samples(labels, 40)
+    samples = []
     for _ in range(60):
         X = (centers[labels] + scales * generator.normal(size=(160, 10))).astype(np.float32)
-        halves = uncertainty.half_samples(labels, 40)
-        pairs = metrics.all_pairs(X, 64, labels, halves)
-        found = uncertainty.neighbor_halves(pairs.neighbors, pairs.similarities, labels, halves)
-        on_halves = [
-            uncertainty.overall(found.values[f"precision_at_{k}"], labels) for k in (1, 20)
-        ]
-        on_halves.append(pairs.half_silhouettes["euclidean"])
-        deviations = [uncertainty.half_deviations(half) for half in on_halves]
-        deviations.append(influences(X)["effective_rank"])
-        precisions = [metrics.precision_at_k(pairs.neighbors, labels, k).mean() for k in (1, 20)]
-        values.append([*precisions, pairs.silhouettes.mean(), metrics.effective_rank(X)])
-        errors.append([uncertainty.estimate(0.0, one).se for one in deviations])
-    ratio = np.mean(errors, axis=0) / np.std(values, axis=0, ddof=1)
-    # 60 samples know their deviation to 9%.
-    assert (np.abs(ratio - 1) < 0.3).all(), ratio
+        samples.append(measure(analyze(X, labels, "local", halves)))
+    for metric in ("precision_at_1", "precision_at_20", "silhouette", "effective_rank"):
+        spread = np.std([one[metric].value for one in samples], ddof=1)
+        # 60 samples know their deviation to 9%.
+        assert 0.7 < np.mean([one[metric].se for one in samples]) / spread < 1.3, metric
