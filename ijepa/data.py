@@ -285,7 +285,7 @@ def choose_split(folder: Path, split: str, left_out: LeftOut) -> Path:
         names = ", ".join(path.name for path in folders)
         raise UserError(
             f"{str(folder)!r} has {len(chosen)} folders for the split {split!r}; it has {names}",
-            hint="choose with --split train, val or test one that it has",
+            hint="choose one of its splits with --split",
         )
     for path in entries(folder, left_out):
         if not path.is_dir():

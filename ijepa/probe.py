@@ -193,16 +193,11 @@ def answer(
 
 def knn_answers(X: Bank, codes: BankLabels, Q: Embeddings, ks: Sequence[int]) -> list[Labels]:
     """For each k, `knn_vote` of each query's k nearest by cosine, or of all images if fewer."""
-
-    def unit(rows: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "m d"]:
-        lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-        return rows / np.where(lengths > 0, lengths, 1)  # centered pixels may be zeros
-
-    bank, most = unit(X), min(max(ks), len(X))
+    bank, most = directions(X), min(max(ks), len(X))
     answers: list[list[Labels]] = [[] for _ in ks]
     step = max(1, BLOCK // len(X))
     for at in range(0, len(Q), step):
-        similarities = unit(Q[at : at + step]) @ bank.T
+        similarities = directions(Q[at : at + step]) @ bank.T
         # In the order of the bank before the stable sort by similarity.
         top = np.sort(np.argpartition(-similarities, most - 1, axis=1)[:, :most], axis=1)
         found = np.take_along_axis(similarities, top, axis=1)
@@ -211,6 +206,12 @@ def knn_answers(X: Bank, codes: BankLabels, Q: Embeddings, ks: Sequence[int]) ->
         for k, blocks in zip(ks, answers, strict=True):
             blocks.append(knn_vote(codes[top[:, :k]], found[:, :k], int(codes.max()) + 1))
     return [np.concatenate(blocks) for blocks in answers]
+
+
+def directions(rows: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "m d"]:
+    """Rows of length 1; zeros, which centered pixels may be, stay zeros."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(lengths > 0, lengths, 1)
 
 
 def principal_components(X: Bank, Q: Embeddings) -> list[Float[np.ndarray, "_ r"]]:
@@ -274,36 +275,45 @@ def fit(
 
     As scikit-learn's `LogisticRegression` with C = 1 / (l2 m).
     """
-    step = max(1, BLOCK // (8 * sum(start.shape)))
     # About the inverse root of the curvature along each axis.
     scale = np.append(1 / np.sqrt(0.1 * variances + l2), 1.0)[:, None]
 
-    def objective(flat: Float[np.ndarray, " p"]) -> tuple[float, Float[np.ndarray, " p"]]:
-        weights = flat.reshape(start.shape) * scale
-        slopes, offsets = weights[:-1].astype(np.float32), weights[-1].astype(np.float32)
-        loss, gradient = 0.0, np.zeros_like(weights)
-        for at in range(0, len(Z), step):
-            rows = Z[at : at + step]
-            logits = rows @ slopes + offsets
-            logits -= logits.max(axis=1, keepdims=True)
-            own = np.arange(len(logits)), codes[at : at + step]
-            loss -= float(logits[own].sum(dtype=np.float64))
-            np.exp(logits, out=logits)
-            totals = logits.sum(axis=1, keepdims=True)
-            loss += float(np.log(totals).sum(dtype=np.float64))
-            logits /= totals
-            logits[own] -= 1
-            gradient[:-1] += rows.T @ logits
-            gradient[-1] += logits.sum(axis=0)
-        gradient /= len(Z)
-        gradient[:-1] += l2 * weights[:-1]
-        penalty = l2 / 2 * float(np.square(weights[:-1]).sum())
-        return loss / len(Z) + penalty, (gradient * scale).ravel()
-
     limits = {"maxiter": 1000, "ftol": 1e-6, "gtol": 1e-5}
     at = (start / scale).ravel()
-    found = minimize(objective, at, jac=True, method="L-BFGS-B", options=limits)
+    data = Z, codes, l2, np.broadcast_to(scale, start.shape)
+    found = minimize(cross_entropy, at, data, jac=True, method="L-BFGS-B", options=limits)
     return found.x.reshape(start.shape) * scale
+
+
+def cross_entropy(
+    flat: Float[np.ndarray, " p"],
+    Z: Float[np.ndarray, "m r"],
+    codes: Int[np.ndarray, " m"],
+    l2: float,
+    scale: Weights,
+) -> tuple[float, Float[np.ndarray, " p"]]:
+    """What `fit` minimizes and its gradient, for weights over their scale in one row."""
+    weights = flat.reshape(scale.shape) * scale
+    step = max(1, BLOCK // (8 * sum(scale.shape)))
+    slopes, offsets = weights[:-1].astype(np.float32), weights[-1].astype(np.float32)
+    loss, gradient = 0.0, np.zeros_like(weights)
+    for at in range(0, len(Z), step):
+        rows = Z[at : at + step]
+        logits = rows @ slopes + offsets
+        logits -= logits.max(axis=1, keepdims=True)
+        own = np.arange(len(logits)), codes[at : at + step]
+        loss -= float(logits[own].sum(dtype=np.float64))
+        np.exp(logits, out=logits)
+        totals = logits.sum(axis=1, keepdims=True)
+        loss += float(np.log(totals).sum(dtype=np.float64))
+        logits /= totals
+        logits[own] -= 1
+        gradient[:-1] += rows.T @ logits
+        gradient[-1] += logits.sum(axis=0)
+    gradient /= len(Z)
+    gradient[:-1] += l2 * weights[:-1]
+    penalty = l2 / 2 * float(np.square(weights[:-1]).sum())
+    return loss / len(Z) + penalty, (gradient * scale).ravel()
 
 
 def summary(answers: Answers) -> dict[str, Any]:

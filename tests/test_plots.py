@@ -1,10 +1,6 @@
 import io
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -383,13 +379,3 @@ def test_a_png_is_the_same_whenever_it_is_written():
     for file in files:
         plots.save_png(plots.plot_precision({"local": PRECISIONS["local"][0]}, CAPTION), file)
     assert files[0].getvalue() == files[1].getvalue()
-
-
-def test_figures_need_no_display_whatever_the_environment_says(tmp_path):
-    script = Path(__file__).resolve().parent.parent / "scripts" / "compare_embeddings.py"
-    command = [sys.executable, str(script), "--offline", "--hf-model", "none", "--no-cache"]
-    command += ["--dataset", "digits", "--max-samples", "20", "--output-dir", str(tmp_path)]
-    backend = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    done = subprocess.run(command, env=os.environ | backend, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "class_precision.png").stat().st_size > 1000

@@ -96,18 +96,16 @@ def test_files_of_an_earlier_run_that_this_one_does_not_make_are_removed(run, tm
     assert "embeddings_hf" not in (tmp_path / "report.md").read_text()
 
 
-def test_two_labeled_arrays_from_anywhere_make_a_report_twice_the_same(tmp_path):
+def test_two_labeled_arrays_from_anywhere_make_a_report(tmp_path):
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(3), 25)
     arrays = {name: rng.normal(size=(75, 12)).astype(np.float32) for name in ("local", "hf")}
     comparison = compare(arrays, {}, labels, seed=0, names={"local": "mine", "hf": "yours"})
-    first, again = (write_report(tmp_path / name, comparison) for name in ("first", "again"))
-    names = [path.name for path in first]
+    written = write_report(tmp_path, comparison)
+    names = [path.name for path in written]
     assert not any(name.startswith(("nn_", "embeddings_")) for name in names)
     assert {"report.md", "report.html", "metrics.json", "tsne_comparison.png"} <= set(names)
-    for one, other in zip(first, again, strict=True):
-        assert one.read_bytes() == other.read_bytes()
-    metrics = json.loads(first[-1].read_text())
+    metrics = json.loads(written[-1].read_text())
     assert metrics["names"] == {"local": "mine", "hf": "yours"}
     assert any("50 PCs of the local model" in caveat for caveat in metrics["caveats"])
 
