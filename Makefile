@@ -10,7 +10,7 @@ AXE_FILE := $(VENV)/npm/node_modules/axe-core/axe.min.js
 # How long `make fuzz` takes.
 MINUTES ?= 10
 
-.PHONY: setup compare example test test-browser test-gpu lint fuzz campaigns audit
+.PHONY: setup compare example test test-types test-browser test-gpu lint fuzz campaigns audit
 
 setup: $(VENV)/installed
 
@@ -28,16 +28,20 @@ example: setup
 	cp runs/example/report.html comparison_results/digits.html
 
 # A process per core, each with one thread: together they would take the cores from each other.
+TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+
 test: setup
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	$(TEST)
+
+# The same with the shape and type of every argument and result checked, in half as much time again.
+test-types: setup
+	$(TEST) --jaxtyping-packages=ijepa,beartype.beartype
 
 test-browser: setup $(VENV)/browser $(AXE_FILE)
 	$(RUN) -m pytest -q -rs -m browser tests/test_browser.py
 
-# Not with the types checked as in the other tests: what is compiled has no shapes to check.
 test-gpu: setup
-	$(RUN) -m pytest -q -m gpu tests/test_gpu.py -o addopts=--import-mode=importlib \
-		-o filterwarnings=default
+	$(RUN) -m pytest -q -m gpu tests/test_gpu.py -o filterwarnings=default
 
 $(VENV)/browser: pyproject.toml constraints.txt
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[browser]"
