@@ -75,7 +75,8 @@ def load(work, folder, device, dtype):
 
     role, source = ("hf", str(folder)) if work == "vit-huge" else ("local", CHECKPOINT)
     if not hasattr(encoders, "load_local_encoder"):
-        return encoders.load_encoder(str(source), role, device=device, dtype=dtype, offline=True)
+        name = str(dtype).removeprefix("torch.")
+        return encoders.load_encoder(str(source), role, device=device, dtype=name, offline=True)
     if role == "hf":
         return encoders.load_huggingface_encoder(source, device, dtype, offline=True)
     return encoders.load_local_encoder(source, "target", device, dtype)

@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from ijepa import __version__
 from ijepa.errors import UserError
 
 
@@ -52,12 +53,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=seed, default=0, help="of weights, order, crops and masks")
     add("--save-every", type=positive, default=1, metavar="EPOCHS", help="between checkpoints")
     add("--debug", action="store_true", help="show the traceback of an error")
-    add("--version", action="store_true", help="print the version")
+    add("--version", action="version", version=f"ijepa-compare {__version__}")
     args = parser.parse_args(arguments)
-    if args.version:
-        from importlib.metadata import version
-
-        parser.exit(message=f"ijepa-compare {version('ijepa-compare')}\n")
     if "num_views" in args and (args.num_views > 1) != (args.recipe == "matched"):
         parser.error("argument --num-views: must be at least 2 with --recipe matched, 1 with paper")
     try:
