@@ -36,14 +36,17 @@ def mutual_knn(a: Int[np.ndarray, "n m"], b: Int[np.ndarray, "n l"], k: int = 10
 
 
 def mutual_knn_of_classes(same_a: PerImage, same_b: PerImage, labels: Labels, k: int = 10) -> float:
-    """Mutual kNN of two models that agree on the classes and on nothing else: mean over classes.
+    """Mutual kNN of two models that agree on the classes and on nothing else: mean over images.
 
-    From the share of each image's k neighbors that have its label, in either model. k / n_c of them
-    would be common by chance.
+    `same_a` and `same_b` are the shares of each image's k neighbors that have its label. Neighbors
+    of the same label are common with probability k / (n_c - 1), all others with k / (n - n_c).
     """
     codes, counts = np.unique(labels, return_inverse=True, return_counts=True)[1:]
-    shares = class_average(same_a, codes) * class_average(same_b, codes)
-    return float((shares * k / counts).mean())
+    a, b = class_average(same_a, codes), class_average(same_b, codes)
+    others = len(labels) - counts
+    inside = a * b * k / np.maximum(counts - 1, 1)
+    outside = (1 - a) * (1 - b) * k / np.maximum(others, 1)
+    return float(np.average(inside + outside, weights=counts))
 
 
 def linear_cka(X: Embeddings, Y: Other, labels: Labels | None = None) -> float:

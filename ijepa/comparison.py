@@ -156,7 +156,7 @@ def compare(  # noqa: PLR0913
     Args:
         embeddings: `local` and perhaps `hf`, rows in the same order.
         references: Embeddings that show what a number means, such as raw pixels; may be empty.
-        labels: Class of each row.
+        labels: Class of each row, a whole number from 0.
         seed: Of the halves, the permutations and the pairs that are correlated.
         other_seeds: Embeddings by other trainings of the local model.
         device: "cpu", or a CUDA device for all pairs of images.
@@ -164,9 +164,14 @@ def compare(  # noqa: PLR0913
         progress: See `Progress`.
 
     Raises:
-        ValueError: If the numbers of rows differ.
+        ValueError: If labels are no whole numbers from 0, or the numbers of rows differ.
         UserError: If embeddings are not finite or zero.
     """
+    labels = np.asarray(labels)
+    if labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
+        hint = "np.unique(names, return_inverse=True)[1] numbers the classes"
+        raise ValueError(f"labels must be whole numbers from 0, got {labels.dtype}: {hint}")
+    embeddings = {name: embeddings[name] for name in MODEL_NAMES if name in embeddings}
     seeds = {f"local_{row}": X for row, X in enumerate(other_seeds, start=2)}
     halves, found = uncertainty.half_samples(labels, seed=seed), {}
     for name, X in {**embeddings, **references, **seeds}.items():
@@ -178,7 +183,7 @@ def compare(  # noqa: PLR0913
     analyses = {name: found[name] for name in embeddings}
     pair = {"differences": {}, "per_class": [], "agreement": {}, "mutual": None}
     if "hf" in analyses:
-        pair = compare_pair(*analyses.values(), values, halves, seed)
+        pair = compare_pair(analyses["local"], analyses["hf"], values, halves, seed)
     classes, codes = np.unique(labels, return_inverse=True)
     means = {name: metrics.class_means(X, codes) for name, X in embeddings.items()}
     return Comparison(

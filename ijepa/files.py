@@ -65,6 +65,8 @@ def own_folder(folder: Path) -> Iterator[None]:
         UserError: If it cannot be made or written, or another run holds it.
     """
     path = folder / LOCK
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file", hint="give another --output-dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = take_lock(path)

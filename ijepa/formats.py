@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from ijepa.uncertainty import Estimate
+from ijepa.uncertainty import MIN_IMAGES_PER_CLASS, Estimate
 
 P5 = "precision_at_5"
 PERCENT = {"variance_10pc", "variance_50pc", "precision_at_1", P5, "mutual_knn", "ratio"}
@@ -12,6 +12,9 @@ DIGITS = {"embedding_dim": 0, "components_80": 0, "ratio": 0, "share": 0, "effec
 DIGITS |= {"quotient": 2}
 """Decimals of metrics with neither one (percentages) nor three (all others)."""
 MISSING = "n/a"
+NO_INTERVALS = (
+    f"There are no intervals and no verdicts: no class has {MIN_IMAGES_PER_CLASS} images."
+)
 MAX_NAMES = 6  # in a sentence
 
 

@@ -136,7 +136,7 @@ def find_model(source: str, revision: str | None, offline: bool) -> tuple[Path, 
             hint = "give a branch, a tag or a commit that its page lists"
         elif offline or isinstance(cause, errors.OfflineModeIsEnabled):
             problem = "is not complete in the hub's local cache"
-            hint = "run once with network access, without --offline and HF_HUB_OFFLINE"
+            hint = "check the spelling, or run once without --offline and HF_HUB_OFFLINE"
         else:
             problem = f"could not be downloaded: {first_line(cause)}"
             hint = "check network, disk and HF_TOKEN and run again (finished files are kept)"
@@ -185,7 +185,8 @@ def family_of(folder: Path, source: str) -> tuple[str, Family]:
 
 def hash_model(folder: Path) -> str:
     """One SHA-256 over the weight files and the configurations of a directory."""
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")])
+    found = sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")])
+    files = filter(Path.is_file, found)
     return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
 
 

@@ -10,12 +10,11 @@ import numpy as np
 
 from ijepa import narrative
 from ijepa.comparison import HEADLINES, Comparison
-from ijepa.formats import P5, capital, label, listed
+from ijepa.formats import NO_INTERVALS, P5, capital, label, listed
 from ijepa.narrative import RETRIEVAL, called, count
 from ijepa.projections import PERPLEXITY, Maps
 from ijepa.tables import (
     INTERVALS,
-    NO_INTERVALS,
     ROWS,
     Rows,
     finding_tables,
@@ -108,12 +107,13 @@ def protocol(comparison: Comparison, facts: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     sizes = np.unique(comparison.analyses["local"].labels, return_counts=True)[1]
     each = " to ".join(f"{size:,}" for size in sorted({sizes.min(), sizes.max()}))
+    halves = f"Intervals use {comparison.num_halves} half-samples. " * bool(comparison.num_halves)
     return (
         f"*Protocol.* Frozen encoders give each image one vector ({vectors}). The sample has "
         f"{each} images of each of {len(sizes)} classes, drawn with seed {comparison.seed}. "
         "Neighbors are ranked by cosine similarity among all other images. Silhouettes use "
-        f"Euclidean distance and the true labels. Intervals use {comparison.num_halves} "
-        f"half-samples. Versions: {versions}; commit {run.get('git_commit') or 'unknown'}."
+        f"Euclidean distance and the true labels. {halves}Versions: {versions}; "
+        f"commit {run.get('git_commit') or 'unknown'}."
     )
 
 

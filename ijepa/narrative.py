@@ -12,7 +12,7 @@ import numpy as np
 
 from ijepa.agreement import MAX_SPEARMAN_IMAGES
 from ijepa.comparison import Comparison, neighbor_confusion
-from ijepa.formats import P5, capital, gap, interval, label, listed, number, p_value
+from ijepa.formats import NO_INTERVALS, P5, capital, gap, interval, label, listed, number, p_value
 from ijepa.uncertainty import KNN_K, Estimate
 
 CLAIMS = {
@@ -188,11 +188,20 @@ def variance_finding(comparison: Comparison) -> str:
     )
 
 
+def separability_ruling(comparison: Comparison, numbers: bool = True) -> str:
+    """The ruling on silhouettes; none is better where no model is shown to separate the classes."""
+    found = [metrics["silhouette"] for metrics in comparison.metrics.values()]
+    if len(found) == 2 and all(one.ci95[0] <= 0 for one in found):
+        n = count(comparison)
+        return f"No model is shown to separate the classes (silhouette) at n = {n:,}."
+    return models_ruling(comparison, "silhouette", numbers)
+
+
 def separability_finding(comparison: Comparison) -> str:
     """Whether one model separates the classes better, and the silhouettes."""
     small = all(abs(m["silhouette"].value) < 0.1 for m in comparison.metrics.values())
     return paragraph(
-        models_ruling(comparison, "silhouette"),
+        separability_ruling(comparison),
         f"Mean silhouette, from -1 to 1: {by_model(comparison, 'silhouette')}.",
         f"By cosine distance: {by_model(comparison, 'silhouette_cosine')}.",
         "Values this close to 0 mean that classes overlap, even if neighbors are pure." * small,
@@ -202,8 +211,8 @@ def separability_finding(comparison: Comparison) -> str:
 def confusion_finding(comparison: Comparison, classes: Sequence[str]) -> str:
     """The purest class and the most common confusions among the five nearest neighbors."""
 
-    def halves(share: float) -> str:
-        return f", also in {number('share', share)} of half-samples" * math.isfinite(share)
+    def halves(which: str, share: float) -> str:
+        return f", {which} in {number('share', share)} of half-samples" * math.isfinite(share)
 
     parts = []
     for role, ranked in comparison.rankings.items():
@@ -213,13 +222,14 @@ def confusion_finding(comparison: Comparison, classes: Sequence[str]) -> str:
         best, share = ranked["purest_class"].values()
         parts.append(
             f"In {called(role)}, {classes[best]} has the purest neighborhoods: "
-            f"{number('share', confusion[best, best])} of neighbors share its class{halves(share)}."
+            f"{number('share', confusion[best, best])} of neighbors share its class"
+            f"{halves('also', share)}."
         )
         pairs = [
             f"{classes[pair['from']]} -> {classes[pair['to']]} ({number('share', pair['share'])})"
             for pair in ranked["confusions"]
         ]
-        same = halves(ranked["confusions_share_of_halves"])
+        same = halves("the same", ranked["confusions_share_of_halves"])
         parts.append(f"Most common confusions: {', '.join(pairs)}{same}." if pairs else "")
     return paragraph(*parts)
 
@@ -250,8 +260,8 @@ def agreement_ruling(comparison: Comparison) -> str:
         return "There are too few images for mutual 10-NN."
     if not math.isfinite(mutual.se):
         return "There is no interval, so no verdict, for mutual 10-NN of the two models."
-    if mutual.ci95[0] > facts["mutual_knn_class_only"]:
-        return "The models agree on more than the classes."
+    if mutual.ci95[0] > max(facts["mutual_knn_class_only"], facts["mutual_knn_chance"]):
+        return "The models share more nearest neighbors than the classes explain."
     if mutual.ci95[0] > facts["mutual_knn_chance"]:
         return "The models agree beyond chance, but not demonstrably beyond the classes."
     return f"No agreement in mutual 10-NN beyond chance can be shown at n = {count(comparison):,}."
@@ -275,7 +285,7 @@ def agreement_finding(comparison: Comparison) -> str:
         parts += [
             f"The geometries {'show' if cka > null else 'do not show'} more in common than the "
             f"classes (debiased linear CKA {number('cka', cka)}, p = {p}).",
-            f"CKA of 99% of shuffles within classes is below {number('cka', null)}.",
+            f"In 99% of shuffles within classes, CKA is below {number('cka', null)}.",
         ]
     if math.isfinite(facts["cka_class_demeaned"]):
         parts.append(f"Without class means, CKA is {number('cka', facts['cka_class_demeaned'])}.")
@@ -348,12 +358,14 @@ def findings(comparison: Comparison, classes: Sequence[str], probe: Any = None) 
 
 
 def conclusions(comparison: Comparison, probe: Any = None) -> list[str]:
-    """The verdicts without their numbers."""
+    """The verdicts without their numbers, or why there are none."""
+    if not comparison.num_halves:
+        return [undefined(comparison) or NO_INTERVALS]
     found = [
         undefined(comparison) or models_ruling(comparison, P5, numbers=False),
         *reference_rulings(comparison, numbers=False),
         *probe_rulings(probe, numbers=False),
-        models_ruling(comparison, "silhouette", numbers=False),
+        separability_ruling(comparison, numbers=False),
         agreement_ruling(comparison) if comparison.agreement else "",
     ]
     return [sentence for sentence in found if sentence]

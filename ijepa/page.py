@@ -25,9 +25,9 @@ from PIL import Image
 from ijepa import narrative, plots
 from ijepa.comparison import Comparison
 from ijepa.data import Split
-from ijepa.formats import P5, capital, interval, label, number
+from ijepa.formats import NO_INTERVALS, P5, capital, interval, label, number
 from ijepa.projections import Maps, class_similarity
-from ijepa.tables import INTERVALS, NO_INTERVALS, Rows, finding_tables, headline_table, model_facts
+from ijepa.tables import INTERVALS, Rows, finding_tables, headline_table, model_facts
 from ijepa.uncertainty import MUTUAL_K, Estimate
 
 DARK = {plots.INK: "#e9e6df", plots.SOFT: "#aaa59b", plots.RULE: "#3a3f47"}

@@ -23,7 +23,6 @@ INTERVALS = (
     "Brackets hold 95% intervals over images. Those of silhouette and precision come from "
     "stratified half-samples, those of variance and effective rank from each image's influence."
 )
-NO_INTERVALS = "There are too few images for intervals."
 MAX_CONFUSION = 12
 """Classes up to which a table shows every pair."""
 

@@ -113,7 +113,10 @@ def path(text: str) -> Path:
 
 def natural(text: str) -> int:
     """Parse a whole number from 0."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
     return value

@@ -162,7 +162,7 @@ def test_chance_levels_follow_from_the_counts(pair):
     assert pair.agreement["mutual_knn_chance"] == pytest.approx(10 / 74)
     assert pair.chance_precision == pytest.approx(24 / 74)
     local, hf = (a.precisions(10).reshape(3, 25).mean(axis=1) for a in pair.analyses.values())
-    expected = (local * hf * 10 / 25).mean()
+    expected = (local * hf * 10 / 24 + (1 - local) * (1 - hf) * 10 / 50).mean()
     assert pair.agreement["mutual_knn_class_only"] == pytest.approx(expected)
 
 

@@ -247,7 +247,7 @@ def test_silhouettes_near_zero_are_explained(pair, value, overlap):
 @pytest.mark.parametrize(
     ("mutual", "words"),
     [
-        (Estimate(0.95, 0.02, (0.9, 1.0)), "agree on more than the classes"),
+        (Estimate(0.95, 0.02, (0.9, 1.0)), "more nearest neighbors than the classes explain"),
         (Estimate(0.35, 0.02, (0.3, 0.4)), "beyond chance, but not demonstrably beyond"),
         (Estimate(0.45, 0.05, (0.35, 0.55)), "beyond chance, but not demonstrably beyond"),
         (Estimate(0.21, 0.02, (0.17, 0.25)), "beyond chance can be shown at n = 50"),
@@ -579,8 +579,8 @@ def test_what_limits_the_numbers_is_a_caveat_and_only_then(pair, word, arguments
 
 
 def test_few_images_small_classes_and_single_images_are_caveats(pair, few):
-    assert said_of(few, "too few images for intervals")
-    assert not said_of(pair, "too few images")
+    assert said_of(few, "no intervals and no verdicts")
+    assert not said_of(pair, "no intervals")
     assert said_of(replace(pair, small_classes=3), "3 classes have fewer than 20 images")
     assert said_of(make(sizes=(9, 1)), "1 classes with one image")
     assert said_of(few, "50 PCs of the local model")
