@@ -278,3 +278,29 @@ def test_embeddings_of_other_images_are_refused():
     X, labels = cloud(8)
     with pytest.raises(ValueError, match="hf has 74 rows for 75 labels"):
         compare({"local": X, "hf": X[:-1]}, {}, labels, seed=0)
+
+
+def test_roles_do_not_depend_on_the_order_of_the_mapping():
+    X, labels = cloud(8)
+    Y = X[:, ::-1] + np.float32(1)
+    first = compare({"local": X, "hf": Y}, {}, labels, seed=0)
+    second = compare({"hf": Y, "local": X}, {}, labels, seed=0)
+    assert list(second.analyses) == ["local", "hf"]
+    assert first.differences == second.differences
+    assert str(first.per_class) == str(second.per_class)
+
+
+@pytest.mark.parametrize("labels", [["a", "b"] * 30, [0.0, 1.0] * 30, [-1, 0] * 30])
+def test_labels_that_are_not_numbers_from_0_are_refused_with_what_numbers_them(labels):
+    X = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    with pytest.raises(ValueError, match=r"np\.unique"):
+        compare({"local": X}, {}, labels, seed=0)
+
+
+def test_two_unrelated_models_are_not_above_the_level_of_the_classes():
+    generator = np.random.default_rng(0)
+    labels = np.repeat(np.arange(10), 50)
+    X, Y = (generator.normal(size=(500, 12)).astype(np.float32) for _ in range(2))
+    found = compare({"local": X, "hf": Y}, {}, labels, seed=0).agreement
+    assert found["mutual_knn_class_only"] == pytest.approx(found["mutual_knn_chance"], rel=0.1)
+    assert found["mutual_knn"].ci95[0] < found["mutual_knn_class_only"]

@@ -578,3 +578,17 @@ def test_a_smaller_sample_is_part_of_every_larger_one(seed):
         assert len(rows) == size
         assert smaller <= set(rows.tolist())
         smaller = set(rows.tolist())
+
+
+@pytest.mark.parametrize(
+    ("names", "hint"),
+    [
+        (["wrap/a/1.png", "wrap/b/1.png"], "if 'a' and 'b' are classes, give"),
+        (["images/1.png", "labels/1.txt"], "folders of images and labels are not read"),
+        (["1.png", "2.png"], "2 images lie outside of class folders"),
+    ],
+)
+def test_a_folder_without_two_classes_is_told_apart_by_its_layout(tmp_path, names, hint):
+    with pytest.raises(UserError) as caught:
+        load(folder_of(tmp_path, *names))
+    assert hint in caught.value.hint

@@ -97,7 +97,7 @@ def test_a_folder_is_made_and_given_back_without_leaving_anything(tmp_path):
 def test_a_folder_that_is_a_file_or_below_one_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "inner"):
-        with pytest.raises(UserError, match="is a file|cannot write to"), own_folder(path):
+        with pytest.raises(UserError, match=r"is a file|cannot write to"), own_folder(path):
             pass
 
 

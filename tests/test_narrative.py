@@ -261,7 +261,7 @@ def test_agreement_is_claimed_only_above_its_levels(pair, mutual, words):
     text = narrative.agreement_finding(changed)
     assert words in text
     assert (interval("mutual_knn", mutual) in text) == np.isfinite(mutual.value)
-    assert ("agree on more" in text) == (mutual.ci95[0] > 0.4)
+    assert ("more nearest neighbors than" in text) == (mutual.ci95[0] > 0.4)
 
 
 @pytest.mark.parametrize(("cka", "more"), [(0.5, True), (0.4, False)])
@@ -601,3 +601,14 @@ def test_collapse_and_ranks_that_n_bounds_are_caveats(pair):
     assert not said_of(with_rank(low, 0.99), "collapsed")
     assert said_of(with_rank(UNDEFINED, 0.1), "HF model are the same")
     assert said_of(with_rank(Estimate(40.0, NAN, (NAN, NAN)), 0.9), "above n / 2")
+
+
+def test_no_model_separates_classes_better_where_none_is_shown_to_separate_them(pair):
+    low = {
+        name: values | {"silhouette": Estimate(-0.02, 0.01, (-0.04, 0.0))}
+        for name, values in pair.metrics.items()
+    }
+    better = {"estimate": Estimate(-0.01, 0.001, (-0.012, -0.008)), "ratio": UNDEFINED}
+    changed = replace(pair, metrics=low, differences=pair.differences | {"silhouette": better})
+    assert "No model is shown to separate" in narrative.separability_finding(changed)
+    assert not any("better" in one and "separates" in one for one in narrative.conclusions(changed))
