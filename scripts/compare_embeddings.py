@@ -211,6 +211,9 @@ def load_images(args: argparse.Namespace) -> "Split":
         present = any(args.data_dir.glob("cifar-10-*"))
         dataset = "digits" if args.offline and not present else "cifar10"
     split = load_split(dataset, args.data_dir, args.split, args.offline)
+    if args.split not in ("test", split.split):
+        note = f"{split.name} has no splits: all of its images are used, not {args.split}"
+        split = replace(split, notes=(*split.notes, note))
     sample = balanced_sample(split, args.max_samples, args.seed)
     if failures := find_unreadable(sample):
         if not args.skip_unreadable:
