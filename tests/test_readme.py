@@ -40,6 +40,12 @@ def test_every_row_of_the_results_is_in_the_committed_report():
         assert row in REPORT
 
 
+def test_the_probe_of_the_results_is_in_the_committed_report():
+    for name, of_report in (("Linear probe", "Linear"), ("kNN, k = 20", "kNN, k = 20")):
+        (cells,) = re.findall(rf"^\| {name} \| (.*) \|$", README, re.MULTILINE)
+        assert f"| {of_report} | {cells} |" in REPORT
+
+
 def test_the_command_beside_the_results_made_them():
     command = REPORT.split("```bash\n")[1].split("\n```")[0]
     assert command in README
