@@ -144,7 +144,7 @@ class Comparison:
 def compare(  # noqa: PLR0913
     embeddings: Mapping[str, Float[np.ndarray, "n _"]],
     references: Mapping[str, Float[np.ndarray, "n _"]],
-    labels: Labels,
+    labels: Sequence[Any] | np.ndarray,
     seed: int,
     other_seeds: Sequence[Float[np.ndarray, "n _"]] = (),
     device: str = "cpu",

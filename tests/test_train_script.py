@@ -476,7 +476,7 @@ def test_the_home_folder_is_expanded(script, monkeypatch, tmp_path):
 def test_an_output_folder_that_is_a_file_is_told_before_training(script, tmp_path, flags, capsys):
     (tmp_path / "file").write_text("")
     assert script.main([*flags, "--output-dir", str(tmp_path / "file")]) == 1
-    assert capsys.readouterr().err.startswith(f"error: cannot write to {tmp_path / 'file'}")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'file'} is a file")
 
 
 def test_an_argument_that_is_not_utf_8_is_wrong_usage(script, capsys):
