@@ -318,9 +318,10 @@ def class_groups(
 def permuted_correlation(
     a: Float[np.ndarray, " p"], b: Float[np.ndarray, " p"], seed: int, num_permutations: int
 ) -> tuple[float, float]:
-    """Correlation of the distances of all pairs, with its p-value when b's classes are shuffled.
+    """Correlation of two vectors of pairwise distances, and its one-sided p-value.
 
-    NaN where all pairs of a model are equally far.
+    The p-value is the share of random orders of b's classes with such a correlation. Both are NaN
+    where all pairs of a model are equally far.
     """
     a, b = a - a.mean(), b - b.mean()
     scale, square = float(np.linalg.norm(a) * np.linalg.norm(b)), squareform(b)

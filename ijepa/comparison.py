@@ -227,7 +227,7 @@ def gain(local: Analysis, reference: Analysis) -> Estimate:
 
 
 def class_precision(a: Analysis) -> list[Estimate]:
-    """P@5 of each class that occurs."""
+    """P@5 of each class that occurs, with its interval, in the order of the labels."""
     means = [float(a.precisions(5)[a.labels == label].mean()) for label in np.unique(a.labels)]
     return [estimate(*one) for one in zip(means, a.class_deviations.T, strict=True)]
 

@@ -95,7 +95,7 @@ class Split:
 
 
 def find_unreadable(split: Split) -> list[tuple[int, str]]:
-    """Rows of files without a valid header, with the reasons; only headers are read."""
+    """Rows of files that are no image or hold 32-bit values, with reasons; reads only headers."""
     failures = []
     for row, file in enumerate(getattr(split.images, "files", ())):
         try:

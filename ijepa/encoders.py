@@ -43,13 +43,14 @@ class FrozenEncoder:
     """An encoder to compare.
 
     Args:
-        name: What it is called in results: `local`, `hf`, `pixels` or `random_weights`.
+        name: What it is called in results: `local`, `hf`, `pixels`, `random_weights`, or
+            `local_2` and so on for other seeds.
         preprocess: From images to normalized pixels (b, 3, height, width).
         network: From those to tokens (b, N, d), whose mean is the embedding.
         embed_dim: d.
         device: Where the network is.
-        autocast: Whether only matrix products run in `dtype`, the rest in float32.
         dtype: Number format of the matrix products.
+        autocast: Whether only matrix products run in `dtype`, the rest in float32.
         description: What defines the embeddings, for provenance; plain data.
         load: Brings the network into memory, if it is not there yet.
     """
@@ -357,7 +358,10 @@ def huggingface_encoder(
     dtype: str,
     cache: Path | None,
 ) -> FrozenEncoder:
-    """A model of a known family with its own image processor; weights are read into `dtype`."""
+    """A model of a known family with its own image processor; weights are read into `dtype`.
+
+    The network is loaded when it is first used; a cache keeps what `metrics.json` says of it.
+    """
     source, use_class_token = description["source"], description["pooling"] == "class token"
     kind, family = huggingface.family_of(folder, source)
     if use_class_token and family.class_token is None:

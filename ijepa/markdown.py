@@ -136,7 +136,7 @@ def markdown_table(rows: Rows) -> str:
 
 
 def literal(text: str) -> str:
-    """A name inside Markdown, on one line: shown as it is, never as markup or a cell's end."""
+    """Text inside Markdown: markup and cell borders are escaped, white space becomes one space."""
     single_line = " ".join(text.split())
     # A bracket is markup only as part of a link, an underscore only outside of a word.
     escaped = re.sub(r"([\\`*<>|#&~$]|\](?=[(\[:]))", r"\\\1", single_line)

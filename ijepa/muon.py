@@ -57,7 +57,7 @@ class Muon(torch.optim.Optimizer):
                 self.update(weights, group)
 
     def update(self, weights: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
-        """Update matrices of one shape in one call."""
+        """Take one step for matrices of one shape: decay, and orthogonalized averaged gradients."""
         lr, momentum = group["lr"], group["momentum"]
         for weight in weights:
             if not self.state[weight]:

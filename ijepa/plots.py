@@ -160,7 +160,11 @@ def save_png(figure: Figure, file: io.BufferedIOBase) -> None:
 
 
 def class_styles(classes: Sequence[str]) -> list[tuple[str, str]]:
-    """Color and marker of each class: CIFAR-10's own, petroff10 in order, or a wider map."""
+    """Color and marker of each class.
+
+    Classes of CIFAR-10 have fixed colors, with triangles for vehicles. Others take petroff10 in
+    order, or `turbo` where there are more classes than colors.
+    """
     if set(classes) <= set(CLASS_COLORS):
         return [(CLASS_COLORS[name], "^" if name in VEHICLES else "o") for name in classes]
     colors = PETROFF

@@ -120,7 +120,8 @@ def project_pca(X: Embeddings, k: int) -> PcaProjection:
 def project_tsne(X: Embeddings, seed: int) -> TsneProjection:
     """Map embeddings to the plane: unit length, PCA to 50, then scikit-learn's t-SNE.
 
-    The same seed gives the same map, whatever the number of cores.
+    The same seed gives the same map, whatever the number of cores. With fewer than four images or
+    no variance the map is that of the first two principal components.
     """
     from sklearn.manifold import TSNE
 

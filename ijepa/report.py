@@ -91,7 +91,7 @@ def complete(comparison: Comparison, split: Split, facts: Mapping[str, Any]) -> 
 def draw(
     comparison: Comparison, maps: Maps, split: Split, seed: int
 ) -> Iterator[tuple[str, Figure]]:
-    """Every figure of the report with its file name; a new one is a line here."""
+    """Every figure of the report with its file name; a new one is a line here and in `FILES`."""
     labels, classes, names = split.labels, split.classes, comparison.names
     embeddings = {name: a.embeddings for name, a in comparison.analyses.items()}
 

@@ -5,9 +5,10 @@ replacement inside every class: copies of an image, as a bootstrap makes them, w
 other. Every half is paired with the images that it leaves out. Half the difference of a pair is one
 deviation of the statistic: McCarthy 1969, "Pseudo-Replication: Half Samples", Review of the
 International Statistical Institute 37. The mean square of the deviations is half the variance at
-n / 2 images. For means over images this is the variance at n; what depends on r images jointly is
-overstated by 2**(r - 1). In a half every image stands for two, and k neighbors become k / 2, so
-that a neighborhood is as wide as it is among all images.
+n / 2 images. For means over images this is the variance at n. A statistic of pairs of images gets
+up to twice its variance: its interval is too wide rather than too narrow. In a half every image
+stands for two, and k neighbors become k / 2, so that a neighborhood is as wide as it is among all
+images.
 
 Statistics of the spectrum have influence functions instead: a half has too few images for each
 dimension. The models of a run share their halves and images, so that the deviations of a difference
