@@ -645,7 +645,7 @@ def hub(request, tmp_path, monkeypatch):
 WANTED = ["config.json", "model.safetensors", "preprocessor_config.json"]
 
 
-@pytest.mark.parametrize("hub", ["vit", "clip", "dinov2", "swin"], indirect=True)
+@pytest.mark.parametrize("hub", FAMILIES, indirect=True)
 def test_a_hub_model_is_downloaded_once_and_found_again_without_a_network(hub, tmp_path):
     first = load("someone/vit")
     assert sorted(hub.downloads) == WANTED
