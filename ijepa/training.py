@@ -31,7 +31,6 @@ from ijepa.muon import Muon, make_optimizers
 
 CHECK_EVERY = 50
 """Updates between checks that the loss is finite."""
-"""Epochs in which a low effective rank is normal."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,7 @@ RECIPES = {
         batch_size=64,
         lr=2e-3,
         warmup_epochs=1.0,
+        decay_share=0.2,
         num_views=1,
         matching_weight=0.0,
         spread_weight=0.0,
