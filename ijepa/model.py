@@ -106,10 +106,10 @@ class Attention(nn.Module):
         B, N, D = tokens.shape
         qkv = self.qkv(tokens).reshape(B, N, 3, self.num_heads, D // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, head_dim)
-        if query.is_cuda:
+        if query.is_cuda or torch.is_inference_mode_enabled():
             mixed = F.scaled_dot_product_attention(query, key, value)
         else:
-            # On a CPU the fused kernel's backward pass is the slower one at these lengths.
+            # For training on a CPU: the fused kernel's backward pass is slower at these lengths.
             query = query * query.shape[-1] ** -0.5
             mixed = (query @ key.transpose(-2, -1)).softmax(dim=-1) @ value
         return self.proj(mixed.transpose(1, 2).reshape(B, N, D))

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from matplotlib import patheffects
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.font_manager import fontManager, get_font
@@ -28,6 +29,7 @@ from matplotlib.markers import MarkerStyle
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import PercentFormatter
+from PIL import Image
 
 from ijepa.formats import P5, capital, label, number
 from ijepa.projections import PcaProjection, TsneProjection, class_similarity
@@ -155,7 +157,10 @@ def new_figure(caption: Caption, width: float, height: float) -> tuple[Figure, S
 @matplotlib.rc_context(STYLE)
 def save_png(figure: Figure, file: io.BufferedIOBase) -> None:
     """Write a figure as PNG; the same figure gives the same bytes."""
-    figure.savefig(file, format="png", metadata={"Software": None})
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # once; `savefig` would lay it out and draw it separately
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG", dpi=(figure.dpi, figure.dpi))
     figure.set_layout_engine("none")  # nothing moves when it is drawn again, and that is faster
 
 
