@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ijepa import huggingface
 from ijepa.checkpoint import load_checkpoint
 from ijepa.devices import choose_dtype, memory_errors
-from ijepa.errors import UserError
+from ijepa.errors import UserError, counted
 from ijepa.files import read_arrays, sha256, write_text
 from ijepa.model import VisionTransformer, ViTConfig
 
@@ -103,7 +103,8 @@ class FrozenEncoder:
     def batch_memory_errors(self, count: int, device: torch.device) -> AbstractContextManager[None]:
         """Memory that runs out with a batch of this many images, as an error for the user."""
         hint = f"try --batch-size {max(count // 4, 1)}" if count > 1 else "try --device cpu"
-        return memory_errors(f"out of memory on {device} with {count} images in one batch", hint)
+        images = counted(count, "image")
+        return memory_errors(f"out of memory on {device} with {images} in one batch", hint)
 
     @property
     def key(self) -> str:
@@ -136,7 +137,7 @@ class PrecomputedEmbeddings:
         found = [self.rows.get(name) for name in names]
         if missing := found.count(None):
             raise UserError(
-                f"{missing} of {len(found)} images are not in {self.description['source']}",
+                f"{self.description['source']} lacks {missing:,} of {len(found):,} images",
                 hint="compare the images, --max-samples and --seed that it was made with",
             )
         return self.values[cast(list[int], found)].astype(np.float32)

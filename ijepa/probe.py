@@ -21,6 +21,7 @@ from scipy.stats import binomtest
 
 from ijepa.agreement import add_holm, mcnemar_exact_p
 from ijepa.data import balanced_rows
+from ijepa.errors import counted
 from ijepa.metrics import SILENT, Embeddings, Labels, Progress, knn_vote, validate_embeddings
 from ijepa.uncertainty import Estimate, half_deviations
 
@@ -135,7 +136,7 @@ def notes(codes: BankLabels, num_missing: int) -> list[str]:
         f"k = {capped} exceeds the bank and means all of its {n} images.": capped,
         f"A class has {fewest} images in the bank: no draws of {skipped}.": skipped,
         "No class has two images: no L2 is chosen; intervals hold for this bank only.": none,
-        f"{singles} classes have one image, which both halves of the bank keep.": some,
+        f"Both halves of the bank keep the image of {counted(singles, 'class')} with one.": some,
     }
     return [sentence for sentence, applies in found.items() if applies]
 

@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ijepa import __version__
-from ijepa.errors import UserError
+from ijepa.errors import UserError, counted
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -96,12 +96,12 @@ def load_images(dataset: str, data_dir: Path, batch_size: int) -> tuple[Any, Any
     count = min(2000, max(len(split) // 10, 10))
     if len(split) < count + batch_size:
         raise UserError(
-            f"{len(split)} images are too few for batches of {batch_size}, as {count} are held out",
+            f"too few images for batches of {batch_size}: {len(split)}, {count} of them held out",
             hint=f"use at least {count + batch_size} images, or a smaller --batch-size",
         )
     if bad := find_unreadable(split):
         listed = "; ".join(f"{split.paths[row]} ({reason})" for row, reason in bad[:10])
-        problem = f"{len(bad)} of {len(split)} images cannot be read: {listed}"
+        problem = f"cannot read {len(bad)} of {len(split)} images: {listed}"
         raise UserError(problem, hint="remove or replace these files")
 
     def as_tensor(part: Any) -> Any:
@@ -177,11 +177,12 @@ def train_run(args: argparse.Namespace) -> int:
         run.begin_from(args.init_from, state)
     terms, classes = ", ".join(config.terms), len(split.classes)
     labels = f"P@5 by {classes} classes" if classes else "without class folders there is no P@5"
-    say(f"recipe {args.recipe} ({terms}); {len(split)} images; {len(held_out)} held out, {labels}")
+    seen = counted(len(split), "image")
+    say(f"recipe {args.recipe} ({terms}); {seen}; {len(held_out)} held out, {labels}")
     for note in (*split.notes, *run.notes):
         say(note)
     if resumed:
-        say(f"resuming {args.output_dir} after {state.step} updates")
+        say(f"resuming {args.output_dir} after {counted(state.step, 'update')}")
     try:
         stopped = train_epochs(args, run, state, split.images.to(device), watched)
     except FloatingPointError as error:
@@ -223,7 +224,8 @@ def train_epochs(args: argparse.Namespace, run: Any, state: Any, images: Any, wa
         if stopped:
             run.save(state)
         finish(run)
-    say(f"stopped and saved after {state.step} updates" if stopped else f"done: {run.folder}")
+    updates = counted(state.step, "update")
+    say(f"stopped and saved after {updates}" if stopped else f"done: {run.folder}")
     return stopped
 
 

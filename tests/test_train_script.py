@@ -427,7 +427,7 @@ def test_a_batch_that_processes_cannot_share_is_an_error(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--batch-size", "39"], "48 images are too few for batches of 39, as 10 are held out"),
+        (["--batch-size", "39"], "too few images for batches of 39: 48, 10 of them held out"),
         (["--dataset", "/no/such"], "no such folder"),
         (["--device", "tpu"], "device 'tpu' is not available"),
         (["--lr", "1e9"], "the loss is no longer a number after 3 updates"),
@@ -455,7 +455,7 @@ def test_unreadable_images_are_reported_together_and_large_photos_are_none_of_th
     changes = ["--dataset", str(folder), "--batch-size", "8", "--output-dir", str(tmp_path)]
     assert script.main([*flags, *changes]) == 1
     error, _ = capsys.readouterr().err.splitlines()
-    assert error.startswith("error: 2 of 43 images cannot be read: a/bad.jpg")
+    assert error.startswith("error: cannot read 2 of 43 images: a/bad.jpg")
     assert "b/bad.jpg" in error
 
 
