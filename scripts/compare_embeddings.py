@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from ijepa import __version__  # noqa: E402
-from ijepa.errors import UserError, command_line  # noqa: E402
+from ijepa.errors import UserError, command_line, counted  # noqa: E402
 
 if TYPE_CHECKING:
     from ijepa.data import Split
@@ -204,7 +204,6 @@ def make_progress(talks: bool) -> Any:
 def load_images(args: argparse.Namespace) -> "Split":
     """The class-balanced sample to compare on; bad headers are found before any model is loaded."""
     from ijepa.data import balanced_sample, doubtful_pixels, find_unreadable, load_split
-    from ijepa.embeddings import UnreadableImages
 
     dataset = args.dataset
     if dataset is None:
@@ -215,18 +214,38 @@ def load_images(args: argparse.Namespace) -> "Split":
         note = f"{split.name} has no splits: all of its images are used, not {args.split}"
         split = replace(split, notes=(*split.notes, note))
     sample = balanced_sample(split, args.max_samples, args.seed)
-    if failures := find_unreadable(sample):
-        if not args.skip_unreadable:
-            raise UnreadableImages(failures, len(sample))
-        sample = sample.without(failures)
-    sample = replace(sample, notes=(*sample.notes, *doubtful_pixels(sample)))
-    num_classes = len(set(sample.labels.tolist()))
-    if len(sample) < 4 or num_classes < 2:
+    sample = readable(sample, find_unreadable(sample), args.skip_unreadable)
+    check_size(sample)
+    return replace(sample, notes=(*sample.notes, *doubtful_pixels(sample)))
+
+
+def check_size(split: "Split") -> None:
+    """Raise UserError unless there are enough images and classes to compare."""
+    num_classes = len(set(split.labels.tolist()))
+    if len(split) < 4 or num_classes < 2:
+        found = f"{counted(len(split), 'image')} of {counted(num_classes, 'class')}"
         raise UserError(
-            f"{len(sample)} images of {num_classes} classes are too few to compare",
+            f"too few to compare: {found}",
             hint="give at least 4 images of 2 classes: raise --max-samples or check --dataset",
         )
-    return sample
+
+
+def readable(split: "Split", failures: list[tuple[int, str]], skip: bool) -> "Split":
+    """The split without the unreadable images, given as rows with reasons.
+
+    Raises:
+        UserError: If there are any and they must not be skipped; names them all together.
+    """
+    if not failures:
+        return split
+    if skip:
+        return split.without(failures)
+    shown = "; ".join(reason for _, reason in failures[:5])
+    more = f"; and {len(failures) - 5:,} more" if len(failures) > 5 else ""
+    raise UserError(
+        f"cannot read {len(failures):,} of {len(split):,} images: {shown}{more}",
+        hint="replace or remove them, or give --skip-unreadable: metrics.json then lists them all",
+    )
 
 
 def load_encoders(args: argparse.Namespace, device: Any, cache: Path | None) -> list[Any]:
@@ -277,22 +296,16 @@ def extract_all(
     args: argparse.Namespace, loaded: list[Any], split: "Split", cache: Path | None, talks: bool
 ) -> tuple["Split", dict[str, "Embeddings"]]:
     """Embed the images with every encoder; unreadable images are left out where they may be."""
-    from ijepa.embeddings import UnreadableImages, extract
+    from ijepa.embeddings import extract
 
     options = {"cache": cache, "batch_size": args.batch_size, "progress": make_progress(talks)}
-    try:
-        results = extract(loaded, split, **options)
-    except UnreadableImages as error:
-        if not args.skip_unreadable:
-            raise
-        split = split.without(error.failures)
-        results = extract(loaded, split, **options)
+    results, failures = extract(loaded, split, **options)
+    split = readable(split, failures, args.skip_unreadable)
     for name, result in results.items():
         if result.damaged:
-            say(
-                f"{len(result.damaged)} cached files of {name} embeddings were damaged; their "
-                f"images were embedded again: {', '.join(map(str, result.damaged[:3]))}"
-            )
+            shown = ", ".join(map(str, result.damaged[:3]))
+            files = counted(len(result.damaged), "damaged file")
+            say(f"{files} of cached {name} embeddings, whose images were embedded again: {shown}")
     return split, results
 
 
@@ -318,7 +331,8 @@ def load_bank(args: argparse.Namespace, split: "Split") -> "tuple[Split | None, 
     rows, excluded = select_bank(
         labels, train.image_keys(), set(split.image_keys()), args.probe_samples or 0, args.seed
     )
-    note = f"The probe's bank leaves out {excluded} training images that are also compared."
+    left_out = counted(excluded, "training image")
+    note = f"The probe's bank leaves out {left_out} also among those compared."
     bank = replace(train.take(rows), labels=labels[rows])
     return bank, [note] if excluded else []
 
@@ -328,7 +342,8 @@ def announce_wait(bank: "Split", results: dict[str, "Embeddings"]) -> None:
     for name, result in results.items():
         if result.images_per_second and len(bank) / result.images_per_second > 60:
             minutes = len(bank) / result.images_per_second / 60
-            say(f"embedding {len(bank):,} bank images with {name} takes about {minutes:.0f} min")
+            images = counted(len(bank), "bank image")
+            say(f"embedding {images} with {name} takes about {minutes:.0f} min")
 
 
 @dataclass
@@ -353,6 +368,7 @@ def embed(args: argparse.Namespace, stages: Stages, device: Any, cache: Path | N
         loaded = load_encoders(args, device, cache)
     with stages("extract", "embedding the images"):
         split, results = extract_all(args, loaded, split, cache, stages.talks)
+        check_size(split)
     inputs = Inputs(split, loaded, results, list(split.notes))
     with stages("extract_bank", "embedding the probe's bank"):
         bank, notes = load_bank(args, split)

@@ -194,16 +194,16 @@ def test_every_format_that_pillow_opens_counts_whatever_the_case_of_its_suffix(t
 def test_what_is_left_out_is_counted_with_its_reason(tmp_path):
     used = ["a/1.png", "a/deep/er/2.PNG", "b/.png/../x y.png", "b/z.png"]
     unused = {
-        "files of other kinds": [
+        "files of another kind": [
             *("a/notes.txt", "a/movie.mp4", "a/scan.pdf", "a/scan.eps", "a/photo.heic"),
             *("b/labels.csv", "b/more.zip", "b/README", "b/deep/model.pt", "empty class/x.txt"),
         ],
         "files outside the class folders": ["README.md", "9.png"],
-        "hidden files and files of the system": [
+        "files hidden or of the system": [
             *("a/._1.png", "a/Thumbs.db", ".DS_Store", ".ipynb_checkpoints/1.png"),
             *("__MACOSX/a/1.png", "b/@eaDir/1.png", "lost+found/1.png"),
         ],
-        "empty class folders": ["empty class"],
+        "folder without images": ["empty class"],
     }
     folder_of(
         tmp_path, *used, *(x for files in unused.values() for x in files if x[:7] != "empty c")
@@ -216,7 +216,7 @@ def test_what_is_left_out_is_counted_with_its_reason(tmp_path):
     (note,) = split.notes
     for reason, files in unused.items():
         assert f"{len(files)} {reason} (" in note
-    assert "1 links to a folder above (1 loop)" in note
+    assert "1 link to a folder above (1 loop)" in note
     assert all(word in note for word in (".heic", "__MACOSX", "1 empty class"))
 
 
@@ -276,9 +276,9 @@ def test_classes_may_have_names_of_splits(tmp_path, names, classes):
     ("names", "words", "hint"),
     [
         ([], "0 class folders", "FOLDER/CLASS"),
-        (["only/1.png", "only/2.png", "none/x.heic"], r"1 class folders .*'only'", ".heic"),
+        (["only/1.png", "only/2.png", "none/x.heic"], r"1 class folder with.*'only'", ".heic"),
         (["1.png", "labels.csv"], "0 class folders", "1 .png"),
-        (["images/1.png", "labels/1.txt"], "1 class folders", "images and labels"),
+        (["images/1.png", "labels/1.txt"], "1 class folder ", "images and labels"),
         (["images/1.png", "masks/2.png"], "images.*masks", "images and labels"),
     ],
 )
@@ -291,7 +291,7 @@ def test_a_folder_without_two_classes_is_refused_with_what_it_holds(tmp_path, na
 def test_masks_next_to_images_are_noted(tmp_path):
     split = load(folder_of(tmp_path, "a/1.png", "a/1_mask.png", "b/x y.png", "b/who_seg.png"))
     assert len(split) == 4
-    assert split.notes == ("1 files look like masks of other images, but count as images",)
+    assert split.notes == ("used as images, though named like masks of others: 1 file",)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_images_without_classes_are_found_flat_and_nested(tmp_path):
     split = load_unlabeled(tmp_path)
     assert (split.classes, split.labels.tolist()) == ((), [0, 0, 0])
     assert split.paths == ("2.png", "deep/er/1.png", "train/1.png")
-    assert split.notes == ("not used: 1 files of other kinds (1 .txt)",)
+    assert split.notes == ("not used: 1 file of another kind (1 .txt)",)
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="no images"):
         load_unlabeled(tmp_path / "none")
@@ -368,8 +368,9 @@ def test_twelve_bit_data_and_several_frames_are_noted(tmp_path):
         Image.fromarray(deep).save(tmp_path / name / "deep.png")
         frames[0].save(tmp_path / name / "x.gif", save_all=True, append_images=frames[1:])
     several, dark = doubtful_pixels(load(tmp_path))
-    assert several.startswith("2 of 4 files looked at hold several frames")
-    assert dark.startswith("1 of 4 files looked at are 16-bit gray")
+    assert several == "several frames, of which one is used: 2 of 4 files seen"
+    assert dark.startswith("16-bit gray without a value above 4,095")
+    assert dark.endswith(": 1 of 4 files seen")
     assert doubtful_pixels(load("digits")) == ()
 
 
@@ -585,7 +586,7 @@ def test_a_smaller_sample_is_part_of_every_larger_one(seed):
     [
         (["wrap/a/1.png", "wrap/b/1.png"], "if 'a' and 'b' are classes, give"),
         (["images/1.png", "labels/1.txt"], "folders of images and labels are not read"),
-        (["1.png", "2.png"], "2 images lie outside of class folders"),
+        (["1.png", "2.png"], "2 images outside of class folders"),
     ],
 )
 def test_a_folder_without_two_classes_is_told_apart_by_its_layout(tmp_path, names, hint):
