@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -152,7 +152,7 @@ class Stages:
     def __call__(self, name: str, doing: str) -> Iterator[None]:
         """Time the body of a `with` statement; after two seconds print what it does."""
         began = time.perf_counter()
-        timer = threading.Timer(SLOW_SECONDS, print, [f"{doing} ..."], {"file": sys.stderr})
+        timer = threading.Timer(SLOW_SECONDS, say, [f"{doing} ..."])
         timer.daemon = True
         if self.talks:
             timer.start()
@@ -187,9 +187,10 @@ class Lines:
             say(f"{self.text}: {self.done:,} of {self.total:,} {self.unit}")
 
 
-def say(text: str, end: str = "\n") -> None:
-    """Print a line on stderr."""
-    print(text, file=sys.stderr, end=end)
+def say(text: str, end: str = "\n", file: TextIO | None = None) -> None:
+    """Print a line on stderr or in another file; it is no error if nobody reads it any more."""
+    with suppress(BrokenPipeError):  # as with `| head`
+        print(text, file=file or sys.stderr, end=end)
 
 
 def make_progress(talks: bool) -> Any:
@@ -311,13 +312,13 @@ def extract_all(
 
 def load_bank(args: argparse.Namespace, split: "Split") -> "tuple[Split | None, list[str]]":
     """The labeled images for the probe, and what to know of them; None where there are none."""
+    if args.probe_samples == 0:
+        return None, []
     import numpy as np
 
     from ijepa.data import load_split
     from ijepa.probe import select_bank
 
-    if args.probe_samples == 0:
-        return None, []
     try:
         train = load_split(split.name, args.data_dir, "train", args.offline)
         if train.split != "train":
@@ -417,13 +418,14 @@ def report(
     args: argparse.Namespace, stages: Stages, inputs: Inputs, device: str, cache: Path | None
 ) -> None:
     """Compare the embeddings, write every file and print the summary."""
-    from ijepa.comparison import compare
-    from ijepa.markdown import caveats, console_table
-    from ijepa.narrative import conclusions
-    from ijepa.probe import probe as measure_probe
-    from ijepa.projections import make_maps
-    from ijepa.report import complete, summary_json, write_report
-    from ijepa.tables import headline_table
+    with stages("import_report", "importing the libraries of the report"):
+        from ijepa.comparison import compare
+        from ijepa.markdown import caveats, console_table
+        from ijepa.narrative import conclusions
+        from ijepa.probe import probe as measure_probe
+        from ijepa.projections import make_maps
+        from ijepa.report import complete, summary_json, write_report
+        from ijepa.tables import headline_table
 
     split, loaded, seed = inputs.split, inputs.loaded, args.seed
     X = {name: result.values for name, result in inputs.results.items()}
@@ -449,9 +451,10 @@ def report(
         notes = caveats(found, facts, maps, inputs.notes, both_bundled(loaded))
         written = write_report(args.output_dir, found, split, facts, notes, maps, probe)
     if args.json:
-        print(summary_json(args.output_dir / "metrics.json"), end="")
+        say(summary_json(args.output_dir / "metrics.json"), end="", file=sys.stdout)
     else:
-        print("\n".join([console_table(headline_table(found)), *conclusions(found, probe)]))
+        table = console_table(headline_table(found))
+        say("\n".join([table, *conclusions(found, probe)]), file=sys.stdout)
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in stages.seconds.items())
     say(f"{len(written)} files in {args.output_dir} ({seconds})")
     say(f"open {args.output_dir / 'report.html'}")
@@ -542,7 +545,7 @@ if __name__ == "__main__":
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     code = main()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(BrokenPipeError):  # its reader has left, as `head` does
+        with suppress(BrokenPipeError):
             stream.flush()
     # Interpreter shutdown takes seconds to collect the objects of the libraries.
     os._exit(code)

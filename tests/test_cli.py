@@ -394,6 +394,24 @@ def test_what_cannot_work_is_said(tmp_path, before, env, words):
     assert "Traceback" not in result.stderr
 
 
+def test_a_reader_that_leaves_early_costs_nothing(tiny_models, images, tmp_path):
+    """As with `2>&1 | head`."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    flags = ["--local-checkpoint", tiny_models[0], "--hf-model", "none", "--dataset", images]
+    flags += ["--skip-unreadable", "--no-cache", "--json", "--output-dir", tmp_path]
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), "--offline", *map(str, flags)],
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=write_end,
+        stderr=write_end,
+        check=False,
+    )
+    os.close(write_end)
+    assert result.returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} >= FILES
+
+
 # --- several processes
 
 

@@ -367,6 +367,7 @@ def test_twelve_bit_data_and_several_frames_are_noted(tmp_path):
         deep = np.linspace(0, largest, 16).astype(np.uint16).reshape(4, 4)
         Image.fromarray(deep).save(tmp_path / name / "deep.png")
         frames[0].save(tmp_path / name / "x.gif", save_all=True, append_images=frames[1:])
+    assert read_image(tmp_path / "a" / "x.gif").unique().tolist() == [1]
     several, dark = doubtful_pixels(load(tmp_path))
     assert several == "several frames, of which one is used: 2 of 4 files seen"
     assert dark.startswith("16-bit gray without a value above 4,095")

@@ -378,7 +378,7 @@ def test_a_stopped_run_from_a_finished_one_resumes_without_it(script, finished, 
     [
         (shutil.rmtree, [], "no checkpoint at "),
         (lambda folder: (folder / "training_log.csv").unlink(), [], "cannot read the log"),
-        (lambda folder: (folder / "training_log.csv").write_text("epoch\n1\n"), [], "has 1 epochs"),
+        (lambda folder: (folder / "training_log.csv").write_text("epoch\n1\n"), [], "has 1 epoch,"),
         (lambda _: None, ["--epochs", str(EPOCHS)], "has had 3 epochs"),
         (lambda _: None, ["--depth", "2"], "depth=1"),
     ],
