@@ -200,9 +200,16 @@ def load_encoder(  # noqa: PLR0913  one argument per flag
     path = Path(os.path.expanduser(text))  # noqa: PTH111  which keeps ~nobody as it is
     # A hub id has at most one slash and no file's ending.
     is_path = path.exists() or text.count("/") > 1 or text.startswith((".", "/", "~"))
+    of_files = {"--local-weights": weights != "target", "--local-num-heads": num_heads is not None}
+    of_models = {"--hf-revision": revision is not None, "--hf-pooling": pooling != "mean"}
     if path.suffix == ".npz":
+        refuse(text, "a file of embeddings", of_files | of_models)
         return load_embeddings(path, role)
-    if not path.is_dir() and (is_path or path.suffix in WEIGHT_SUFFIXES):
+    is_file = not path.is_dir() and (is_path or path.suffix in WEIGHT_SUFFIXES)
+    refuse(
+        text, *(("a file of weights", of_models) if is_file else ("a Hugging Face model", of_files))
+    )
+    if is_file:
         return load_file_encoder(path, role, weights, num_heads, device, dtype)
     name, _, own = (str(path), "", "") if path.is_dir() else text.partition("@")
     if revision and (path.is_dir() or own not in ("", revision)):
@@ -220,6 +227,12 @@ def load_encoder(  # noqa: PLR0913  one argument per flag
         "pooling": "class token" if pooling == "cls" else "mean over patch tokens",
     }
     return huggingface_encoder(folder, role, description, device, dtype, cache)
+
+
+def refuse(source: str, kind: str, flags: dict[str, bool]) -> None:
+    """Raise UserError if a flag was given that means nothing for this kind of source."""
+    for flag in (flag for flag, given in flags.items() if given):
+        raise UserError(f"{flag} means nothing for {source!r}, {kind}", hint=f"omit {flag}")
 
 
 def short_name(path: Path) -> str:
