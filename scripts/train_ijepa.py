@@ -99,20 +99,19 @@ def load_images(dataset: str, data_dir: Path, batch_size: int) -> tuple[Any, Any
             f"too few images for batches of {batch_size}: {len(split)}, {count} of them held out",
             hint=f"use at least {count + batch_size} images, or a smaller --batch-size",
         )
-    if bad := find_unreadable(split):
+    bad, pixels = find_unreadable(split), []
+    for row in range(len(split)) if not bad and split.paths else ():
+        try:
+            pixels.append(transforms.resize(split.images[row], [32, 32]))
+        except UserError as error:
+            bad.append((row, error.problem))
+    if bad:
         listed = "; ".join(f"{split.paths[row]} ({reason})" for row, reason in bad[:10])
         problem = f"cannot read {len(bad)} of {len(split)} images: {listed}"
         raise UserError(problem, hint="remove or replace these files")
-
-    def as_tensor(part: Any) -> Any:
-        if isinstance(part.images, torch.Tensor):
-            return part
-        pixels = [transforms.resize(image, [32, 32]) for image in part.images]
-        return replace(part, images=torch.stack(pixels))
-
+    split = replace(split, images=torch.stack(pixels)) if pixels else split
     held_out = balanced_sample(split, count, seed=0)
-    rest = split.take(np.setdiff1d(np.arange(len(split)), held_out.indices))
-    return as_tensor(rest), as_tensor(held_out)
+    return split.take(np.setdiff1d(np.arange(len(split)), held_out.indices)), held_out
 
 
 def has_classes(folder: Path) -> bool:
