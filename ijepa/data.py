@@ -112,19 +112,23 @@ def find_unreadable(split: Split) -> list[tuple[int, str]]:
 def doubtful_pixels(split: Split, looked_at: int = 32) -> tuple[str, ...]:
     """Notes on files that may not mean what they are read as, found in evenly chosen ones."""
 
-    def look(image: Image.Image) -> tuple[bool, bool]:
+    def look(image: Image.Image) -> tuple[bool, bool, bool]:
         frames = image.format != "MPO" and getattr(image, "is_animated", False)
-        return frames, image.mode.startswith("I") and bool(np.asarray(image).max() < 4096)
+        dark = image.mode.startswith("I") and bool(np.asarray(image).max() < 4096)
+        clear = image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
+        return frames, dark, clear
 
     files = getattr(split.images, "files", ())
     seen = []
     for file in files[:: -(-len(files) // looked_at) or 1]:
         with suppress(UserError):  # reported where every image is read
             seen.append(use_image(file, look))
-    frames, dark = (sum(found[at] for found in seen) for at in (0, 1))
+    frames, dark, clear = (sum(found[at] for found in seen) for at in (0, 1, 2))
     notes = []
     if frames:
         notes.append(f"several frames, of which one is used: {frames} of {len(seen)} files seen")
+    if clear:
+        notes.append(f"transparent, and read as on white: {clear} of {len(seen)} files seen")
     if dark:
         notes.append(
             "16-bit gray without a value above 4,095, like 12-bit data, is read as nearly black, "
@@ -215,7 +219,24 @@ def load_folder(folder: Path, split: str) -> Split:
         del classes[path]
     if len(classes) < 2 or {path.name.lower() for path in classes} <= LAYOUT_NAMES:
         raise no_classes(root, list(classes), left_out)
-    return folder_split(folder, "all" if root == folder else split, classes, left_out)
+    found = folder_split(folder, "all" if root == folder else split, classes, left_out)
+    return replace(found, notes=(*found.notes, *doubtful_classes(classes)))
+
+
+def doubtful_classes(classes: dict[Path, list[Path]]) -> tuple[str, ...]:
+    """Notes on classes that may be something else, such as splits of other names."""
+    if all(path.name.lower() in SPLIT_NAMES for path in classes):
+        names = ", ".join(path.name for path in classes)
+        return (f"taken for classes, though named like splits: {names}",)
+    # The first folder of each path below the class; nothing for a file right in it.
+    inner = [
+        {file.relative_to(path).parts[:-1][:1] for file in files} for path, files in classes.items()
+    ]
+    if len(inner[0]) < 2 or () in inner[0] or any(one != inner[0] for one in inner):
+        return ()
+    names = ", ".join(name for (name,) in sorted(inner[0])[:3])
+    one, *_ = classes
+    return (f"all classes have the folders {names}: if these are the classes, give {str(one)!r}",)
 
 
 def no_classes(root: Path, classes: Sequence[Path], left_out: LeftOut) -> UserError:

@@ -215,6 +215,9 @@ def load_images(args: argparse.Namespace) -> "Split":
         note = f"{split.name} has no splits: all of its images are used, not {args.split}"
         split = replace(split, notes=(*split.notes, note))
     sample = balanced_sample(split, args.max_samples, args.seed)
+    if len(sample) < len(split):
+        note = f"{len(sample):,} of {len(split):,} images are compared: --max-samples 0 takes all"
+        sample = replace(sample, notes=(*sample.notes, note))
     sample = readable(sample, find_unreadable(sample), args.skip_unreadable)
     check_size(sample)
     return replace(sample, notes=(*sample.notes, *doubtful_pixels(sample)))

@@ -272,6 +272,17 @@ def test_classes_may_have_names_of_splits(tmp_path, names, classes):
     assert (split.classes, split.split) == (classes, "all")
 
 
+def test_classes_that_may_be_splits_are_noted(tmp_path):
+    (tmp_path / "flat").mkdir()
+    (note,) = load(folder_of(tmp_path / "flat", "train/1.png", "val/2.png")).notes
+    assert note == "taken for classes, though named like splits: train, val"
+    names = [f"{split}/{name}/1.png" for split in ("testing", "training") for name in "ab"]
+    (note,) = load(folder_of(tmp_path / "mnist", *names)).notes
+    assert note.startswith("all classes have the folders a, b: if these are the classes, give ")
+    assert note.endswith("mnist/testing'")
+    assert load(folder_of(tmp_path / "mnist", "training/0.png")).notes == ()
+
+
 @pytest.mark.parametrize(
     ("names", "words", "hint"),
     [
@@ -360,18 +371,20 @@ def test_all_files_without_a_valid_header_are_found_before_any_is_decoded(tmp_pa
     assert all(split.paths[row] in reason for row, reason in failures)
 
 
-def test_twelve_bit_data_and_several_frames_are_noted(tmp_path):
+def test_twelve_bit_data_transparency_and_several_frames_are_noted(tmp_path):
     frames = [Image.new("L", (4, 4), color) for color in (1, 99)]
     for name, largest in (("a", 4095), ("b", 4096)):
         (tmp_path / name).mkdir()
         deep = np.linspace(0, largest, 16).astype(np.uint16).reshape(4, 4)
         Image.fromarray(deep).save(tmp_path / name / "deep.png")
         frames[0].save(tmp_path / name / "x.gif", save_all=True, append_images=frames[1:])
+        Image.new("LA", (4, 4), (9, largest % 256)).save(tmp_path / name / "x.png")  # 255 and 0
     assert read_image(tmp_path / "a" / "x.gif").unique().tolist() == [1]
-    several, dark = doubtful_pixels(load(tmp_path))
-    assert several == "several frames, of which one is used: 2 of 4 files seen"
+    several, clear, dark = doubtful_pixels(load(tmp_path))
+    assert several == "several frames, of which one is used: 2 of 6 files seen"
+    assert clear == "transparent, and read as on white: 1 of 6 files seen"
     assert dark.startswith("16-bit gray without a value above 4,095")
-    assert dark.endswith(": 1 of 4 files seen")
+    assert dark.endswith(": 1 of 6 files seen")
     assert doubtful_pixels(load("digits")) == ()
 
 
