@@ -19,7 +19,7 @@ from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
-from ijepa.errors import UserError, counted
+from ijepa.errors import UserError, counted, printable
 from ijepa.images import FolderImages, check_mode, image_suffixes, use_image
 
 SYSTEM_NAMES = {
@@ -74,9 +74,7 @@ class Split:
     def without(self, failures: Sequence[tuple[int, str]]) -> "Split":
         """The same images except for unreadable ones, given as rows with reasons; a note counts."""
         bad = [row for row, _ in failures]
-        reasons = "; ".join(reason for _, reason in failures[:5])
-        more = f"; and {len(bad) - 5:,} more" if len(bad) > 5 else ""
-        note = f"{counted(len(bad), 'unreadable image')} left out: {reasons}{more}"
+        note = f"{counted(len(bad), 'unreadable image')} left out: {reasons(failures)}"
         rest = self.take(np.setdiff1d(np.arange(len(self)), bad))
         unreadable = (*self.unreadable, *self.take(np.array(bad)).paths)
         return replace(rest, notes=(*self.notes, note), unreadable=unreadable)
@@ -107,6 +105,12 @@ def find_unreadable(split: Split) -> list[tuple[int, str]]:
         except UserError as error:
             failures.append((row, error.problem))
     return failures
+
+
+def reasons(failures: Sequence[tuple[int, str]]) -> str:
+    """The first five reasons, and how many more there are."""
+    more = [f"and {len(failures) - 5:,} more"] if len(failures) > 5 else []
+    return "; ".join([*(reason for _, reason in failures[:5]), *more])
 
 
 def doubtful_pixels(split: Split, looked_at: int = 32) -> tuple[str, ...]:
@@ -218,16 +222,16 @@ def load_folder(folder: Path, split: str) -> Split:
         left_out["folder without images"][path.name] += 1
         del classes[path]
     if len(classes) < 2 or {path.name.lower() for path in classes} <= LAYOUT_NAMES:
-        raise no_classes(root, list(classes), left_out)
+        raise no_classes(folder, root, list(classes), left_out)
     found = folder_split(folder, "all" if root == folder else split, classes, left_out)
     return replace(found, notes=(*found.notes, *doubtful_classes(classes)))
 
 
 def doubtful_classes(classes: dict[Path, list[Path]]) -> tuple[str, ...]:
     """Notes on classes that may be something else, such as splits of other names."""
-    if all(path.name.lower() in SPLIT_NAMES for path in classes):
-        names = ", ".join(path.name for path in classes)
-        return (f"taken for classes, though named like splits: {names}",)
+    named = [path.name for path in classes if path.name.lower() in SPLIT_NAMES]
+    if len(named) > 1:
+        return (f"taken for classes, though named like splits: {', '.join(named)}",)
     # The first folder of each path below the class; nothing for a file right in it.
     inner = [
         {file.relative_to(path).parts[:-1][:1] for file in files} for path, files in classes.items()
@@ -236,11 +240,12 @@ def doubtful_classes(classes: dict[Path, list[Path]]) -> tuple[str, ...]:
         return ()
     names = ", ".join(name for (name,) in sorted(inner[0])[:3])
     one, *_ = classes
-    return (f"all classes have the folders {names}: if these are the classes, give {str(one)!r}",)
+    hint = f"if they are the classes, give {str(one)!r}"
+    return (printable(f"all classes have the folders {names}, whose images are mixed; {hint}"),)
 
 
-def no_classes(root: Path, classes: Sequence[Path], left_out: LeftOut) -> UserError:
-    """The error for a folder that has fewer than two classes, with what would make it usable."""
+def no_classes(folder: Path, root: Path, classes: Sequence[Path], left_out: LeftOut) -> UserError:
+    """The error for a folder whose split in `root` lacks classes, and what would make it usable."""
     names = [path.name for path in classes]
     loose = left_out.get("file outside the class folders", Counter())
     loose_images = sum(loose[suffix] for suffix in image_suffixes())
@@ -253,7 +258,8 @@ def no_classes(root: Path, classes: Sequence[Path], left_out: LeftOut) -> UserEr
         hint = f"folders of images and labels are not read; {hint}"
     elif loose_images:
         hint = f"{counted(loose_images, 'image')} outside of class folders; {hint}"
-    return UserError(problem, hint="; ".join([hint, *left_out_note(left_out)]))
+    other = ["or choose another --split"] if root != folder else []
+    return UserError(problem, hint="; ".join([hint, *other, *left_out_note(left_out)]))
 
 
 def load_unlabeled(folder: Path) -> Split:
@@ -376,7 +382,7 @@ def left_out_note(left_out: LeftOut) -> tuple[str, ...]:
         noun, which = reason.split(" ", 1)
         rest = ", ..." if len(names) > 5 else ""
         parts.append(f"{counted(names.total(), noun)} {which} ({most}{rest})")
-    return (f"not used: {'; '.join(parts)}",) if parts else ()
+    return (printable(f"not used: {'; '.join(parts)}"),) if parts else ()
 
 
 DATASETS: dict[str, Callable[[Path, str, bool], Split]] = {

@@ -131,10 +131,11 @@ def notes(codes: BankLabels, num_missing: int) -> list[str]:
     none, some = singles == len(counts), n < ENOUGH and 0 < singles < len(counts)
     capped = ", ".join(str(k) for k in sorted(KS) if k > n)
     skipped = ", ".join(str(m) for m in FEW_IMAGES if 2 * m > fewest)
+    missing = counted(num_missing, "compared image")
     found = {
-        f"{num_missing} queries have a class that the bank lacks and count as wrong.": num_missing,
-        f"k = {capped} exceeds the bank and means all of its {n} images.": capped,
-        f"A class has {fewest} images in the bank: no draws of {skipped}.": skipped,
+        f"The bank lacks the class of {missing}, counted as wrong.": num_missing,
+        f"k = {capped} means the whole bank of {counted(n, 'image')}.": capped,
+        f"The bank has {counted(fewest, 'image')} of a class: no draws of {skipped}.": skipped,
         "No class has two images: no L2 is chosen; intervals hold for this bank only.": none,
         f"Both halves of the bank keep the image of {counted(singles, 'class')} with one.": some,
     }

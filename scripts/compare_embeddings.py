@@ -240,14 +240,14 @@ def readable(split: "Split", failures: list[tuple[int, str]], skip: bool) -> "Sp
     Raises:
         UserError: If there are any and they must not be skipped; names them all together.
     """
+    from ijepa.data import reasons
+
     if not failures:
         return split
     if skip:
         return split.without(failures)
-    shown = "; ".join(reason for _, reason in failures[:5])
-    more = f"; and {len(failures) - 5:,} more" if len(failures) > 5 else ""
     raise UserError(
-        f"cannot read {len(failures):,} of {len(split):,} images: {shown}{more}",
+        f"cannot read {len(failures):,} of {len(split):,} images: {reasons(failures)}",
         hint="replace or remove them, or give --skip-unreadable: metrics.json then lists them all",
     )
 
@@ -319,7 +319,7 @@ def load_bank(args: argparse.Namespace, split: "Split") -> "tuple[Split | None, 
         return None, []
     import numpy as np
 
-    from ijepa.data import load_split
+    from ijepa.data import find_unreadable, load_split
     from ijepa.probe import select_bank
 
     try:
@@ -328,6 +328,7 @@ def load_bank(args: argparse.Namespace, split: "Split") -> "tuple[Split | None, 
             raise UserError(f"{split.name} has no train split", hint="")
     except UserError as error:
         return None, [f"There is no probe: {error.problem}."]
+    train = readable(train, find_unreadable(train), args.skip_unreadable)
     # Classes are matched by name; those that are not compared get numbers of their own.
     number = {name: row for row, name in enumerate((*split.classes, *train.classes))}
     number |= {name: row for row, name in enumerate(split.classes)}
@@ -380,7 +381,13 @@ def embed(args: argparse.Namespace, stages: Stages, device: Any, cache: Path | N
         if bank is not None:
             announce_wait(bank, results)
             models = [one for one in loaded if not one.name.startswith("local_")]
-            inputs.bank, inputs.bank_results = extract_all(args, models, bank, cache, stages.talks)
+            bank, inputs.bank_results = extract_all(args, models, bank, cache, stages.talks)
+            inputs.bank = bank if len(bank) else None
+            inputs.notes += [f"The probe's bank: {note}" for note in bank.notes]
+            if inputs.bank is None:
+                inputs.notes.append("There is no probe: no training image is left for its bank.")
+            unreadable = (*split.unreadable, *bank.unreadable)
+            inputs.split = replace(split, unreadable=unreadable)
     return inputs
 
 

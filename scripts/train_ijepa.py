@@ -88,7 +88,14 @@ def load_images(dataset: str, data_dir: Path, batch_size: int) -> tuple[Any, Any
     import torch
     from torchvision.transforms.v2 import functional as transforms
 
-    from ijepa.data import DATASETS, balanced_sample, find_unreadable, load_split, load_unlabeled
+    from ijepa.data import (
+        DATASETS,
+        balanced_sample,
+        find_unreadable,
+        load_split,
+        load_unlabeled,
+        reasons,
+    )
 
     folder = Path(dataset).expanduser()
     labeled = dataset in DATASETS or not folder.is_dir() or has_classes(folder)
@@ -106,8 +113,7 @@ def load_images(dataset: str, data_dir: Path, batch_size: int) -> tuple[Any, Any
         except UserError as error:
             bad.append((row, error.problem))
     if bad:
-        listed = "; ".join(f"{split.paths[row]} ({reason})" for row, reason in bad[:10])
-        problem = f"cannot read {len(bad)} of {len(split)} images: {listed}"
+        problem = f"cannot read {len(bad):,} of {len(split):,} images: {reasons(bad)}"
         raise UserError(problem, hint="remove or replace these files")
     split = replace(split, images=torch.stack(pixels)) if pixels else split
     held_out = balanced_sample(split, count, seed=0)

@@ -177,12 +177,13 @@ def test_images_that_fail_only_when_decoded_are_left_out_too(script, tiny_models
         embed()
 
 
-def test_paths_of_images_are_in_the_table_and_the_embeddings(finished):
+def test_paths_of_images_are_in_the_table_the_embeddings_and_the_json(finished):
     with (finished / "per_image.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows[0]["path"] == "test/<script>/0.png"
     arrays = arrays_of(finished, "local")
-    assert arrays["paths"].tolist() == [row["path"] for row in rows]
+    paths = [row["path"] for row in rows]
+    assert arrays["paths"].tolist() == read(finished)["dataset"]["paths"] == paths
     assert arrays["keys"].shape == (63, 16)
 
 
@@ -191,6 +192,27 @@ def test_the_probe_takes_its_bank_from_the_train_split(finished):
     assert content["probe"]["bank_images"] == 53
     assert {"local", "hf", "pixels", "random_weights"} == content["probe"]["models"].keys()
     assert any("leaves out 1 training image" in caveat for caveat in content["caveats"])
+
+
+def test_what_the_bank_leaves_out_is_said(script, tiny_models, tmp_path):
+    folder = photographs(tmp_path / "train", {"a": 4, "b": 4}, size=25)
+    photographs(tmp_path / "test", {"a": 3, "b": 3})
+    (folder / "a" / "gone.png").symlink_to("nowhere")
+    (folder / "a" / "1.png").write_bytes((folder / "a" / "1.png").read_bytes()[:-200])
+    flags = ["--local-checkpoint", str(tiny_models[0]), "--hf-model", "none", "--skip-unreadable"]
+    flags += ["--dataset", str(tmp_path), "--probe-samples", "all"]
+
+    def embed(*more):
+        args = script.parse_arguments([*flags, *more])
+        return script.embed(args, script.Stages(talks=False), torch.device("cpu"), None)
+
+    inputs = embed()
+    assert len(inputs.bank) == len(inputs.bank_results["local"].values) == 7
+    assert inputs.split.unreadable == ("train/a/gone.png", "train/a/1.png")
+    assert all("bank: 1 unreadable image left out" in note for note in inputs.notes)
+    inputs = embed("--split", "train")
+    assert inputs.bank is None
+    assert "no training image is left" in inputs.notes[-1]
 
 
 def test_a_second_run_elsewhere_repairs_the_cache_and_gives_the_same_numbers(

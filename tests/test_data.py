@@ -256,6 +256,10 @@ def test_a_folder_of_nothing_but_splits_is_read_at_the_chosen_one(tmp_path, trai
     with pytest.raises(UserError, match=f"it has {train}, {val}|it has {val}, {train}") as caught:
         load(folder, "test")
     assert "--split" in caught.value.hint
+    folder_of(tmp_path, "test/6.png")
+    with pytest.raises(UserError, match="0 class folders") as caught:
+        load(folder, "test")
+    assert "or choose another --split" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -274,11 +278,11 @@ def test_classes_may_have_names_of_splits(tmp_path, names, classes):
 
 def test_classes_that_may_be_splits_are_noted(tmp_path):
     (tmp_path / "flat").mkdir()
-    (note,) = load(folder_of(tmp_path / "flat", "train/1.png", "val/2.png")).notes
+    (note,) = load(folder_of(tmp_path / "flat", "train/1.png", "val/2.png", "x/3.png")).notes
     assert note == "taken for classes, though named like splits: train, val"
     names = [f"{split}/{name}/1.png" for split in ("testing", "training") for name in "ab"]
     (note,) = load(folder_of(tmp_path / "mnist", *names)).notes
-    assert note.startswith("all classes have the folders a, b: if these are the classes, give ")
+    assert note.startswith("all classes have the folders a, b, whose images are mixed; if they are")
     assert note.endswith("mnist/testing'")
     assert load(folder_of(tmp_path / "mnist", "training/0.png")).notes == ()
 
@@ -340,6 +344,8 @@ def test_names_are_kept_and_only_those_that_are_not_utf8_refused(tmp_path):
     odd = os.fsdecode(b"\xff.png")
     (tmp_path / "a b" / odd).write_bytes((tmp_path / "a b" / "1.png").read_bytes())
     assert "a b/\\xff.png" in load(tmp_path).paths
+    (tmp_path / "a b" / os.fsdecode(b"x.\xff")).touch()
+    assert load(tmp_path).notes[0].encode().endswith(b"(1 .\\udcff)")
     (tmp_path / "a b").rename(tmp_path / os.fsdecode(b"\xff"))
     with pytest.raises(UserError, match="not UTF-8"):
         load(tmp_path)
