@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if "num_views" in args and (args.num_views > 1) != (args.recipe == "matched"):
         parser.error("argument --num-views: must be at least 2 with --recipe matched, 1 with paper")
+    if args.recipe == "matched" and vars(args).get("batch_size") == 1:
+        parser.error("argument --batch-size: must be at least 2 with --recipe matched")
     try:
         words = sys.argv[1:] if arguments is None else arguments
         args.command = command_line("scripts/train_ijepa.py", words)
@@ -147,7 +149,8 @@ def say(text: str) -> None:
     from ijepa.distributed import process_rank
 
     if process_rank() == 0:
-        tqdm.write(text, file=sys.stderr)
+        with suppress(BrokenPipeError):  # its reader has left, as `head` does
+            tqdm.write(text, file=sys.stderr)
 
 
 def train_run(args: argparse.Namespace) -> int:
@@ -312,4 +315,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115  closed by the caller
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     sys.exit(main())

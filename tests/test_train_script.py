@@ -277,6 +277,16 @@ def test_a_terminated_run_saves_and_goes_on_to_the_same_weights(
     assert_same_run(tmp_path, finished)
 
 
+def test_a_reader_that_leaves_early_stops_no_training(tmp_path, flags):
+    """As with `2>&1 | head`."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    words = [sys.executable, str(SCRIPT), *flags, "--output-dir", str(tmp_path)]
+    assert subprocess.run(words, stderr=write_end, stdout=write_end, check=False).returncode == 0
+    os.close(write_end)
+    assert len(read_log(tmp_path)) == EPOCHS
+
+
 @pytest.mark.usefixtures("no_curves")
 def test_a_second_ctrl_c_ends_at_once_and_keeps_the_saved_state(
     script, tmp_path, flags, signal_after, capfd
@@ -501,7 +511,7 @@ def test_an_argument_that_is_not_utf_8_is_wrong_usage(script, capsys):
     [
         *(["--epochs", "0"], ["--batch-size", "-3"], ["--lr", "-1"], ["--lr", "nan"]),
         *(["--seed", "-1"], ["--seed", "99999999999999999999"], ["--embed-dim", "100"]),
-        *(["--num-views", "1"], ["--num-views", "2", "--recipe", "paper"]),
+        *(["--batch-size", "1"], ["--num-views", "1"], ["--num-views", "2", "--recipe", "paper"]),
     ],
 )
 def test_wrong_usage_is_exit_code_2(script, wrong, capsys):
