@@ -107,7 +107,7 @@ def protocol(comparison: Comparison, facts: Mapping[str, Any]) -> str:
     )
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     sizes = np.unique(comparison.analyses["local"].labels, return_counts=True)[1]
-    each = counted(sizes.max(), "image")
+    each = counted(int(sizes.max()), "image")
     each = f"{sizes.min():,} to {each}" if sizes.min() < sizes.max() else each
     halves = f"Intervals use {comparison.num_halves} half-samples. " * bool(comparison.num_halves)
     return (

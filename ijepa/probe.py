@@ -127,7 +127,7 @@ def probe(
 def notes(codes: BankLabels, num_missing: int) -> list[str]:
     """What was capped or left out."""
     n, counts = len(codes), np.bincount(codes)
-    fewest, singles = counts.min(), int((counts < 2).sum())
+    fewest, singles = int(counts.min()), int((counts < 2).sum())
     none, some = singles == len(counts), n < ENOUGH and 0 < singles < len(counts)
     capped = ", ".join(str(k) for k in sorted(KS) if k > n)
     skipped = ", ".join(str(m) for m in FEW_IMAGES if 2 * m > fewest)
