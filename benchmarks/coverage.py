@@ -35,7 +35,8 @@ def population(args):
     """Embeddings of all training images by three models, and the labels."""
     split = load_split("cifar10", args.data_dir, "train", True)
     encoder = load_encoder(args.checkpoint, "local", device=torch.device("cpu"))
-    target = extract([encoder], split, cache=args.cache, progress=tqdm)[encoder.name].values
+    found, _ = extract([encoder], split, cache=args.cache, progress=tqdm)
+    target = found[encoder.name].values
     generator = np.random.default_rng(args.seed)
     raw = split.images.numpy().reshape(len(split), -1).astype(np.float32) / 255
     pixels = probes.principal_components(raw, raw[:1])[0][:, :192]

@@ -92,7 +92,7 @@ def extraction(encoder, split, batch_size):
     if hasattr(embeddings, "embed_chunks"):
         return lambda: embeddings.extract(encoder, split, batch_size, None, quiet).values
     settings = {"cache": None, "batch_size": batch_size, "progress": quiet}
-    return lambda: embeddings.extract([encoder], split, **settings)[encoder.name].values
+    return lambda: embeddings.extract([encoder], split, **settings)[0][encoder.name].values
 
 
 def ours(work, folder, count, batch_size, device):

@@ -151,7 +151,8 @@ def read_folder(folder):
 def pixels(cache):
     """Embeddings from the cache, in which what is missing or damaged is computed again."""
     quiet = partial(tqdm, disable=True)
-    return extract([pixel_encoder()], SPLIT, cache=cache, progress=quiet)["pixels"].values
+    found, _ = extract([pixel_encoder()], SPLIT, cache=cache, progress=quiet)
+    return found["pixels"].values
 
 
 def read_chunk(folder):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ijepa.errors import UserError
+from ijepa.errors import UserError, counted
 from ijepa.files import DAMAGED, check_archive, write_atomically, write_text
 from ijepa.model import LAYER_NORM_EPS, VisionTransformer, ViTConfig
 
@@ -266,7 +266,8 @@ def find_encoder(tensors: StateDict, weights: str) -> tuple[str, str | None]:
     names = ", ".join(map(repr, [*(kinds or tensors)][:5]))
     if kinds:
         raise ValueError(f"it has several encoders, under {names}")
-    raise ValueError(f"no name ends in {PATCHES}; it has {len(tensors)} tensors: {names}, ...")
+    found = counted(len(tensors), "tensor")
+    raise ValueError(f"no name ends in {PATCHES}; it has {found}: {names}, ...")
 
 
 def infer_config(state_dict: StateDict, num_heads: int) -> ViTConfig:

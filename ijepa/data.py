@@ -19,7 +19,7 @@ from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
-from ijepa.errors import UserError
+from ijepa.errors import UserError, counted, printable
 from ijepa.images import FolderImages, check_mode, image_suffixes, use_image
 
 SYSTEM_NAMES = {
@@ -32,7 +32,8 @@ LAYOUT_NAMES = {"images", "imgs", "labels", "masks", "annotations"}
 """Folders of detection and segmentation data sets, which are no classes."""
 MASKS = ("_mask", "_seg", "_gt", "_label")
 LeftOut = defaultdict[str, Counter[str]]
-"""What a folder holds besides images: numbers of files by reason and by name or suffix."""
+"""What a folder holds besides images: counts by reason, whose first word is what is counted, and
+by name or suffix."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Split:
     `images[i]` is a uint8 tensor of shape (3, height, width); folders decode it on demand, so sizes
     may differ. It is None where there are only labels. `indices` are the positions in the whole
     data set, kept through sampling. `paths` are relative to the folder, None for arrays. `notes`
-    say in one sentence each what was left out or assumed.
+    say in one sentence each what was left out or assumed, `unreadable` has the paths of images that
+    were.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Split:
     indices: Int[np.ndarray, " n"]
     paths: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,11 +74,10 @@ class Split:
     def without(self, failures: Sequence[tuple[int, str]]) -> "Split":
         """The same images except for unreadable ones, given as rows with reasons; a note counts."""
         bad = [row for row, _ in failures]
-        reasons = "; ".join(reason for _, reason in failures[:5])
-        more = f"; and {len(bad) - 5:,} more" if len(bad) > 5 else ""
-        note = f"{len(bad):,} unreadable images were left out: {reasons}{more}"
+        note = f"{counted(len(bad), 'unreadable image')} left out: {reasons(failures)}"
         rest = self.take(np.setdiff1d(np.arange(len(self)), bad))
-        return replace(rest, notes=(*self.notes, note))
+        unreadable = (*self.unreadable, *self.take(np.array(bad)).paths)
+        return replace(rest, notes=(*self.notes, note), unreadable=unreadable)
 
     def image_keys(self) -> list[bytes]:
         """16 bytes per image: a hash of its file, or of pixels and shape; nothing is decoded.
@@ -105,26 +107,36 @@ def find_unreadable(split: Split) -> list[tuple[int, str]]:
     return failures
 
 
+def reasons(failures: Sequence[tuple[int, str]]) -> str:
+    """The first five reasons, and how many more there are."""
+    more = [f"and {len(failures) - 5:,} more"] if len(failures) > 5 else []
+    return "; ".join([*(reason for _, reason in failures[:5]), *more])
+
+
 def doubtful_pixels(split: Split, looked_at: int = 32) -> tuple[str, ...]:
     """Notes on files that may not mean what they are read as, found in evenly chosen ones."""
 
-    def look(image: Image.Image) -> tuple[bool, bool]:
+    def look(image: Image.Image) -> tuple[bool, bool, bool]:
         frames = image.format != "MPO" and getattr(image, "is_animated", False)
-        return frames, image.mode.startswith("I") and bool(np.asarray(image).max() < 4096)
+        dark = image.mode.startswith("I") and bool(np.asarray(image).max() < 4096)
+        clear = image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
+        return frames, dark, clear
 
     files = getattr(split.images, "files", ())
     seen = []
     for file in files[:: -(-len(files) // looked_at) or 1]:
         with suppress(UserError):  # reported where every image is read
             seen.append(use_image(file, look))
-    frames, dark = (sum(found[at] for found in seen) for at in (0, 1))
+    frames, dark, clear = (sum(found[at] for found in seen) for at in (0, 1, 2))
     notes = []
     if frames:
-        notes.append(f"{frames} of {len(seen)} files looked at hold several frames: one is used")
+        notes.append(f"several frames, of which one is used: {frames} of {len(seen)} files seen")
+    if clear:
+        notes.append(f"transparent, and read as on white: {clear} of {len(seen)} files seen")
     if dark:
         notes.append(
-            f"{dark} of {len(seen)} files looked at are 16-bit gray without a value above 4,095, "
-            "like 12-bit data: they are read as nearly black, 0 to 15 of 255"
+            "16-bit gray without a value above 4,095, like 12-bit data, is read as nearly black, "
+            f"0 to 15 of 255: {dark} of {len(seen)} files seen"
         )
     return tuple(notes)
 
@@ -205,29 +217,49 @@ def load_folder(folder: Path, split: str) -> Split:
         if path.is_dir():
             classes[path] = find_images(path, left_out, (root.resolve(),))
         else:
-            left_out["files outside the class folders"][path.suffix.lower()] += 1
+            left_out["file outside the class folders"][path.suffix.lower()] += 1
     for path in [path for path, files in classes.items() if not files]:
-        left_out["empty class folders"][path.name] += 1
+        left_out["folder without images"][path.name] += 1
         del classes[path]
     if len(classes) < 2 or {path.name.lower() for path in classes} <= LAYOUT_NAMES:
-        raise no_classes(root, list(classes), left_out)
-    return folder_split(folder, "all" if root == folder else split, classes, left_out)
+        raise no_classes(folder, root, list(classes), left_out)
+    found = folder_split(folder, "all" if root == folder else split, classes, left_out)
+    return replace(found, notes=(*found.notes, *doubtful_classes(classes)))
 
 
-def no_classes(root: Path, classes: Sequence[Path], left_out: LeftOut) -> UserError:
-    """The error for a folder that has fewer than two classes, with what would make it usable."""
+def doubtful_classes(classes: dict[Path, list[Path]]) -> tuple[str, ...]:
+    """Notes on classes that may be something else, such as splits of other names."""
+    named = [path.name for path in classes if path.name.lower() in SPLIT_NAMES]
+    if len(named) > 1:
+        return (f"taken for classes, though named like splits: {', '.join(named)}",)
+    # The first folder of each path below the class; nothing for a file right in it.
+    inner = [
+        {file.relative_to(path).parts[:-1][:1] for file in files} for path, files in classes.items()
+    ]
+    if len(inner[0]) < 2 or () in inner[0] or any(one != inner[0] for one in inner):
+        return ()
+    names = ", ".join(name for (name,) in sorted(inner[0])[:3])
+    one, *_ = classes
+    hint = f"if they are the classes, give {str(one)!r}"
+    return (printable(f"all classes have the folders {names}, whose images are mixed; {hint}"),)
+
+
+def no_classes(folder: Path, root: Path, classes: Sequence[Path], left_out: LeftOut) -> UserError:
+    """The error for a folder whose split in `root` lacks classes, and what would make it usable."""
     names = [path.name for path in classes]
-    loose = left_out.get("files outside the class folders", Counter())
+    loose = left_out.get("file outside the class folders", Counter())
     loose_images = sum(loose[suffix] for suffix in image_suffixes())
-    problem = f"{str(root)!r} has {len(names)} class folders with images {names[:3]}, need 2"
+    found = counted(len(names), "class folder")
+    problem = f"{str(root)!r} has {found} with images {names[:3]}, need 2"
     hint = "sort the images into one folder per class, as FOLDER/CLASS/IMAGE"
     if len(classes) == 1 and len(inner := listing(classes[0])[0]) > 1:
         hint = f"if {inner[0].name!r} and {inner[1].name!r} are classes, give {str(classes[0])!r}"
     elif {name.lower() for name in names} & LAYOUT_NAMES:
         hint = f"folders of images and labels are not read; {hint}"
     elif loose_images:
-        hint = f"{loose_images} images lie outside of class folders; {hint}"
-    return UserError(problem, hint="; ".join([hint, *left_out_note(left_out)]))
+        hint = f"{counted(loose_images, 'image')} outside of class folders; {hint}"
+    other = ["or choose another --split"] if root != folder else []
+    return UserError(problem, hint="; ".join([hint, *other, *left_out_note(left_out)]))
 
 
 def load_unlabeled(folder: Path) -> Split:
@@ -262,7 +294,7 @@ def folder_split(
     stems = {path.rpartition(".")[0] for path in paths}
     masks = sum(stem.endswith(e) and stem.removesuffix(e) in stems for stem in stems for e in MASKS)
     if masks:
-        notes += (f"{masks:,} files look like masks of other images, but count as images",)
+        notes += (f"used as images, though named like masks of others: {counted(masks, 'file')}",)
     indices = np.arange(len(files))
     return Split(str(folder), split, names, FolderImages(files), labels, indices, paths, notes)
 
@@ -284,12 +316,13 @@ def choose_split(folder: Path, split: str, left_out: LeftOut) -> Path:
     if len(chosen) != 1:
         names = ", ".join(path.name for path in folders)
         raise UserError(
-            f"{str(folder)!r} has {len(chosen)} folders for the split {split!r}; it has {names}",
+            f"{str(folder)!r} has {counted(len(chosen), 'folder')} for the split {split!r}; "
+            f"it has {names}",
             hint="choose one of its splits with --split",
         )
     for path in entries(folder, left_out):
         if not path.is_dir():
-            left_out["files outside the splits"][path.suffix.lower()] += 1
+            left_out["file outside the splits"][path.suffix.lower()] += 1
     return chosen[0]
 
 
@@ -318,7 +351,7 @@ def entries(folder: Path, left_out: LeftOut) -> list[Path]:
             seen.append(path)
             continue
         inside = sum(len(files) for _, _, files in os.walk(path)) if path.is_dir() else 1
-        left_out["hidden files and files of the system"][path.name] += inside
+        left_out["file hidden or of the system"][path.name] += inside
     return seen
 
 
@@ -331,13 +364,13 @@ def find_images(folder: Path, left_out: LeftOut, above: tuple[Path, ...] = ()) -
     found = []
     for path in entries(folder, left_out):
         if path.is_dir() and any(one.is_relative_to(path.resolve()) for one in above):
-            left_out["links to a folder above"][path.name] += 1
+            left_out["link to a folder above"][path.name] += 1
         elif path.is_dir():
             found += find_images(path, left_out, above)
         elif path.suffix.lower() in image_suffixes():
             found.append(path)
         else:
-            left_out["files of other kinds"][path.suffix.lower()] += 1
+            left_out["file of another kind"][path.suffix.lower()] += 1
     return found
 
 
@@ -346,8 +379,10 @@ def left_out_note(left_out: LeftOut) -> tuple[str, ...]:
     parts = []
     for reason, names in left_out.items():
         most = ", ".join(f"{count:,} {name or 'no suffix'}" for name, count in names.most_common(5))
-        parts.append(f"{names.total():,} {reason} ({most}{', ...' if len(names) > 5 else ''})")
-    return (f"not used: {'; '.join(parts)}",) if parts else ()
+        noun, which = reason.split(" ", 1)
+        rest = ", ..." if len(names) > 5 else ""
+        parts.append(f"{counted(names.total(), noun)} {which} ({most}{rest})")
+    return (printable(f"not used: {'; '.join(parts)}"),) if parts else ()
 
 
 DATASETS: dict[str, Callable[[Path, str, bool], Split]] = {

@@ -50,19 +50,6 @@ class Embeddings:
     """Files of the cache that could not be read; they are removed, their rows computed again."""
 
 
-class UnreadableImages(UserError):  # noqa: N818  (an error by its base's name)
-    """Images that cannot be read, all together; `failures` are their rows with the reasons."""
-
-    def __init__(self, failures: Sequence[tuple[int, str]], total: int) -> None:
-        self.failures = list(failures)
-        shown = "; ".join(reason for _, reason in failures[:5])
-        more = f"; and {len(failures) - 5:,} more" if len(failures) > 5 else ""
-        super().__init__(
-            f"{len(failures):,} of {total:,} images cannot be read: {shown}{more}",
-            hint="replace or remove them, or leave them out with --skip-unreadable",
-        )
-
-
 class Table:
     """One encoder's embeddings of distinct images while they are collected, and their cache."""
 
@@ -130,8 +117,11 @@ def extract(
     cache: Path | None,
     batch_size: int = 64,
     progress: Progress,
-) -> dict[str, Embeddings]:
+) -> tuple[dict[str, Embeddings], list[tuple[int, str]]]:
     """Embed every image of the split with every encoder; each image is decoded once at most.
+
+    Rows of images that could not be decoded come back with the reasons; the embeddings are those of
+    the others.
 
     Images are known by their keys, so that equal ones are embedded once, and any run computes only
     what no run before it has. Of several processes each computes its share into the cache, where
@@ -146,7 +136,6 @@ def extract(
         progress: See `Progress`.
 
     Raises:
-        UnreadableImages: If images could not be decoded, all together, after everything else.
         UserError: If the cache cannot be written, memory runs out, or another process ended.
     """
     keep_freed_memory()
@@ -161,32 +150,32 @@ def extract(
     ]
     for table in tables:
         table.read_cache()
-    complete = {table.encoder.name: bool(table.done.all()) for table in tables}
+    cached = {table.encoder.name: table.done.copy() for table in tables}
     if num_processes() > 1:
         share = first[process_rank() :: num_processes()]
         compute(tables, split, share, batch_size, progress)
         wait_for_all()
         if process_rank():
-            return {}
+            return {}, []
         for table in tables:
             table.read_cache()
     failures = compute(tables, split, first, batch_size, progress)
-    if failures:
-        rows = [(row, failures[one]) for row, one in enumerate(distinct) if one in failures]
-        raise UnreadableImages(rows, len(split))
+    unreadable = [(row, failures[one]) for row, one in enumerate(distinct) if one in failures]
+    kept = [row for row, one in enumerate(distinct) if one not in failures]
+    kept_keys, indices = [keys[row] for row in kept], split.indices[kept]
     found = {
-        encoder.name: Embeddings(encoder.look_up(keys, split.indices), None, from_cache=True)
+        encoder.name: Embeddings(encoder.look_up(kept_keys, indices), None, from_cache=True)
         for encoder in encoders
         if not isinstance(encoder, FrozenEncoder)
     }
     for table in tables:
         found[table.encoder.name] = Embeddings(
-            table.values[distinct],
+            table.values[distinct[kept]],
             table.computed / table.seconds if table.seconds else None,
-            complete[table.encoder.name],
+            bool(cached[table.encoder.name][distinct[kept]].all()),
             tuple(table.damaged),
         )
-    return {encoder.name: found[encoder.name] for encoder in encoders}
+    return {encoder.name: found[encoder.name] for encoder in encoders}, unreadable
 
 
 Work = tuple[Table, list[int], Tensor]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ijepa import huggingface
 from ijepa.checkpoint import load_checkpoint
 from ijepa.devices import choose_dtype, memory_errors
-from ijepa.errors import UserError
+from ijepa.errors import UserError, counted
 from ijepa.files import read_arrays, sha256, write_text
 from ijepa.model import VisionTransformer, ViTConfig
 
@@ -103,7 +103,8 @@ class FrozenEncoder:
     def batch_memory_errors(self, count: int, device: torch.device) -> AbstractContextManager[None]:
         """Memory that runs out with a batch of this many images, as an error for the user."""
         hint = f"try --batch-size {max(count // 4, 1)}" if count > 1 else "try --device cpu"
-        return memory_errors(f"out of memory on {device} with {count} images in one batch", hint)
+        images = counted(count, "image")
+        return memory_errors(f"out of memory on {device} with {images} in one batch", hint)
 
     @property
     def key(self) -> str:
@@ -136,7 +137,7 @@ class PrecomputedEmbeddings:
         found = [self.rows.get(name) for name in names]
         if missing := found.count(None):
             raise UserError(
-                f"{missing} of {len(found)} images are not in {self.description['source']}",
+                f"{self.description['source']} lacks {missing:,} of {len(found):,} images",
                 hint="compare the images, --max-samples and --seed that it was made with",
             )
         return self.values[cast(list[int], found)].astype(np.float32)
@@ -199,9 +200,16 @@ def load_encoder(  # noqa: PLR0913  one argument per flag
     path = Path(os.path.expanduser(text))  # noqa: PTH111  which keeps ~nobody as it is
     # A hub id has at most one slash and no file's ending.
     is_path = path.exists() or text.count("/") > 1 or text.startswith((".", "/", "~"))
+    of_files = {"--local-weights": weights != "target", "--local-num-heads": num_heads is not None}
+    of_models = {"--hf-revision": revision is not None, "--hf-pooling": pooling != "mean"}
     if path.suffix == ".npz":
+        refuse(text, "a file of embeddings", of_files | of_models)
         return load_embeddings(path, role)
-    if not path.is_dir() and (is_path or path.suffix in WEIGHT_SUFFIXES):
+    is_file = not path.is_dir() and (is_path or path.suffix in WEIGHT_SUFFIXES)
+    refuse(
+        text, *(("a file of weights", of_models) if is_file else ("a Hugging Face model", of_files))
+    )
+    if is_file:
         return load_file_encoder(path, role, weights, num_heads, device, dtype)
     name, _, own = (str(path), "", "") if path.is_dir() else text.partition("@")
     if revision and (path.is_dir() or own not in ("", revision)):
@@ -219,6 +227,12 @@ def load_encoder(  # noqa: PLR0913  one argument per flag
         "pooling": "class token" if pooling == "cls" else "mean over patch tokens",
     }
     return huggingface_encoder(folder, role, description, device, dtype, cache)
+
+
+def refuse(source: str, kind: str, flags: dict[str, bool]) -> None:
+    """Raise UserError if a flag was given that means nothing for this kind of source."""
+    for flag in (flag for flag, given in flags.items() if given):
+        raise UserError(f"{flag} means nothing for {source!r}, {kind}", hint=f"omit {flag}")
 
 
 def short_name(path: Path) -> str:

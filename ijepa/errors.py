@@ -29,6 +29,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun: `1 class`, `2,000 classes`."""
+    plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{plural}"
+
+
 def command_line(script: str, words: Sequence[str]) -> str:
     """The line that runs a script with these arguments, in as many processes as now.
 

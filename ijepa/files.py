@@ -62,9 +62,15 @@ def own_folder(folder: Path) -> Iterator[None]:
     """Make a folder, keep other runs out of it, and remove what a killed run left unfinished.
 
     Raises:
-        UserError: If it cannot be made or written, or another run holds it.
+        UserError: If it cannot be made or written, or another run holds it; or if the working
+            directory is gone, without which libraries cannot be loaded.
     """
     path = folder / LOCK
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        problem = "the working directory has been deleted"
+        raise UserError(problem, hint="change to a folder that exists") from error
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file", hint="give another --output-dir")
     try:

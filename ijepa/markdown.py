@@ -10,6 +10,7 @@ import numpy as np
 
 from ijepa import narrative
 from ijepa.comparison import HEADLINES, Comparison
+from ijepa.errors import counted
 from ijepa.formats import NO_INTERVALS, P5, capital, label, listed
 from ijepa.narrative import RETRIEVAL, called, count
 from ijepa.projections import PERPLEXITY, Maps
@@ -106,11 +107,12 @@ def protocol(comparison: Comparison, facts: Mapping[str, Any]) -> str:
     )
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     sizes = np.unique(comparison.analyses["local"].labels, return_counts=True)[1]
-    each = " to ".join(f"{size:,}" for size in sorted({sizes.min(), sizes.max()}))
+    each = counted(int(sizes.max()), "image")
+    each = f"{sizes.min():,} to {each}" if sizes.min() < sizes.max() else each
     halves = f"Intervals use {comparison.num_halves} half-samples. " * bool(comparison.num_halves)
     return (
         f"*Protocol.* Frozen encoders give each image one vector ({vectors}). The sample has "
-        f"{each} images of each of {len(sizes)} classes, drawn with seed {comparison.seed}. "
+        f"{each} of each of {len(sizes)} classes, drawn with seed {comparison.seed}. "
         "Neighbors are ranked by cosine similarity among all other images. Silhouettes use "
         f"Euclidean distance and the true labels. {halves}Versions: {versions}; "
         f"commit {run.get('git_commit') or 'unknown'}."
@@ -197,13 +199,13 @@ def caveats(
         (missing, f"Undefined for this sample: {listed(missing)}."),
         (
             single and not undefined,
-            f"In {single} classes with one image, precision and silhouette are undefined.",
+            f"Precision and silhouette are undefined in {counted(single, 'class')} with one image.",
         ),
         (not comparison.num_halves, NO_INTERVALS),
         (
             small and comparison.num_halves,
-            f"{small} classes have fewer than {MIN_IMAGES_PER_CLASS} images and are kept whole in "
-            "the half-samples: intervals leave out their own spread.",
+            f"Intervals leave out the spread within {counted(small, 'class')} of fewer than "
+            f"{MIN_IMAGES_PER_CLASS} images, which all half-samples keep whole.",
         ),
     ]
     found = [note for model in models.values() for note in model.get("notes", ())]

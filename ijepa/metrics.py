@@ -367,8 +367,13 @@ def precision_at_k(neighbors: Neighbors, labels: Labels, k: int) -> PerImage:
 
 
 def chance_precision(labels: Labels) -> float:
-    """Expected precision of random neighbors, (n_c - 1) / (n - 1) averaged over images."""
+    """Expected precision of random neighbors, (n_c - 1) / (n - 1) averaged over images.
+
+    NaN like the precision itself where no class has two images.
+    """
     counts = np.unique(labels, return_counts=True)[1]
+    if counts.max() < 2:
+        return NAN
     return float((counts * (counts - 1.0)).sum() / (len(labels) * (len(labels) - 1.0)))
 
 

@@ -12,7 +12,18 @@ import numpy as np
 
 from ijepa.agreement import MAX_SPEARMAN_IMAGES
 from ijepa.comparison import Comparison, neighbor_confusion
-from ijepa.formats import NO_INTERVALS, P5, capital, gap, interval, label, listed, number, p_value
+from ijepa.formats import (
+    NO_INTERVALS,
+    P5,
+    capital,
+    gap,
+    interval,
+    label,
+    listed,
+    named,
+    number,
+    p_value,
+)
 from ijepa.uncertainty import KNN_K, Estimate
 
 CLAIMS = {
@@ -314,7 +325,7 @@ def classes_finding(comparison: Comparison, classes: Sequence[str]) -> str:
         if better[found]
     ]
     if rest := len(rows) - sum(map(len, better.values())):
-        which = f"the other {rest} of {len(rows)} classes" if parts else "any class"
+        which = f"{rest} of {len(rows)} classes" if parts else "any class"
         parts.append(f"No difference in precision@5 can be shown on {which} at n = {n:,}.")
     rule = f"A difference counts if its interval excludes 0 and Holm's p is below {SIGNIFICANT}."
     return paragraph(*parts, rule)
@@ -343,6 +354,7 @@ def probe_finding(probe: Any) -> str:
 
 def findings(comparison: Comparison, classes: Sequence[str], probe: Any = None) -> dict[str, str]:
     """The findings by title, some empty; what `answer` says is not among them."""
+    classes = [named(name) for name in classes]
     learned = [class_groups_finding(comparison, classes), confusion_finding(comparison, classes)]
     return {
         "Representation Efficiency": efficiency_finding(comparison),

@@ -31,6 +31,7 @@ from matplotlib.textpath import TextPath
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
+from ijepa.errors import counted
 from ijepa.formats import P5, capital, label, number
 from ijepa.projections import PcaProjection, TsneProjection, class_similarity
 from ijepa.uncertainty import Estimate
@@ -102,8 +103,8 @@ def _font_of(character: str) -> str | None:
 def font_note(texts: Iterable[str]) -> str | None:
     """A sentence on the characters that figures cannot show; None if they show all."""
     missing = {character for character in "".join(texts) if _font_of(character) is None}
-    replaced = f"the figures replace {len(missing)} characters that no installed font has"
-    return f"{replaced} by their code" if missing else None
+    replaced = counted(len(missing), "character")
+    return f"no installed font has {replaced}: figures show the code" if missing else None
 
 
 def readable(text: str, limit: int | None = None) -> str:

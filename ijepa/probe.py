@@ -21,6 +21,7 @@ from scipy.stats import binomtest
 
 from ijepa.agreement import add_holm, mcnemar_exact_p
 from ijepa.data import balanced_rows
+from ijepa.errors import counted
 from ijepa.metrics import SILENT, Embeddings, Labels, Progress, knn_vote, validate_embeddings
 from ijepa.uncertainty import Estimate, half_deviations
 
@@ -126,16 +127,17 @@ def probe(
 def notes(codes: BankLabels, num_missing: int) -> list[str]:
     """What was capped or left out."""
     n, counts = len(codes), np.bincount(codes)
-    fewest, singles = counts.min(), int((counts < 2).sum())
+    fewest, singles = int(counts.min()), int((counts < 2).sum())
     none, some = singles == len(counts), n < ENOUGH and 0 < singles < len(counts)
     capped = ", ".join(str(k) for k in sorted(KS) if k > n)
     skipped = ", ".join(str(m) for m in FEW_IMAGES if 2 * m > fewest)
+    missing = counted(num_missing, "compared image")
     found = {
-        f"{num_missing} queries have a class that the bank lacks and count as wrong.": num_missing,
-        f"k = {capped} exceeds the bank and means all of its {n} images.": capped,
-        f"A class has {fewest} images in the bank: no draws of {skipped}.": skipped,
+        f"The bank lacks the class of {missing}, counted as wrong.": num_missing,
+        f"k = {capped} means the whole bank of {counted(n, 'image')}.": capped,
+        f"The bank has {counted(fewest, 'image')} of a class: no draws of {skipped}.": skipped,
         "No class has two images: no L2 is chosen; intervals hold for this bank only.": none,
-        f"{singles} classes have one image, which both halves of the bank keep.": some,
+        f"Both halves of the bank keep the image of {counted(singles, 'class')} with one.": some,
     }
     return [sentence for sentence, applies in found.items() if applies]
 

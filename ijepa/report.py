@@ -71,6 +71,8 @@ def complete(comparison: Comparison, split: Split, facts: Mapping[str, Any]) -> 
         "n": len(split),
         "per_class": np.bincount(split.labels, minlength=len(split.classes)).tolist(),
         "classes": list(split.classes),
+        "paths": split.paths and list(split.paths),
+        "unreadable": list(split.unreadable),
         **facts.get("dataset", {}),
     }
     models = {

@@ -23,7 +23,7 @@ from ijepa import plots
 from ijepa.augmentation import standardize
 from ijepa.checkpoint import load_checkpoint, load_predictor, read_torch_file, save_checkpoint
 from ijepa.distributed import num_processes
-from ijepa.errors import UserError
+from ijepa.errors import UserError, counted
 from ijepa.files import write_atomically, write_text
 from ijepa.metrics import effective_rank, nearest_neighbors, precision_at_k
 from ijepa.model import VisionTransformer
@@ -107,7 +107,8 @@ class Run:
         ]
         if saved["images"]["sha256"] != self.images["sha256"]:
             before, now = (
-                f"{one['num_images']} images of {one['dataset']} (sha256 {one['sha256'][:12]})"
+                f"{counted(one['num_images'], 'image')} of {one['dataset']} "
+                f"(sha256 {one['sha256'][:12]})"
                 for one in (saved["images"], self.images)
             )
             found.append(f"{before}, not {now}")
@@ -116,7 +117,7 @@ class Run:
         limit = min(decay_start(one, self.steps_per_epoch) for one in lengths)
         if old["epochs"] != self.config.epochs and step > limit:
             found.append(
-                f"{old['epochs']} epochs, not {self.config.epochs}, which must not change after "
+                f"epochs {old['epochs']}, not {self.config.epochs}, which must not change after "
                 f"update {limit}; it has had {step}"
             )
         return found
@@ -138,12 +139,12 @@ class Run:
         rows = read_log(folder / LOG)
         if len(rows) != target.epochs:
             raise UserError(
-                f"{folder / LOG} has {len(rows)} epochs, {CHECKPOINT} {target.epochs}",
+                f"{folder / LOG} has {counted(len(rows), 'epoch')}, {CHECKPOINT} {target.epochs}",
                 hint="give the folder of a whole run: both files must be of it",
             )
         if self.config.epochs <= len(rows):
             raise UserError(
-                f"the run in {folder} has had {len(rows)} epochs: nothing is left to do",
+                f"the run in {folder} has had {counted(len(rows), 'epoch')}: nothing is left to do",
                 hint=f"give --epochs {len(rows) + 1} or more, the earlier ones included",
             )
         weights = {"target": target.state_dict, "context": context.state_dict}

@@ -24,6 +24,7 @@ from torch import Tensor
 from ijepa.augmentation import color_jitter, random_resized_crop, standardize
 from ijepa.devices import can_compile
 from ijepa.distributed import gather_rows, num_processes, own_part, sum_gradients
+from ijepa.errors import counted
 from ijepa.graphs import Graphs
 from ijepa.masking import MaskConfig, sample_masks
 from ijepa.model import Predictor, PredictorConfig, VisionTransformer, ViTConfig, gather_tokens
@@ -408,7 +409,8 @@ def train(
 def check_finite(state: TrainState) -> None:
     """Raise FloatingPointError if a loss of this epoch was not finite."""
     if not state.loss_sums.isfinite().all():
-        raise FloatingPointError(f"the loss is no longer a number after {state.step} updates")
+        updates = counted(state.step, "update")
+        raise FloatingPointError(f"the loss is no longer a number after {updates}")
 
 
 def log_row(

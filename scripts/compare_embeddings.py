@@ -18,13 +18,13 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from ijepa import __version__  # noqa: E402
-from ijepa.errors import UserError, command_line  # noqa: E402
+from ijepa.errors import UserError, command_line, counted  # noqa: E402
 
 if TYPE_CHECKING:
     from ijepa.data import Split
@@ -152,7 +152,7 @@ class Stages:
     def __call__(self, name: str, doing: str) -> Iterator[None]:
         """Time the body of a `with` statement; after two seconds print what it does."""
         began = time.perf_counter()
-        timer = threading.Timer(SLOW_SECONDS, print, [f"{doing} ..."], {"file": sys.stderr})
+        timer = threading.Timer(SLOW_SECONDS, say, [f"{doing} ..."])
         timer.daemon = True
         if self.talks:
             timer.start()
@@ -187,9 +187,10 @@ class Lines:
             say(f"{self.text}: {self.done:,} of {self.total:,} {self.unit}")
 
 
-def say(text: str, end: str = "\n") -> None:
-    """Print a line on stderr."""
-    print(text, file=sys.stderr, end=end)
+def say(text: str, end: str = "\n", file: TextIO | None = None) -> None:
+    """Print a line on stderr or in another file; it is no error if nobody reads it any more."""
+    with suppress(BrokenPipeError):  # as with `| head`
+        print(text, file=file or sys.stderr, end=end)
 
 
 def make_progress(talks: bool) -> Any:
@@ -204,7 +205,6 @@ def make_progress(talks: bool) -> Any:
 def load_images(args: argparse.Namespace) -> "Split":
     """The class-balanced sample to compare on; bad headers are found before any model is loaded."""
     from ijepa.data import balanced_sample, doubtful_pixels, find_unreadable, load_split
-    from ijepa.embeddings import UnreadableImages
 
     dataset = args.dataset
     if dataset is None:
@@ -215,18 +215,41 @@ def load_images(args: argparse.Namespace) -> "Split":
         note = f"{split.name} has no splits: all of its images are used, not {args.split}"
         split = replace(split, notes=(*split.notes, note))
     sample = balanced_sample(split, args.max_samples, args.seed)
-    if failures := find_unreadable(sample):
-        if not args.skip_unreadable:
-            raise UnreadableImages(failures, len(sample))
-        sample = sample.without(failures)
-    sample = replace(sample, notes=(*sample.notes, *doubtful_pixels(sample)))
-    num_classes = len(set(sample.labels.tolist()))
-    if len(sample) < 4 or num_classes < 2:
+    if len(sample) < len(split):
+        note = f"{len(sample):,} of {len(split):,} images are compared: --max-samples 0 takes all"
+        sample = replace(sample, notes=(*sample.notes, note))
+    sample = readable(sample, find_unreadable(sample), args.skip_unreadable)
+    check_size(sample)
+    return replace(sample, notes=(*sample.notes, *doubtful_pixels(sample)))
+
+
+def check_size(split: "Split") -> None:
+    """Raise UserError unless there are enough images and classes to compare."""
+    num_classes = len(set(split.labels.tolist()))
+    if len(split) < 4 or num_classes < 2:
+        found = f"{counted(len(split), 'image')} of {counted(num_classes, 'class')}"
         raise UserError(
-            f"{len(sample)} images of {num_classes} classes are too few to compare",
+            f"too few to compare: {found}",
             hint="give at least 4 images of 2 classes: raise --max-samples or check --dataset",
         )
-    return sample
+
+
+def readable(split: "Split", failures: list[tuple[int, str]], skip: bool) -> "Split":
+    """The split without the unreadable images, given as rows with reasons.
+
+    Raises:
+        UserError: If there are any and they must not be skipped; names them all together.
+    """
+    from ijepa.data import reasons
+
+    if not failures:
+        return split
+    if skip:
+        return split.without(failures)
+    raise UserError(
+        f"cannot read {len(failures):,} of {len(split):,} images: {reasons(failures)}",
+        hint="replace or remove them, or give --skip-unreadable: metrics.json then lists them all",
+    )
 
 
 def load_encoders(args: argparse.Namespace, device: Any, cache: Path | None) -> list[Any]:
@@ -277,40 +300,35 @@ def extract_all(
     args: argparse.Namespace, loaded: list[Any], split: "Split", cache: Path | None, talks: bool
 ) -> tuple["Split", dict[str, "Embeddings"]]:
     """Embed the images with every encoder; unreadable images are left out where they may be."""
-    from ijepa.embeddings import UnreadableImages, extract
+    from ijepa.embeddings import extract
 
     options = {"cache": cache, "batch_size": args.batch_size, "progress": make_progress(talks)}
-    try:
-        results = extract(loaded, split, **options)
-    except UnreadableImages as error:
-        if not args.skip_unreadable:
-            raise
-        split = split.without(error.failures)
-        results = extract(loaded, split, **options)
+    results, failures = extract(loaded, split, **options)
+    split = readable(split, failures, args.skip_unreadable)
     for name, result in results.items():
         if result.damaged:
-            say(
-                f"{len(result.damaged)} cached files of {name} embeddings were damaged; their "
-                f"images were embedded again: {', '.join(map(str, result.damaged[:3]))}"
-            )
+            shown = ", ".join(map(str, result.damaged[:3]))
+            files = counted(len(result.damaged), "damaged file")
+            say(f"{files} of cached {name} embeddings, whose images were embedded again: {shown}")
     return split, results
 
 
 def load_bank(args: argparse.Namespace, split: "Split") -> "tuple[Split | None, list[str]]":
     """The labeled images for the probe, and what to know of them; None where there are none."""
-    import numpy as np
-
-    from ijepa.data import load_split
-    from ijepa.probe import select_bank
-
     if args.probe_samples == 0:
         return None, []
+    import numpy as np
+
+    from ijepa.data import find_unreadable, load_split
+    from ijepa.probe import select_bank
+
     try:
         train = load_split(split.name, args.data_dir, "train", args.offline)
         if train.split != "train":
             raise UserError(f"{split.name} has no train split", hint="")
     except UserError as error:
         return None, [f"There is no probe: {error.problem}."]
+    train = readable(train, find_unreadable(train), args.skip_unreadable)
     # Classes are matched by name; those that are not compared get numbers of their own.
     number = {name: row for row, name in enumerate((*split.classes, *train.classes))}
     number |= {name: row for row, name in enumerate(split.classes)}
@@ -318,7 +336,8 @@ def load_bank(args: argparse.Namespace, split: "Split") -> "tuple[Split | None, 
     rows, excluded = select_bank(
         labels, train.image_keys(), set(split.image_keys()), args.probe_samples or 0, args.seed
     )
-    note = f"The probe's bank leaves out {excluded} training images that are also compared."
+    left_out = counted(excluded, "training image")
+    note = f"The probe's bank leaves out {left_out} also among those compared."
     bank = replace(train.take(rows), labels=labels[rows])
     return bank, [note] if excluded else []
 
@@ -328,7 +347,8 @@ def announce_wait(bank: "Split", results: dict[str, "Embeddings"]) -> None:
     for name, result in results.items():
         if result.images_per_second and len(bank) / result.images_per_second > 60:
             minutes = len(bank) / result.images_per_second / 60
-            say(f"embedding {len(bank):,} bank images with {name} takes about {minutes:.0f} min")
+            images = counted(len(bank), "bank image")
+            say(f"embedding {images} with {name} takes about {minutes:.0f} min")
 
 
 @dataclass
@@ -353,6 +373,7 @@ def embed(args: argparse.Namespace, stages: Stages, device: Any, cache: Path | N
         loaded = load_encoders(args, device, cache)
     with stages("extract", "embedding the images"):
         split, results = extract_all(args, loaded, split, cache, stages.talks)
+        check_size(split)
     inputs = Inputs(split, loaded, results, list(split.notes))
     with stages("extract_bank", "embedding the probe's bank"):
         bank, notes = load_bank(args, split)
@@ -360,7 +381,13 @@ def embed(args: argparse.Namespace, stages: Stages, device: Any, cache: Path | N
         if bank is not None:
             announce_wait(bank, results)
             models = [one for one in loaded if not one.name.startswith("local_")]
-            inputs.bank, inputs.bank_results = extract_all(args, models, bank, cache, stages.talks)
+            bank, inputs.bank_results = extract_all(args, models, bank, cache, stages.talks)
+            inputs.bank = bank if len(bank) else None
+            inputs.notes += [f"The probe's bank: {note}" for note in bank.notes]
+            if inputs.bank is None:
+                inputs.notes.append("There is no probe: no training image is left for its bank.")
+            unreadable = (*split.unreadable, *bank.unreadable)
+            inputs.split = replace(split, unreadable=unreadable)
     return inputs
 
 
@@ -401,13 +428,14 @@ def report(
     args: argparse.Namespace, stages: Stages, inputs: Inputs, device: str, cache: Path | None
 ) -> None:
     """Compare the embeddings, write every file and print the summary."""
-    from ijepa.comparison import compare
-    from ijepa.markdown import caveats, console_table
-    from ijepa.narrative import conclusions
-    from ijepa.probe import probe as measure_probe
-    from ijepa.projections import make_maps
-    from ijepa.report import complete, summary_json, write_report
-    from ijepa.tables import headline_table
+    with stages("import_report", "importing the libraries of the report"):
+        from ijepa.comparison import compare
+        from ijepa.markdown import caveats, console_table
+        from ijepa.narrative import conclusions
+        from ijepa.probe import probe as measure_probe
+        from ijepa.projections import make_maps
+        from ijepa.report import complete, summary_json, write_report
+        from ijepa.tables import headline_table
 
     split, loaded, seed = inputs.split, inputs.loaded, args.seed
     X = {name: result.values for name, result in inputs.results.items()}
@@ -433,9 +461,10 @@ def report(
         notes = caveats(found, facts, maps, inputs.notes, both_bundled(loaded))
         written = write_report(args.output_dir, found, split, facts, notes, maps, probe)
     if args.json:
-        print(summary_json(args.output_dir / "metrics.json"), end="")
+        say(summary_json(args.output_dir / "metrics.json"), end="", file=sys.stdout)
     else:
-        print("\n".join([console_table(headline_table(found)), *conclusions(found, probe)]))
+        table = console_table(headline_table(found))
+        say("\n".join([table, *conclusions(found, probe)]), file=sys.stdout)
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in stages.seconds.items())
     say(f"{len(written)} files in {args.output_dir} ({seconds})")
     say(f"open {args.output_dir / 'report.html'}")
@@ -526,7 +555,7 @@ if __name__ == "__main__":
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     code = main()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(BrokenPipeError):  # its reader has left, as `head` does
+        with suppress(BrokenPipeError):
             stream.flush()
     # Interpreter shutdown takes seconds to collect the objects of the libraries.
     os._exit(code)

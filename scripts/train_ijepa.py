@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ijepa import __version__
-from ijepa.errors import UserError
+from ijepa.errors import UserError, counted
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -57,6 +57,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if "num_views" in args and (args.num_views > 1) != (args.recipe == "matched"):
         parser.error("argument --num-views: must be at least 2 with --recipe matched, 1 with paper")
+    if args.recipe == "matched" and vars(args).get("batch_size") == 1:
+        parser.error("argument --batch-size: must be at least 2 with --recipe matched")
     try:
         words = sys.argv[1:] if arguments is None else arguments
         args.command = command_line("scripts/train_ijepa.py", words)
@@ -88,7 +90,14 @@ def load_images(dataset: str, data_dir: Path, batch_size: int) -> tuple[Any, Any
     import torch
     from torchvision.transforms.v2 import functional as transforms
 
-    from ijepa.data import DATASETS, balanced_sample, find_unreadable, load_split, load_unlabeled
+    from ijepa.data import (
+        DATASETS,
+        balanced_sample,
+        find_unreadable,
+        load_split,
+        load_unlabeled,
+        reasons,
+    )
 
     folder = Path(dataset).expanduser()
     labeled = dataset in DATASETS or not folder.is_dir() or has_classes(folder)
@@ -96,23 +105,21 @@ def load_images(dataset: str, data_dir: Path, batch_size: int) -> tuple[Any, Any
     count = min(2000, max(len(split) // 10, 10))
     if len(split) < count + batch_size:
         raise UserError(
-            f"{len(split)} images are too few for batches of {batch_size}, as {count} are held out",
+            f"too few images for batches of {batch_size}: {len(split)}, {count} of them held out",
             hint=f"use at least {count + batch_size} images, or a smaller --batch-size",
         )
-    if bad := find_unreadable(split):
-        listed = "; ".join(f"{split.paths[row]} ({reason})" for row, reason in bad[:10])
-        problem = f"{len(bad)} of {len(split)} images cannot be read: {listed}"
+    bad, pixels = find_unreadable(split), []
+    for row in range(len(split)) if not bad and split.paths else ():
+        try:
+            pixels.append(transforms.resize(split.images[row], [32, 32]))
+        except UserError as error:
+            bad.append((row, error.problem))
+    if bad:
+        problem = f"cannot read {len(bad):,} of {len(split):,} images: {reasons(bad)}"
         raise UserError(problem, hint="remove or replace these files")
-
-    def as_tensor(part: Any) -> Any:
-        if isinstance(part.images, torch.Tensor):
-            return part
-        pixels = [transforms.resize(image, [32, 32]) for image in part.images]
-        return replace(part, images=torch.stack(pixels))
-
+    split = replace(split, images=torch.stack(pixels)) if pixels else split
     held_out = balanced_sample(split, count, seed=0)
-    rest = split.take(np.setdiff1d(np.arange(len(split)), held_out.indices))
-    return as_tensor(rest), as_tensor(held_out)
+    return split.take(np.setdiff1d(np.arange(len(split)), held_out.indices)), held_out
 
 
 def has_classes(folder: Path) -> bool:
@@ -142,7 +149,8 @@ def say(text: str) -> None:
     from ijepa.distributed import process_rank
 
     if process_rank() == 0:
-        tqdm.write(text, file=sys.stderr)
+        with suppress(BrokenPipeError):  # its reader has left, as `head` does
+            tqdm.write(text, file=sys.stderr)
 
 
 def train_run(args: argparse.Namespace) -> int:
@@ -177,11 +185,12 @@ def train_run(args: argparse.Namespace) -> int:
         run.begin_from(args.init_from, state)
     terms, classes = ", ".join(config.terms), len(split.classes)
     labels = f"P@5 by {classes} classes" if classes else "without class folders there is no P@5"
-    say(f"recipe {args.recipe} ({terms}); {len(split)} images; {len(held_out)} held out, {labels}")
+    seen = counted(len(split), "image")
+    say(f"recipe {args.recipe} ({terms}); {seen}; {len(held_out)} held out, {labels}")
     for note in (*split.notes, *run.notes):
         say(note)
     if resumed:
-        say(f"resuming {args.output_dir} after {state.step} updates")
+        say(f"resuming {args.output_dir} after {counted(state.step, 'update')}")
     try:
         stopped = train_epochs(args, run, state, split.images.to(device), watched)
     except FloatingPointError as error:
@@ -223,7 +232,8 @@ def train_epochs(args: argparse.Namespace, run: Any, state: Any, images: Any, wa
         if stopped:
             run.save(state)
         finish(run)
-    say(f"stopped and saved after {state.step} updates" if stopped else f"done: {run.folder}")
+    updates = counted(state.step, "update")
+    say(f"stopped and saved after {updates}" if stopped else f"done: {run.folder}")
     return stopped
 
 
@@ -305,4 +315,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115  closed by the caller
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     sys.exit(main())

@@ -150,26 +150,40 @@ def test_metrics_json_follows_the_schema(finished):
 def test_unreadable_images_and_duplicates_are_counted(finished):
     content = read(finished)
     assert any(caveat.startswith("2 unreadable images") for caveat in content["caveats"])
+    assert content["dataset"]["unreadable"] == ["test/<script>/bad.jpg", "test/a b/bad.jpg"]
     assert content["dataset"]["duplicates"] == {"images": 6, "with_two_labels": 6}
 
 
 def test_images_that_fail_only_when_decoded_are_left_out_too(script, tiny_models, tmp_path):
-    folder = photographs(tmp_path, {"a": 4, "b": 4})
+    folder = photographs(tmp_path / "in", {"a": 4, "b": 4})
     cut = (folder / "a" / "1.png").read_bytes()[:-200]
     (folder / "a" / "1.png").write_bytes(cut)
     flags = ["--local-checkpoint", str(tiny_models[0]), "--hf-model", "none"]
     args = script.parse_arguments([*flags, "--dataset", str(folder), "--skip-unreadable"])
-    inputs = script.embed(args, script.Stages(talks=False), torch.device("cpu"), None)
+
+    def embed():
+        return script.embed(args, script.Stages(talks=False), torch.device("cpu"), tmp_path / "c")
+
+    inputs = embed()
     assert len(inputs.split) == len(inputs.results["local"].values) == 7
-    assert "a/1.png" in inputs.notes[0]
+    assert inputs.notes[0].startswith("1 unreadable image left out: ")
+    assert inputs.split.unreadable == ("a/1.png",)
+    assert inputs.results["local"].images_per_second > 0
+    assert not inputs.results["local"].from_cache
+    assert embed().results["local"].from_cache
+    for row in (0, 2, 3):
+        (folder / "a" / f"{row}.png").unlink()
+    with pytest.raises(script.UserError, match=r"4 images of 1 class$"):
+        embed()
 
 
-def test_paths_of_images_are_in_the_table_and_the_embeddings(finished):
+def test_paths_of_images_are_in_the_table_the_embeddings_and_the_json(finished):
     with (finished / "per_image.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows[0]["path"] == "test/<script>/0.png"
     arrays = arrays_of(finished, "local")
-    assert arrays["paths"].tolist() == [row["path"] for row in rows]
+    paths = [row["path"] for row in rows]
+    assert arrays["paths"].tolist() == read(finished)["dataset"]["paths"] == paths
     assert arrays["keys"].shape == (63, 16)
 
 
@@ -178,6 +192,27 @@ def test_the_probe_takes_its_bank_from_the_train_split(finished):
     assert content["probe"]["bank_images"] == 53
     assert {"local", "hf", "pixels", "random_weights"} == content["probe"]["models"].keys()
     assert any("leaves out 1 training image" in caveat for caveat in content["caveats"])
+
+
+def test_what_the_bank_leaves_out_is_said(script, tiny_models, tmp_path):
+    folder = photographs(tmp_path / "train", {"a": 4, "b": 4}, size=25)
+    photographs(tmp_path / "test", {"a": 3, "b": 3})
+    (folder / "a" / "gone.png").symlink_to("nowhere")
+    (folder / "a" / "1.png").write_bytes((folder / "a" / "1.png").read_bytes()[:-200])
+    flags = ["--local-checkpoint", str(tiny_models[0]), "--hf-model", "none", "--skip-unreadable"]
+    flags += ["--dataset", str(tmp_path), "--probe-samples", "all"]
+
+    def embed(*more):
+        args = script.parse_arguments([*flags, *more])
+        return script.embed(args, script.Stages(talks=False), torch.device("cpu"), None)
+
+    inputs = embed()
+    assert len(inputs.bank) == len(inputs.bank_results["local"].values) == 7
+    assert inputs.split.unreadable == ("train/a/gone.png", "train/a/1.png")
+    assert all("bank: 1 unreadable image left out" in note for note in inputs.notes)
+    inputs = embed("--split", "train")
+    assert inputs.bank is None
+    assert "no training image is left" in inputs.notes[-1]
 
 
 def test_a_second_run_elsewhere_repairs_the_cache_and_gives_the_same_numbers(
@@ -195,7 +230,7 @@ def test_a_second_run_elsewhere_repairs_the_cache_and_gives_the_same_numbers(
     flags = ["--skip-unreadable", "--json", "--local-checkpoint", other_seed]
     assert run(tmp_path / "out", *flags) == 0
     printed = capsys.readouterr()
-    assert "cached files of hf embeddings were damaged" in printed.err
+    assert "of cached hf embeddings, whose images were embedded again" in printed.err
     assert printed.err.splitlines()[-1] == f"open {tmp_path / 'out' / 'report.html'}"
     first, second = read(finished), read(tmp_path / "out")
     assert json.loads(printed.out)["summary"] == second["summary"]
@@ -225,7 +260,7 @@ def test_embeddings_of_an_earlier_run_take_the_place_of_a_model(
     keys = [key.tobytes() for key in arrays["keys"]]
     np.testing.assert_array_equal(found.look_up(keys, arrays["indices"]), arrays["embeddings"])
     assert run(tmp_path / "out", "--hf-model", earlier, "--split", "train") == 1
-    assert "53 of 54 images are not in" in capsys.readouterr().err
+    assert "lacks 53 of 54 images" in capsys.readouterr().err
 
 
 def test_one_model_is_reported_by_itself_and_what_was_assumed_is_said(
@@ -246,7 +281,7 @@ def test_one_model_is_reported_by_itself_and_what_was_assumed_is_said(
     assert "n/a" in printed.out
     assert content["probe"] is None
     assumed = "raw.pth does not record its attention heads: assumed 1 (32 channels each)"
-    for words in (assumed, "1 files of other kinds (1 .txt)", "no train split"):
+    for words in (assumed, "1 file of another kind (1 .txt)", "no train split"):
         assert any(words in caveat for caveat in content["caveats"])
         assert words in printed.err
     for words in (assumed, "no class has two images"):
@@ -271,7 +306,7 @@ def test_models_of_any_kind_take_either_side(script, tiny_models):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], "2 of 65 images cannot be read"),
+        ([], "cannot read 2 of 65 images"),
         (["--local-checkpoint", "absent.pt", "--skip-unreadable"], "absent.pt"),
         (["--hf-model", "nobody/nothing", "--split", "train"], "nobody/nothing"),
         (["--dataset", "cifar10", "--data-dir", "absent"], "CIFAR-10 is not in absent"),
@@ -349,7 +384,7 @@ def test_a_photo_of_108_megapixels_is_no_warning(run, tmp_path, capsys):
     folder = photographs(tmp_path / "in", {"a": 1, "b": 1})
     (folder / "a" / "large.pgm").write_bytes(b"P5 12000 9000 255\n")
     assert run(tmp_path / "out", "--dataset", folder) == 1
-    assert "3 images of 2 classes are too few" in capsys.readouterr().err
+    assert "too few to compare: 3 images of 2 classes" in capsys.readouterr().err
 
 
 def test_progress_in_a_log_is_a_plain_line_now_and_then(script, capsys):
@@ -368,7 +403,7 @@ def test_progress_in_a_log_is_a_plain_line_now_and_then(script, capsys):
 @pytest.mark.parametrize(
     ("before", "env", "words"),
     [
-        (["sh", "-c", 'mkdir x && cd x && rmdir ../x && exec "$@"', "sh"], {}, "cannot write"),
+        (["sh", "-c", 'mkdir x && cd x && rmdir ../x && exec "$@"', "sh"], {}, "has been deleted"),
         ([], {"PYTHONOPTIMIZE": "2"}, "-OO"),
         ([], {"LC_ALL": "C", "PYTHONUTF8": "0"}, "PYTHONUTF8=1"),
     ],
@@ -379,6 +414,24 @@ def test_what_cannot_work_is_said(tmp_path, before, env, words):
     assert result.returncode in (1, 2)
     assert words in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_reader_that_leaves_early_costs_nothing(tiny_models, images, tmp_path):
+    """As with `2>&1 | head`."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    flags = ["--local-checkpoint", tiny_models[0], "--hf-model", "none", "--dataset", images]
+    flags += ["--skip-unreadable", "--no-cache", "--json", "--output-dir", tmp_path]
+    result = subprocess.run(
+        [sys.executable, str(SCRIPT), "--offline", *map(str, flags)],
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        stdout=write_end,
+        stderr=write_end,
+        check=False,
+    )
+    os.close(write_end)
+    assert result.returncode == 0
+    assert {path.name for path in tmp_path.iterdir()} >= FILES
 
 
 # --- several processes

@@ -194,16 +194,16 @@ def test_every_format_that_pillow_opens_counts_whatever_the_case_of_its_suffix(t
 def test_what_is_left_out_is_counted_with_its_reason(tmp_path):
     used = ["a/1.png", "a/deep/er/2.PNG", "b/.png/../x y.png", "b/z.png"]
     unused = {
-        "files of other kinds": [
+        "files of another kind": [
             *("a/notes.txt", "a/movie.mp4", "a/scan.pdf", "a/scan.eps", "a/photo.heic"),
             *("b/labels.csv", "b/more.zip", "b/README", "b/deep/model.pt", "empty class/x.txt"),
         ],
         "files outside the class folders": ["README.md", "9.png"],
-        "hidden files and files of the system": [
+        "files hidden or of the system": [
             *("a/._1.png", "a/Thumbs.db", ".DS_Store", ".ipynb_checkpoints/1.png"),
             *("__MACOSX/a/1.png", "b/@eaDir/1.png", "lost+found/1.png"),
         ],
-        "empty class folders": ["empty class"],
+        "folder without images": ["empty class"],
     }
     folder_of(
         tmp_path, *used, *(x for files in unused.values() for x in files if x[:7] != "empty c")
@@ -216,7 +216,7 @@ def test_what_is_left_out_is_counted_with_its_reason(tmp_path):
     (note,) = split.notes
     for reason, files in unused.items():
         assert f"{len(files)} {reason} (" in note
-    assert "1 links to a folder above (1 loop)" in note
+    assert "1 link to a folder above (1 loop)" in note
     assert all(word in note for word in (".heic", "__MACOSX", "1 empty class"))
 
 
@@ -256,6 +256,10 @@ def test_a_folder_of_nothing_but_splits_is_read_at_the_chosen_one(tmp_path, trai
     with pytest.raises(UserError, match=f"it has {train}, {val}|it has {val}, {train}") as caught:
         load(folder, "test")
     assert "--split" in caught.value.hint
+    folder_of(tmp_path, "test/6.png")
+    with pytest.raises(UserError, match="0 class folders") as caught:
+        load(folder, "test")
+    assert "or choose another --split" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -272,13 +276,24 @@ def test_classes_may_have_names_of_splits(tmp_path, names, classes):
     assert (split.classes, split.split) == (classes, "all")
 
 
+def test_classes_that_may_be_splits_are_noted(tmp_path):
+    (tmp_path / "flat").mkdir()
+    (note,) = load(folder_of(tmp_path / "flat", "train/1.png", "val/2.png", "x/3.png")).notes
+    assert note == "taken for classes, though named like splits: train, val"
+    names = [f"{split}/{name}/1.png" for split in ("testing", "training") for name in "ab"]
+    (note,) = load(folder_of(tmp_path / "mnist", *names)).notes
+    assert note.startswith("all classes have the folders a, b, whose images are mixed; if they are")
+    assert note.endswith("mnist/testing'")
+    assert load(folder_of(tmp_path / "mnist", "training/0.png")).notes == ()
+
+
 @pytest.mark.parametrize(
     ("names", "words", "hint"),
     [
         ([], "0 class folders", "FOLDER/CLASS"),
-        (["only/1.png", "only/2.png", "none/x.heic"], r"1 class folders .*'only'", ".heic"),
+        (["only/1.png", "only/2.png", "none/x.heic"], r"1 class folder with.*'only'", ".heic"),
         (["1.png", "labels.csv"], "0 class folders", "1 .png"),
-        (["images/1.png", "labels/1.txt"], "1 class folders", "images and labels"),
+        (["images/1.png", "labels/1.txt"], "1 class folder ", "images and labels"),
         (["images/1.png", "masks/2.png"], "images.*masks", "images and labels"),
     ],
 )
@@ -291,7 +306,7 @@ def test_a_folder_without_two_classes_is_refused_with_what_it_holds(tmp_path, na
 def test_masks_next_to_images_are_noted(tmp_path):
     split = load(folder_of(tmp_path, "a/1.png", "a/1_mask.png", "b/x y.png", "b/who_seg.png"))
     assert len(split) == 4
-    assert split.notes == ("1 files look like masks of other images, but count as images",)
+    assert split.notes == ("used as images, though named like masks of others: 1 file",)
 
 
 @pytest.mark.parametrize(
@@ -329,6 +344,8 @@ def test_names_are_kept_and_only_those_that_are_not_utf8_refused(tmp_path):
     odd = os.fsdecode(b"\xff.png")
     (tmp_path / "a b" / odd).write_bytes((tmp_path / "a b" / "1.png").read_bytes())
     assert "a b/\\xff.png" in load(tmp_path).paths
+    (tmp_path / "a b" / os.fsdecode(b"x.\xff")).touch()
+    assert load(tmp_path).notes[0].encode().endswith(b"(1 .\\udcff)")
     (tmp_path / "a b").rename(tmp_path / os.fsdecode(b"\xff"))
     with pytest.raises(UserError, match="not UTF-8"):
         load(tmp_path)
@@ -339,7 +356,7 @@ def test_images_without_classes_are_found_flat_and_nested(tmp_path):
     split = load_unlabeled(tmp_path)
     assert (split.classes, split.labels.tolist()) == ((), [0, 0, 0])
     assert split.paths == ("2.png", "deep/er/1.png", "train/1.png")
-    assert split.notes == ("not used: 1 files of other kinds (1 .txt)",)
+    assert split.notes == ("not used: 1 file of another kind (1 .txt)",)
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="no images"):
         load_unlabeled(tmp_path / "none")
@@ -360,16 +377,20 @@ def test_all_files_without_a_valid_header_are_found_before_any_is_decoded(tmp_pa
     assert all(split.paths[row] in reason for row, reason in failures)
 
 
-def test_twelve_bit_data_and_several_frames_are_noted(tmp_path):
+def test_twelve_bit_data_transparency_and_several_frames_are_noted(tmp_path):
     frames = [Image.new("L", (4, 4), color) for color in (1, 99)]
     for name, largest in (("a", 4095), ("b", 4096)):
         (tmp_path / name).mkdir()
         deep = np.linspace(0, largest, 16).astype(np.uint16).reshape(4, 4)
         Image.fromarray(deep).save(tmp_path / name / "deep.png")
         frames[0].save(tmp_path / name / "x.gif", save_all=True, append_images=frames[1:])
-    several, dark = doubtful_pixels(load(tmp_path))
-    assert several.startswith("2 of 4 files looked at hold several frames")
-    assert dark.startswith("1 of 4 files looked at are 16-bit gray")
+        Image.new("LA", (4, 4), (9, largest % 256)).save(tmp_path / name / "x.png")  # 255 and 0
+    assert read_image(tmp_path / "a" / "x.gif").unique().tolist() == [1]
+    several, clear, dark = doubtful_pixels(load(tmp_path))
+    assert several == "several frames, of which one is used: 2 of 6 files seen"
+    assert clear == "transparent, and read as on white: 1 of 6 files seen"
+    assert dark.startswith("16-bit gray without a value above 4,095")
+    assert dark.endswith(": 1 of 6 files seen")
     assert doubtful_pixels(load("digits")) == ()
 
 
@@ -585,7 +606,7 @@ def test_a_smaller_sample_is_part_of_every_larger_one(seed):
     [
         (["wrap/a/1.png", "wrap/b/1.png"], "if 'a' and 'b' are classes, give"),
         (["images/1.png", "labels/1.txt"], "folders of images and labels are not read"),
-        (["1.png", "2.png"], "2 images lie outside of class folders"),
+        (["1.png", "2.png"], "2 images outside of class folders"),
     ],
 )
 def test_a_folder_without_two_classes_is_told_apart_by_its_layout(tmp_path, names, hint):

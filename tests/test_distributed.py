@@ -57,7 +57,7 @@ toy = Split("toy", "all", ("a", "b"), images, np.arange(21) % 2, np.arange(21))
 pixels, asked = pixel_encoder(), []
 counting = replace(pixels, preprocess=lambda x: asked.extend(x) or pixels.preprocess(x))
 options = {"batch_size": 4, "progress": partial(tqdm, disable=True)}
-found = extract([counting], toy, cache=folder / "cache", **options)
+found, _ = extract([counting], toy, cache=folder / "cache", **options)
 assert bool(found) == first and len(asked) in (10, 11), len(asked)
 if first:
     np.testing.assert_allclose(found["pixels"].values, pixels.embed(images).numpy(), atol=1e-6)

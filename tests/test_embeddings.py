@@ -10,7 +10,6 @@ import torch
 from ijepa.data import Split, load_split
 from ijepa.embeddings import (
     CHUNK,
-    UnreadableImages,
     extract,
     read_chunk,
     save_embeddings,
@@ -60,7 +59,8 @@ def counted(encoder=ENCODER, fail_after=None):
 
 def embed(split, cache=None, encoder=ENCODER, batch_size=64):
     encoders = encoder if isinstance(encoder, list) else [encoder]
-    found = extract(encoders, split, cache=cache, batch_size=batch_size, progress=Bar())
+    found, failures = extract(encoders, split, cache=cache, batch_size=batch_size, progress=Bar())
+    assert failures == []
     return found if isinstance(encoder, list) else found[encoder.name]
 
 
@@ -191,7 +191,7 @@ def random_encoder_of_seed(seed):
     return replace(encoder, name=f"seed_{seed}")
 
 
-def test_images_that_fail_when_decoded_are_reported_together_and_the_others_kept(
+def test_images_that_fail_when_decoded_come_back_together_and_the_others_are_kept(
     tmp_path, make_image_folder
 ):
     folder = make_image_folder({"a": 5, "b": 6})
@@ -200,12 +200,16 @@ def test_images_that_fail_when_decoded_are_reported_together_and_the_others_kept
         (folder / name).write_bytes(content[: len(content) // 2])
     split = load_split(str(folder), folder, "test", offline=True)
     before = threading.active_count()
-    with pytest.raises(UnreadableImages, match=r"2 of 11 .*a/001\.png.*b/003\.png") as caught:
-        embed(split, tmp_path, [ENCODER, PIXELS])
-    assert [row for row, _ in caught.value.failures] == [1, 8]
-    assert "--skip-unreadable" in caught.value.hint
-    assert threading.active_count() == before
     readable = split.take(np.array([0, 2, 3, 4, 5, 6, 7, 9, 10]))
+    expected = embed(readable).values
+    for cached in (False, True):
+        found, failures = extract([ENCODER, PIXELS], split, cache=tmp_path, progress=Bar())
+        assert [row for row, _ in failures] == [1, 8]
+        assert "a/001.png" in failures[0][1]
+        np.testing.assert_allclose(found[ENCODER.name].values, expected, atol=1e-5)
+        assert found[ENCODER.name].from_cache == cached
+        assert (found[ENCODER.name].images_per_second is None) == cached
+    assert threading.active_count() == before
     assert asked_for(readable, tmp_path) == 0
 
 

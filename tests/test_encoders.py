@@ -224,6 +224,22 @@ def test_a_source_that_is_not_there_is_a_user_error_that_names_it(tmp_path):
         load_encoder("a/b@main", "hf", device=CPU, revision="x")
 
 
+@pytest.mark.parametrize(
+    ("source", "flags"),
+    [
+        ("x.npz", {"num_heads": 3}),
+        ("x.pth", {"pooling": "cls"}),
+        ("x.pth", {"revision": "main"}),
+        (".", {"num_heads": 3}),
+        ("a/b", {"weights": "context"}),
+    ],
+)
+def test_a_flag_that_means_nothing_for_a_source_is_refused(source, flags):
+    with pytest.raises(UserError, match=r"^--[a-z-]+ means nothing for") as caught:
+        load_encoder(source, "hf", device=CPU, **flags)
+    assert caught.value.hint.startswith("omit --")
+
+
 def test_a_tilde_is_the_home_folder(checkpoint, monkeypatch):
     monkeypatch.setenv("HOME", str(checkpoint.parent))
     assert load("~/checkpoint.pt").key == load(checkpoint).key
@@ -249,7 +265,7 @@ def test_embeddings_of_an_earlier_run_are_found_by_image_key(tmp_path):
     np.testing.assert_array_equal(result, values[order].astype(np.float32))
     assert found.description["short_name"] == "embeddings_hf"
     assert found.description["notes"] == []
-    with pytest.raises(UserError, match=r"2 of 6 images are not in .*embeddings_hf\.npz"):
+    with pytest.raises(UserError, match=r"embeddings_hf\.npz lacks 2 of 6 images"):
         found.look_up([*wanted, bytes(16), bytes(16)], np.arange(6))
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ijepa.checkpoint import load_checkpoint
-from ijepa.errors import UserError
+from ijepa.errors import UserError, counted
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,11 @@ from ijepa.errors import UserError
 def test_a_problem_and_its_hint_are_one_line_each_that_leaves_a_terminal_alone(text, shown):
     error = UserError(text, hint=text)
     assert (error.problem, error.hint, str(error)) == (shown, shown, shown)
+
+
+def test_what_is_counted_has_its_plural():
+    assert [counted(n, "image") for n in (0, 1, 2000)] == ["0 images", "1 image", "2,000 images"]
+    assert [counted(n, "class") for n in (1, 2)] == ["1 class", "2 classes"]
 
 
 def test_names_in_a_checkpoint_cannot_write_to_the_terminal(tmp_path):

@@ -191,6 +191,7 @@ def test_chance_precision_is_the_precision_of_all_other_images():
     mean = metrics.precision_at_k(everyone, labels, 5).mean()
     assert metrics.chance_precision(labels) == pytest.approx(mean)
     assert round(metrics.chance_precision(np.arange(2000) % 10), 4) == 0.0995
+    assert np.isnan(metrics.chance_precision(np.arange(5)))
 
 
 def test_knn_vote_equals_a_naive_loop():

@@ -280,8 +280,8 @@ def test_common_geometry_is_claimed_only_above_the_permutations(pair, cka, more)
     ("rows", "hf", "local", "unclear"),
     [
         ([(HIGHER, 0.01), (LOWER, 0.02)], ["cat"], ["dog"], ""),
-        ([(HIGHER, 0.01), (LOWER, 0.07)], ["cat"], [], "the other 1 of 2"),
-        ([(UNCLEAR, 0.01), (LOWER, 0.04)], [], ["dog"], "the other 1 of 2"),
+        ([(HIGHER, 0.01), (LOWER, 0.07)], ["cat"], [], "on 1 of 2 classes"),
+        ([(UNCLEAR, 0.01), (LOWER, 0.04)], [], ["dog"], "on 1 of 2 classes"),
         ([(HIGHER, 0.06), (UNCLEAR, 1.0)], [], [], "any class at n = 50"),
     ],
 )
@@ -486,6 +486,13 @@ def test_the_overview_says_what_was_trained_and_the_protocol_what_was_done(pair)
         assert said in protocol
 
 
+def test_classes_named_by_numbers_are_no_numbers_of_a_sentence(pair):
+    better = [{"label": 1, "difference": HIGHER, "holm_p": 0.01}]
+    found = narrative.findings(replace(pair, per_class=better), ["7", "a1"])
+    assert "retrieves better on a1 (" in found["Class by Class"]
+    assert '"7" -> a1 (' in found["What the Embeddings Learn"]
+
+
 def test_hostile_names_are_shown_and_never_markup():
     names = {"local": "<b>x</b>", "hf": "a|b*c*"}
     classes = ["<script>alert(1)</script>\r\n# x", "a|b`\\`[l](u) _e_ $x$ &lt;"]
@@ -581,8 +588,8 @@ def test_what_limits_the_numbers_is_a_caveat_and_only_then(pair, word, arguments
 def test_few_images_small_classes_and_single_images_are_caveats(pair, few):
     assert said_of(few, "no intervals and no verdicts")
     assert not said_of(pair, "no intervals")
-    assert said_of(replace(pair, small_classes=3), "3 classes have fewer than 20 images")
-    assert said_of(make(sizes=(9, 1)), "1 classes with one image")
+    assert said_of(replace(pair, small_classes=3), "within 3 classes of fewer than 20 images")
+    assert said_of(make(sizes=(9, 1)), "1 class with one image")
     assert said_of(few, "50 PCs of the local model")
     assert said_of(pair, "here 50")
     seeds = {P5: SeedSpread([0.5], 0.5, 0.0)}

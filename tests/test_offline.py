@@ -98,6 +98,7 @@ def test_an_offline_run_opens_no_socket_and_needs_nothing_of_its_surroundings(tm
     (tmp_path / ".cache").touch()
     environment = {"MPLBACKEND": "that of a notebook", "DISPLAY": ""}
     environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "HOME": str(tmp_path)}
+    environment |= {"HF_HOME": str(tmp_path / ".cache" / "below a file")}
     environment |= {"MPLCONFIGDIR": matplotlib.get_configdir()}  # which has the list of fonts
     script = ROOT / "scripts" / "compare_embeddings.py"
     flags = ["--offline", "--dataset", tmp_path / "in", "--output-dir", "~/out"]

@@ -260,7 +260,7 @@ def test_odd_class_names_are_drawn_verbatim_everywhere():
 def test_characters_come_from_an_installed_font_or_are_replaced_and_counted():
     missing, elsewhere = "\U000e0100", "\u24b6"  # a circled A: in Matplotlib's STIX, not in DejaVu
     assert plots.readable(f"{missing}x") == r"\U000e0100x"
-    assert "replace 2 characters" in plots.font_note(["cat", f"{missing}\t", missing])
+    assert "no installed font has 2 characters" in plots.font_note(["cat", f"{missing}\t", missing])
     assert plots.readable(elsewhere) == elsewhere
     assert plots.font_note(["cat", elsewhere, ""]) is None
     estimates = {"local": [Estimate(0.5, 0.1, (0.3, 0.7))]}

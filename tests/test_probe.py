@@ -271,7 +271,7 @@ def test_queries_of_a_class_that_the_bank_lacks_count_as_wrong():
     probed = probe(banks, queries, bank_labels[kept], query_labels, 0)
     assert probed.per_class[1]["linear"]["local"].value == 0
     assert not probed.correct["hf"]["knn"][query_labels == 1].any()
-    assert any("20 queries" in note and "lacks" in note for note in probed.notes)
+    assert any("20 compared images" in note and "lacks" in note for note in probed.notes)
 
 
 @pytest.mark.parametrize("counts", [[1], [5], [1, 1, 1], [2, 1], [3, 1, 12]])
@@ -285,7 +285,7 @@ def test_tiny_banks_give_numbers_and_say_what_is_left_out(counts):
     low, high = probed.models["local"]["linear"].ci95
     assert 0 <= low <= probed.models["local"]["linear"].value <= high <= 1
     assert probed.bank_in_intervals == (max(counts) > 1)
-    assert any("exceeds the bank" in note for note in probed.notes)
+    assert any("means the whole bank" in note for note in probed.notes)
     assert any("no draws of" in note for note in probed.notes)
     assert probed.differences == {}
     if len(counts) == 1:

@@ -277,6 +277,16 @@ def test_a_terminated_run_saves_and_goes_on_to_the_same_weights(
     assert_same_run(tmp_path, finished)
 
 
+def test_a_reader_that_leaves_early_stops_no_training(tmp_path, flags):
+    """As with `2>&1 | head`."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    words = [sys.executable, str(SCRIPT), *flags, "--output-dir", str(tmp_path)]
+    assert subprocess.run(words, stderr=write_end, stdout=write_end, check=False).returncode == 0
+    os.close(write_end)
+    assert len(read_log(tmp_path)) == EPOCHS
+
+
 @pytest.mark.usefixtures("no_curves")
 def test_a_second_ctrl_c_ends_at_once_and_keeps_the_saved_state(
     script, tmp_path, flags, signal_after, capfd
@@ -378,7 +388,7 @@ def test_a_stopped_run_from_a_finished_one_resumes_without_it(script, finished, 
     [
         (shutil.rmtree, [], "no checkpoint at "),
         (lambda folder: (folder / "training_log.csv").unlink(), [], "cannot read the log"),
-        (lambda folder: (folder / "training_log.csv").write_text("epoch\n1\n"), [], "has 1 epochs"),
+        (lambda folder: (folder / "training_log.csv").write_text("epoch\n1\n"), [], "has 1 epoch,"),
         (lambda _: None, ["--epochs", str(EPOCHS)], "has had 3 epochs"),
         (lambda _: None, ["--depth", "2"], "depth=1"),
     ],
@@ -427,7 +437,7 @@ def test_a_batch_that_processes_cannot_share_is_an_error(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--batch-size", "39"], "48 images are too few for batches of 39, as 10 are held out"),
+        (["--batch-size", "39"], "too few images for batches of 39: 48, 10 of them held out"),
         (["--dataset", "/no/such"], "no such folder"),
         (["--device", "tpu"], "device 'tpu' is not available"),
         (["--lr", "1e9"], "the loss is no longer a number after 3 updates"),
@@ -455,8 +465,18 @@ def test_unreadable_images_are_reported_together_and_large_photos_are_none_of_th
     changes = ["--dataset", str(folder), "--batch-size", "8", "--output-dir", str(tmp_path)]
     assert script.main([*flags, *changes]) == 1
     error, _ = capsys.readouterr().err.splitlines()
-    assert error.startswith("error: 2 of 43 images cannot be read: a/bad.jpg")
-    assert "b/bad.jpg" in error
+    assert error.startswith("error: cannot read 2 of 43 images: ")
+    assert "a/bad.jpg'; " in error
+    assert error.endswith("b/bad.jpg'")
+    for name in ("a/bad.jpg", "b/bad.jpg", "a/large.pgm"):
+        (folder / name).unlink()
+    for name in ("a/001.png", "b/002.png"):  # the headers are valid
+        (folder / name).write_bytes((folder / name).read_bytes()[:-200])
+    assert script.main([*flags, *changes]) == 1
+    error, _ = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: cannot read 2 of 40 images: ")
+    assert "a/001.png'; " in error
+    assert error.endswith("b/002.png'")
 
 
 def test_debug_shows_where_an_error_comes_from(script, tmp_path):
@@ -491,7 +511,7 @@ def test_an_argument_that_is_not_utf_8_is_wrong_usage(script, capsys):
     [
         *(["--epochs", "0"], ["--batch-size", "-3"], ["--lr", "-1"], ["--lr", "nan"]),
         *(["--seed", "-1"], ["--seed", "99999999999999999999"], ["--embed-dim", "100"]),
-        *(["--num-views", "1"], ["--num-views", "2", "--recipe", "paper"]),
+        *(["--batch-size", "1"], ["--num-views", "1"], ["--num-views", "2", "--recipe", "paper"]),
     ],
 )
 def test_wrong_usage_is_exit_code_2(script, wrong, capsys):
