@@ -1,4 +1,3 @@
-import copy
 import re
 from dataclasses import replace
 from functools import cache
@@ -159,16 +158,6 @@ def test_findings_of_one_model_compare_nothing():
     assert not re.search(r"HF|huge|other model|Both models", " ".join(said))
 
 
-def test_single_images_are_counted_with_p_of_the_half_samples(pair):
-    facts = pair.differences[P5]
-    text = narrative.retrieval_finding(with_difference(pair, P5, UNCLEAR, p=0.0123))
-    assert f"better on {facts['wins']}, equal on {facts['ties']} and worse on" in text
-    assert "p = 0.012 from half-samples" in text
-    assert f"McNemar p = {pair.differences['precision_at_1']['mcnemar_p']:.2g}" in text
-    without = narrative.retrieval_finding(with_difference(pair, P5, UNCLEAR, p=NAN))
-    assert "half-samples" not in without
-
-
 @pytest.mark.parametrize(
     ("sizes", "why"), [((2, 2), "fewer than six images"), (SINGLES, "no class has two images")]
 )
@@ -273,18 +262,6 @@ def test_confusion_names_the_class_that_neighbors_stray_to():
     assert "ship has the purest neighborhoods: 100%" in text
     assert {"cat -> dog", "dog -> cat"} <= set(re.findall(r"\w+ -> \w+", text))
     assert "ship" not in text.split("confusions")[1]
-
-
-@pytest.mark.parametrize(("share", "said"), [(0.95, True), (NAN, False)])
-def test_rankings_say_how_often_the_halves_repeat_them(pair, share, said):
-    found = copy.deepcopy(pair.rankings)
-    for ranked, shares in zip(found.values(), ((NAN, NAN), (share, 0.6)), strict=True):
-        ranked["purest_class"]["share_of_halves"], ranked["confusions_share_of_halves"] = shares
-    text = narrative.confusion_finding(replace(pair, rankings=found), CLASSES)
-    local, hf = text.split("In the HF model")
-    assert "half-samples" not in local
-    assert ("95% of half-samples" in hf) == said
-    assert "60% of half-samples" in hf
 
 
 def test_groups_of_classes_are_named_once_where_the_models_agree(pair):

@@ -179,21 +179,6 @@ def test_a_small_bank_widens_the_intervals():
         assert np.bincount(labels[0][first]).tolist() == [10, 10, 10]
 
 
-def test_the_small_bank_part_is_the_spread_over_new_banks():
-    queries, query_labels = clouds(1500, seed=50)
-    values, parts = [], []
-    for seed in range(40):
-        bank, labels = clouds(30, seed=seed)
-        banks = [(np.full(30, True), 20), *((keep, 10) for keep in probes.draw_parts(labels, 0)[1])]
-        answers = [
-            probes.knn_answers(bank[keep], labels[keep], queries, [k])[0] for keep, k in banks
-        ]
-        found = probes.accuracy(np.array(answers) == query_labels)
-        values.append(found.value)
-        parts.append(found.se**2 - found.value * (1 - found.value) / len(queries))
-    assert 0.7 < np.sqrt(np.mean(parts)) / np.std(values) < 1.8
-
-
 def test_each_class_has_its_accuracy_and_the_tests_are_corrected():
     probed = probe(*two_models(2001, 299, num_classes=4), 0)
     labels = np.arange(299) % 4

@@ -112,9 +112,8 @@ def test_the_learning_rate_rises_stays_and_falls():
 @pytest.mark.parametrize(("epochs", "steps_per_epoch"), [(1, 1), (1, 2), (3, 1), (1, 7), (11, 3)])
 def test_the_learning_rate_stays_within_its_range_in_runs_of_any_length(epochs, steps_per_epoch):
     config = TrainConfig(lr=1.0, epochs=epochs, warmup_epochs=1.0)
-    steps = range(epochs * steps_per_epoch)
-    rate = [learning_rate(config, step, steps_per_epoch) for step in steps]
-    assert all(0 < value <= 1.0 for value in rate)
+    rate = [learning_rate(config, at, steps_per_epoch) for at in range(epochs * steps_per_epoch)]
+    assert 0 < min(rate) <= max(rate) <= 1.0
     assert max(rate) > 0.5
 
 
@@ -160,16 +159,6 @@ def test_a_step_moves_the_target_towards_the_context_as_it_is_after_the_step(con
         current = state.context_encoder.get_parameter(name)
         torch.testing.assert_close(averaged, 0.85 * before[name] + 0.15 * current)
         assert name.endswith("bias") or not torch.equal(averaged, before[name])
-
-
-def test_no_gradient_reaches_the_target_encoder_and_all_others_get_one(config, images):
-    state = begin(config)
-    train_step(state, config, images[:4], 3)
-    assert all(p.grad is None and not p.requires_grad for p in state.target_encoder.parameters())
-    for network in (state.context_encoder, state.predictor):
-        for name, parameter in network.named_parameters():
-            assert parameter.grad is not None, name
-            assert (parameter.grad != 0).any(), name
 
 
 # --- the losses
