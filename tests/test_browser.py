@@ -42,7 +42,7 @@ def chromium():
 @pytest.fixture(scope="module")
 def example(make_page):
     classes = (HOSTILE, "bird", "cat", "dog", "frog")
-    return make_page(N, classes, figures_too=True, probed=True)
+    return make_page(N, classes, whole=True)
 
 
 @pytest.fixture(scope="module")

@@ -24,36 +24,18 @@ TOWER = SIZES | {"intermediate_size": 48}
 IMAGE = {"image_size": 16, "patch_size": 4}
 RATIO = SIZES | IMAGE | {"mlp_ratio": 2}
 SIZES = TOWER | IMAGE
-DECODER = {
-    "decoder_hidden_size": 16,
-    "decoder_num_hidden_layers": 1,
-    "decoder_num_attention_heads": 2,
-    "decoder_intermediate_size": 16,
-}
-TWO_TOWERS = {
-    "vision_config": SIZES,
-    "text_config": {**TOWER, "vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1},
-}
+DECODER = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1}
+DECODER |= {"decoder_num_attention_heads": 2, "decoder_intermediate_size": 16}
+TEXT = TOWER | {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1}
+TWO_TOWERS = {"vision_config": SIZES, "text_config": TEXT}
 SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
-PROCESSOR = {
-    "image_processor_type": "ViTImageProcessor",
-    "do_resize": True,
-    "size": {"height": 16, "width": 16},
-    "resample": 2,
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": [0.1, 0.2, 0.3],
-    "image_std": [0.4, 0.5, 0.6],
-}
-CROP = {
-    "image_processor_type": "CLIPImageProcessor",
-    "do_center_crop": True,
-    "size": {"shortest_edge": 20},
-    "crop_size": {"height": 16, "width": 16},
-    "resample": 3,
-}
+PROCESSOR = {"image_processor_type": "ViTImageProcessor", "do_resize": True, "resample": 2}
+PROCESSOR |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+PROCESSOR |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+PROCESSOR |= {"size": {"height": 16, "width": 16}}
+CROP = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True, "resample": 3}
+CROP |= {"size": {"shortest_edge": 20}, "crop_size": PROCESSOR["size"]}
 # Kind: class with a head or a second tower, its configuration, and what its processor changes.
 MODELS = {
     "ijepa": ("IJepaForImageClassification", SIZES, {}),

@@ -54,7 +54,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def example(make_page):
-    return make_page(500, figures_too=True, probed=True)
+    return make_page(500, whole=True)
 
 
 @pytest.fixture(scope="module")
