@@ -151,36 +151,6 @@ def relative_error(found, expected):
     return float((found - expected).norm() / expected.norm())
 
 
-LEADING = dict.fromkeys(("ijepa", "siglip", "siglip_vision_model", "swin"), 0)
-LEADING |= dict.fromkeys(("dinov2_with_registers", "dinov3_vit"), 4)
-
-
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_embeddings_of_every_family_are_those_of_transformers(kind, tmp_path):
-    model = write(kind, tmp_path)
-    if kind == "vit_mae":
-        model.config.mask_ratio = model.vit.embeddings.config.mask_ratio = 0.0
-    images = [image for image in MIXED if min(image.shape[1:]) > 2]
-    outputs, leading = features(model, tmp_path, images), LEADING.get(kind, 1)
-    expected = mean_tokens(outputs, leading)
-    encoder = load(tmp_path)
-    assert relative_error(encoder.embed(images), expected) < 1e-5
-    assert encoder.embed_dim == expected.shape[1]
-    assert encoder.description["family"] == kind
-    bicubic = MODELS[kind][2].get("resample") == 3
-    assert encoder.description["resize"] == ("bicubic" if bicubic else "bilinear") + ", antialiased"
-    if not leading:
-        with pytest.raises(UserError, match="no class token"):
-            load(tmp_path, pooling="cls")
-        return
-    name = "pooler_output" if kind.startswith("clip") else "last_hidden_state"
-    tokens = torch.cat([found[name].reshape(-1, encoder.embed_dim)[:1] for found in outputs])
-    found = load(tmp_path, pooling="cls")
-    assert relative_error(found.embed(images), tokens) < 1e-5
-    assert found.description["pooling"] == "class token"
-    assert found.key != encoder.key
-
-
 @pytest.mark.parametrize("kind", MODELS)
 def test_no_weight_is_left_at_a_random_value_and_unused_ones_are_reported(kind, tmp_path):
     write(kind, tmp_path)
@@ -440,8 +410,9 @@ class Hub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, folder):
+    def __init__(self, kind, folder):
         super().__init__(("127.0.0.1", 0), HubHandler)
+        self.kind = kind
         self.files = {path.name: path.read_bytes() for path in folder.iterdir()}
         self.files |= {"pytorch_model.bin": b"pickled", "trap.py": b"raise SystemExit('ran')"}
         self.files["onnx/model.safetensors"] = b"of a subfolder"
@@ -516,8 +487,9 @@ def digest(body):
 @pytest.fixture
 def hub(request, tmp_path, monkeypatch):
     """A loopback hub that this process's client, which read its environment long ago, uses."""
-    write(getattr(request, "param", "vit"), tmp_path / "served")
-    server = Hub(tmp_path / "served")
+    kind = getattr(request, "param", "vit")
+    write(kind, tmp_path / "served")
+    server = Hub(kind, tmp_path / "served")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     address = f"http://127.0.0.1:{server.server_port}"
@@ -536,10 +508,39 @@ def hub(request, tmp_path, monkeypatch):
     thread.join()
 
 
-WANTED = [CONFIG, "model.safetensors", PREPROCESSOR]
+LEADING = dict.fromkeys(("ijepa", "siglip", "siglip_vision_model", "swin"), 0)
+LEADING |= dict.fromkeys(("dinov2_with_registers", "dinov3_vit"), 4)
 
 
 @pytest.mark.parametrize("hub", FAMILIES, indirect=True)
+def test_embeddings_of_every_family_are_those_of_transformers(hub, tmp_path):
+    kind, model = hub.kind, build(hub.kind)
+    if kind == "vit_mae":
+        model.config.mask_ratio = model.vit.embeddings.config.mask_ratio = 0.0
+    images = [image for image in MIXED if min(image.shape[1:]) > 2]
+    outputs, leading = features(model, tmp_path / "served", images), LEADING.get(kind, 1)
+    expected = mean_tokens(outputs, leading)
+    encoder = load("someone/vit")
+    assert relative_error(encoder.embed(images), expected) < 1e-5
+    assert encoder.embed_dim == expected.shape[1]
+    assert encoder.description["family"] == kind
+    bicubic = MODELS[kind][2].get("resample") == 3
+    assert encoder.description["resize"] == ("bicubic" if bicubic else "bilinear") + ", antialiased"
+    if not leading:
+        with pytest.raises(UserError, match="no class token"):
+            load("someone/vit", pooling="cls")
+        return
+    name = "pooler_output" if kind.startswith("clip") else "last_hidden_state"
+    tokens = torch.cat([found[name].reshape(-1, encoder.embed_dim)[:1] for found in outputs])
+    found = load("someone/vit", pooling="cls")
+    assert relative_error(found.embed(images), tokens) < 1e-5
+    assert found.description["pooling"] == "class token"
+    assert found.key != encoder.key
+
+
+WANTED = [CONFIG, "model.safetensors", PREPROCESSOR]
+
+
 def test_a_hub_model_is_downloaded_once_and_found_again_without_a_network(hub, tmp_path):
     first = load("someone/vit")
     assert sorted(hub.downloads) == WANTED
