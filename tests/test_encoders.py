@@ -229,15 +229,11 @@ def test_embeddings_without_keys_are_found_by_index_and_a_note_says_so(saved):
 
 @pytest.mark.parametrize(
     "arrays",
-    [
-        {"embeddings": np.zeros((3, 2))},
-        {"embeddings": np.zeros((3, 2)), "indices": np.arange(4)},
-        {"embeddings": np.array([{}, {}], dtype=object), "indices": np.arange(2)},
-    ],
+    [{}, {"indices": np.arange(4)}, {"embeddings": np.array([{}] * 3), "indices": np.arange(3)}],
 )
 def test_an_npz_without_embeddings_of_images_is_a_user_error(saved, arrays):
     with pytest.raises(UserError, match="cannot read embeddings from") as caught:
-        load_encoder(saved(**arrays), "hf", device=CPU)
+        load_encoder(saved(**{"embeddings": np.zeros((3, 2)), **arrays}), "hf", device=CPU)
     assert "keys" in caught.value.hint
 
 
