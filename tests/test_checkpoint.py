@@ -181,9 +181,7 @@ def test_of_two_encoders_the_wanted_one_is_taken_whatever_the_wrapper(saved):
     # ViT-g has the ratio 48 / 11, which no float holds exactly.
     [(192, 3, 768), (384, 6, 1536), (96, 3, 384), (1280, 16, 5120), (1408, 16, 6144)],
 )
-def test_heads_that_a_file_does_not_record_are_assumed_and_the_assumption_is_stated(
-    saved, width, heads, hidden_dim
-):
+def test_heads_that_a_file_does_not_record_are_assumed_and_noted(saved, width, heads, hidden_dim):
     with torch.device("meta"):
         shapes = VisionTransformer(ViTConfig(16, 8, width, 1, heads, hidden_dim / width))
     tensors = {name: torch.zeros(value.shape).half() for name, value in shapes.state_dict().items()}

@@ -339,9 +339,7 @@ def test_loading_writes_nothing_to_the_terminal_and_leaves_its_settings(folder, 
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
-def test_a_model_whose_facts_are_kept_is_loaded_only_when_it_is_needed(
-    folder, tmp_path, monkeypatch
-):
+def test_a_model_whose_facts_are_kept_is_loaded_when_it_is_needed(folder, tmp_path, monkeypatch):
     first = load(folder, cache=tmp_path / "kept")
     expected = first.embed(MIXED)
     reads, read = [], IJepaModel.from_pretrained

@@ -145,9 +145,7 @@ def test_a_step_moves_the_target_towards_the_context_as_it_is_after_the_step(con
 
 
 @pytest.mark.parametrize(("num_views", "step"), [(3, 0), (3, 5), (1, 0)])
-def test_the_losses_are_those_of_a_loop_over_images_blocks_and_patches(
-    config, images, num_views, step
-):
+def test_the_losses_are_those_of_a_loop_over_patches(config, images, num_views, step):
     """The step 5 is in the decay."""
     weight = float(num_views > 1)
     config = dataclasses.replace(config, num_views=num_views, matching_weight=weight)
@@ -208,9 +206,7 @@ def test_all_views_of_an_image_are_of_that_image(config):
 
 
 @pytest.mark.parametrize(("step", "count"), [(4, 20), (5, 64)], ids=["at first", "in the decay"])
-def test_a_view_shows_patches_of_its_own_and_the_first_none_of_a_target(
-    config, images, step, count
-):
+def test_views_show_patches_of_their_own_and_no_target(config, images, step, count):
     assert decay_start(config, 3) == 5
     views = draw_views(config, images, step, 3)
     assert views.context.shape == (len(images), 20)
@@ -258,9 +254,7 @@ def test_matrices_go_to_muon_and_vectors_do_not_decay(config):
         assert len(group["params"]) == len(members)
 
 
-def test_an_update_clips_both_networks_together_and_uses_the_rate_of_its_step_and_the_decay(
-    config, images
-):
+def test_an_update_clips_both_networks_together_and_uses_the_rate_of_its_step(config, images):
     config = dataclasses.replace(config, clip_norm=1e-3)
     state = begin(config)
     state.step = 7
@@ -386,9 +380,7 @@ def test_two_runs_are_equal_bit_for_bit_whatever_the_global_seed(config, images)
 
 @pytest.mark.parametrize("stops", [(1,), (4, 5), (9,)])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_stopped_and_resumed_run_is_the_undisturbed_run_bit_for_bit(
-    config, images, recipe, stops
-):
+def test_a_resumed_run_is_the_undisturbed_run_bit_for_bit(config, images, recipe, stops):
     names = ("num_views", "matching_weight", "spread_weight", "mask")
     changes = {name: getattr(RECIPES[recipe], name) for name in names}
     config = dataclasses.replace(config, **changes)
