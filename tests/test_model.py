@@ -43,9 +43,6 @@ def predictor(tiny_vit):
     return shake(Predictor(tiny_vit, PredictorConfig(embed_dim=12, depth=2, num_heads=3)), seed=1)
 
 
-# --- the encoder
-
-
 def assert_equals_huggingface(config):
     ours = VisionTransformer(config).eval()
     with torch.no_grad():  # biases start at 0 and norms at 1: a swap of two would not show
@@ -119,9 +116,6 @@ def test_sizes_that_do_not_fit_are_a_value_error(changes, message):
         ViTConfig(**changes)
 
 
-# --- position codes and gathering
-
-
 @pytest.mark.parametrize(("embed_dim", "grid_size"), [(8, 3), (192, 8)])
 def test_position_codes_equal_a_loop_over_the_formula(embed_dim, grid_size):
     code = sincos_position_embedding(embed_dim, grid_size)
@@ -141,9 +135,6 @@ def test_gathering_takes_each_image_at_its_own_indices():
     indices = torch.tensor([[4, 0], [1, 1], [2, 3]])
     expected = torch.stack([tokens[i][indices[i]] for i in range(3)])
     assert torch.equal(gather_tokens(tokens, indices), expected)
-
-
-# --- the predictor
 
 
 CONTEXT = torch.tensor([[0, 5, 17, 40, 63], [3, 8, 20, 21, 50]])
@@ -187,9 +178,6 @@ def test_predictions_equal_a_loop_over_images_and_blocks(predictor):
     torch.testing.assert_close(
         predicted, naive_predictor(predictor, context, CONTEXT, TARGETS), atol=1e-5, rtol=0
     )
-
-
-# --- first weights
 
 
 def test_first_weights_have_the_deviations_that_the_docstring_gives():

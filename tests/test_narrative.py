@@ -5,22 +5,13 @@ from functools import cache
 import numpy as np
 import pytest
 
-from ijepa import narrative
+from ijepa import narrative, tables
 from ijepa.comparison import HEADLINES, SeedSpread, compare, neighbor_confusion
 from ijepa.formats import P5, gap, interval, listed, number
 from ijepa.markdown import caveats, console_table, literal, markdown
 from ijepa.probe import probe as measure_probe
 from ijepa.projections import Maps, TsneProjection
 from ijepa.report import complete, unnamed
-from ijepa.tables import (
-    class_table,
-    confusion_table,
-    headline_table,
-    probe_class_table,
-    probe_table,
-    seeds_table,
-    summary,
-)
 from ijepa.uncertainty import Estimate
 
 NAN = float("nan")
@@ -94,9 +85,6 @@ def probe(pair):
     return probe_of(pair, "pixels")
 
 
-# --- verdicts
-
-
 @pytest.mark.parametrize("bounds", [(0.0, 0.0), (0.0, 0.2), (-0.2, 0.0)])
 def test_a_verdict_needs_an_interval_that_excludes_zero(bounds):
     assert narrative.verdict(Estimate(0.0, 0.0, bounds)) == "unclear"
@@ -168,14 +156,11 @@ def test_undefined_precision_says_why(sizes, why):
     assert not narrative.retrieval_finding(comparison)
     assert not narrative.efficiency_finding(comparison)
     assert narrative.undefined(comparison) in caveats(comparison, facts_of(comparison))
-    assert headline_table(comparison)[5][1] == "n/a"
-
-
-# --- findings
+    assert tables.headline_table(comparison)[5][1] == "n/a"
 
 
 def test_efficiency_is_the_ratio_with_its_interval(pair):
-    head = summary(pair)
+    head = tables.summary(pair)
     assert head["ratio"][P5] == pytest.approx(head["local"][P5] / head["hf"][P5])
     text = narrative.efficiency_finding(pair)
     assert f"{100 * head['ratio'][P5]:.0f}% [" in text
@@ -184,7 +169,7 @@ def test_efficiency_is_the_ratio_with_its_interval(pair):
     assert "as many dimensions (16)" in narrative.efficiency_finding(same)
     without = with_difference(pair, P5, UNCLEAR, ratio=UNDEFINED)
     assert "no ratio" in narrative.efficiency_finding(without)
-    assert headline_table(without)[5][3] == "n/a"
+    assert tables.headline_table(without)[5][3] == "n/a"
 
 
 @pytest.mark.parametrize(("value", "overlap"), [(-0.02, True), (0.4, False)])
@@ -288,7 +273,7 @@ def test_the_spread_over_seeds_is_next_to_the_error_over_images(pair, trainings,
     assert f"trained {trainings} times" in narrative.seeds_finding(seen)
     assert ("only rough" in narrative.seeds_finding(seen)) == rough
     error = 100 * pair.metrics["local"][P5].se
-    row = seeds_table(seen)[4]
+    row = tables.seeds_table(seen)[4]
     assert row[2:] == ["55.0%", "7.07 points", f"{error:.2f} points"]
     assert row[2] in report(seen).split("Spread over Training Seeds")[1]
     assert "Training Seeds" not in report(pair)
@@ -302,7 +287,7 @@ def test_the_probe_names_measure_bank_and_all_models(pair, probe):
     assert "50 labeled images" in text
     assert "other banks" in text
     assert "given this bank" in narrative.probe_finding(replace(probe, bank_in_intervals=False))
-    header, *rows = probe_table(probe)
+    header, *rows = tables.probe_table(probe)
     assert header[1:] == ["Local", "HF", "Pixels", "HF - local [95%]"]
     shown = {row[0]: row for row in rows}
     assert shown["kNN, k = 20"][1] == interval("knn", probe.models["local"]["knn"][20])
@@ -310,22 +295,19 @@ def test_the_probe_names_measure_bank_and_all_models(pair, probe):
     few = interval("knn", probe.models["hf"]["few_shot"][10]["knn"]["estimate"])
     assert shown["kNN, k = 20, images per class: 10"][2].startswith(few)
     one = probe_of(make(1))
-    assert "HF" not in str([narrative.probe_finding(one), probe_table(one)])
+    assert "HF" not in str([narrative.probe_finding(one), tables.probe_table(one)])
     assert "Probe" not in report(pair)
     assert text in report(pair, probe=probe)
 
 
 @pytest.mark.parametrize("measure", ["linear", "knn"])
 def test_the_probe_has_a_table_of_classes(pair, probe, measure):
-    table = probe_class_table(probe, measure, CLASSES)
+    table = tables.probe_class_table(probe, measure, CLASSES)
     for cell, found in zip(records(table), probe.per_class, strict=True):
         assert cell["Class"] == CLASSES[found["label"]]
         assert cell["HF [95%]"] == interval(measure, found[measure]["hf"])
         assert cell["HF - local [95%]"] == gap(measure, found[measure]["difference"]["estimate"])
     assert table[1][2] in report(pair, probe=probe)
-
-
-# --- numbers and tables
 
 
 @pytest.mark.parametrize(
@@ -359,25 +341,25 @@ def test_an_interval_is_printed_where_there_is_one():
 
 
 def test_the_table_names_models_chance_directions_and_references(pair):
-    header, *rows = headline_table(pair)
+    header, *rows = tables.headline_table(pair)
     assert header[1:5] == ["tiny (target)", "huge_14", "local / HF", "HF - local [95%]"]
     assert header[5:] == ["Chance", "Pixels", "Random weights"]
     assert rows[0] == ["Embedding dimension", "16", "24", "0.67x", "", "", "6", "16"]
     assert rows[4][4:6] == [gap(P5, pair.differences[P5]["estimate"]), number(P5, 24 / 49)]
-    assert {len(row) for row in headline_table(make(1))} == {5}
-    assert headline_table(make(references=False))[0][5:] == ["Chance"]
-    assert headline_table(make(names=("vit", "vit")))[0][1:3] == ["vit (Local)", "vit (HF)"]
+    assert {len(row) for row in tables.headline_table(make(1))} == {5}
+    assert tables.headline_table(make(references=False))[0][5:] == ["Chance"]
+    assert tables.headline_table(make(names=("vit", "vit")))[0][1:3] == ["vit (Local)", "vit (HF)"]
 
 
 def test_the_mean_over_classes_is_shown_where_classes_differ_in_size(pair):
     uneven = make(sizes=(40, 22))
     hits = np.split(uneven.analyses["hf"].precisions(5), [40])
-    assert headline_table(uneven)[-1][2] == number(P5, np.mean([one.mean() for one in hits]))
-    assert "over classes" not in str(headline_table(pair))
+    assert tables.headline_table(uneven)[-1][2] == number(P5, np.mean([one.mean() for one in hits]))
+    assert "over classes" not in str(tables.headline_table(pair))
 
 
 def test_the_confusion_table_is_the_confusion_of_both_models(pair):
-    header, *rows = confusion_table(pair, ["a", "b"])
+    header, *rows = tables.confusion_table(pair, ["a", "b"])
     assert header == ["Image", "a", "b"]
     local, hf = (100 * neighbor_confusion(pair.analyses[name], 2) for name in ("local", "hf"))
     for name, shown, *shares in zip("ab", rows, local, hf, strict=True):
@@ -385,14 +367,14 @@ def test_the_confusion_table_is_the_confusion_of_both_models(pair):
             name,
             *(f"{one:.0f} / {two:.0f}" for one, two in zip(*shares, strict=True)),
         ]
-    assert "/" not in str(confusion_table(make(1), ["a", "b"]))
+    assert "/" not in str(tables.confusion_table(make(1), ["a", "b"]))
     assert "| Image |" in report(pair, [*"abcdefghijkl"])
     assert "| Image |" not in report(pair, [*"abcdefghijklm"])
 
 
 def test_the_table_of_classes_has_intervals_tests_and_agreement(pair):
     found = zip(
-        records(class_table(pair, CLASSES)),
+        records(tables.class_table(pair, CLASSES)),
         pair.per_class,
         pair.class_precision["local"],
         strict=True,
@@ -405,7 +387,7 @@ def test_the_table_of_classes_has_intervals_tests_and_agreement(pair):
         assert cell["Holm p"] == f"{row['holm_p']:.2g}"
         assert cell["First neighbor, Holm p"] == f"{row['mcnemar_holm_p']:.2g}"
         assert cell["Shared 10-NN [95%]"] == interval("mutual_knn", row["mutual_knn"])
-    assert class_table(make(1), CLASSES)[0] == ["Class", "n", "Local [95%]"]
+    assert tables.class_table(make(1), CLASSES)[0] == ["Class", "n", "Local [95%]"]
 
 
 def test_columns_are_aligned_and_many_names_are_listed_up_to_a_limit():
@@ -413,9 +395,6 @@ def test_columns_are_aligned_and_many_names_are_listed_up_to_a_limit():
     assert lines[::2] == ["name           x", "longer name  100"]
     names = ["a", "a, b and c", "a, b, c, d, e and 3 more"]
     assert [listed([*letters]) for letters in ("a", "abc", "abcdefgh")] == names
-
-
-# --- the report
 
 
 @pytest.mark.parametrize(
@@ -460,16 +439,13 @@ def test_hostile_names_are_shown_and_never_markup():
     classes = ["<script>alert(1)</script>\r\n# x", "a|b`\\`[l](u) _e_ $x$ &lt;"]
     text = report(make(names=("<b>x</b>", "a|b*c*")), classes)
     assert not re.search(r"(?<!\\)<|^# x|(?<!\\)\]\(", text, re.MULTILINE)
-    tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("| ")]
-    cells = [[re.split(r"(?<!\\)\|", line)[1:-1] for line in lines] for lines in tables]
+    shown = [block.splitlines() for block in text.split("\n\n") if block.startswith("| ")]
+    cells = [[re.split(r"(?<!\\)\|", line)[1:-1] for line in lines] for lines in shown]
     assert len(cells) == 3
     for rows in cells:
         assert {len(row) for row in rows} == {len(rows[0])}
     assert re.sub(r"\\(.)", r"\1", cells[2][3][0]).strip() == classes[1]
     assert literal("ijepa_vith14_1k") == "ijepa_vith14_1k"
-
-
-# --- caveats
 
 
 def said_of(comparison, word, data=None, maps=None, notes=(), one_training=False, **models):
