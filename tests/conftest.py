@@ -140,7 +140,7 @@ def example_split(n: int, classes: tuple[str, ...], rng: np.random.Generator) ->
 
 @pytest.fixture(scope="session")
 def make_page() -> Callable[..., Example]:
-    """A whole page of clouds of random points, without any encoder, t-SNE or (slow) figures."""
+    """A page of random points, without encoder or t-SNE; `whole` has figures and a probe."""
     import numpy as np
     from matplotlib.figure import Figure
 
@@ -150,14 +150,13 @@ def make_page() -> Callable[..., Example]:
     from ijepa.projections import Maps, TsneProjection, project_pca
     from ijepa.report import ON_PAGE, complete, draw, json_text, metrics_content
 
-    def make(  # noqa: PLR0913
+    def make(
         n: int = 66,
         classes: tuple[str, ...] = ("cat", "dog", "ship"),
         models: tuple[str, ...] = ("local", "hf"),
         shown: int | None = None,
         paths: bool = False,
-        figures_too: bool = False,
-        probed: bool = False,
+        whole: bool = False,
     ) -> Example:
         rng = np.random.default_rng(0)
         split = example_split(n, classes, rng)
@@ -178,23 +177,11 @@ def make_page() -> Callable[..., Example]:
         pca = {name: replace(p, coordinates=p.coordinates[rows]) for name, p in pca.items()}
         tsne = {name: TsneProjection(p.coordinates, 1.0, 0.5, 30.0) for name, p in pca.items()}
         maps = Maps(rows, tsne, pca)
-        model = {"source": "a/b", "sha256": 64 * "0", "embedding_dim": 6, "parameters": 123456}
-        model |= {"input_size": 32, "dtype": "float32", "epochs": 3, "planned_epochs": 9}
-        facts = {
-            "run": {"command": "python scripts/compare_embeddings.py --offline", "seed": 0},
-            "dataset": {"name": "example", "split": "test", "n": n, "classes": list(classes)},
-            "models": dict.fromkeys(models, model),
-            "settings": {"similarity": "cosine"},
-        }
-        facts["dataset"]["sha256"] = 64 * "1"
-        facts = complete(comparison, split, facts)
+        facts = complete(comparison, split, {"run": {"command": "python x --offline", "seed": 0}})
         metrics = json_text(metrics_content(comparison, facts, ["one draw"]) | {"artifacts": []})
-        figures = {name: Figure(figsize=(2, 1)) for name in ON_PAGE}
-        if figures_too:
-            drawn = draw(comparison, maps, split, 0)
-            figures = {name: figure for name, figure in drawn if name in ON_PAGE}
-        probe = None
-        if probed:
+        figures, probe = {name: Figure(figsize=(2, 1)) for name in ON_PAGE}, None
+        if whole:
+            figures |= {k: v for k, v in draw(comparison, maps, split, 0) if k in ON_PAGE}
             banks = {name: X[:60] for name, X in embeddings.items()}
             probe = measure_probe(banks, embeddings, split.labels[:60], split.labels, 0)
         html = page(comparison, maps, split, facts, ["one draw"], metrics, figures, probe)

@@ -40,11 +40,10 @@ def test_intervals_are_where_the_coverage_study_has_them():
     X, labels = cloud(60, per_class=50)
     Y, _ = cloud(70, per_class=50, seed=1)
     wide = compare({"local": X, "hf": Y}, {}, labels, seed=0)
-    for numbers in wide.metrics.values():
+    differences = {name: facts["estimate"] for name, facts in wide.differences.items()}
+    for numbers in (*wide.metrics.values(), differences):
         found = {name for name, estimate in numbers.items() if np.isfinite(estimate.se)}
         assert found == WITH_INTERVALS
-    found = {name for name, f in wide.differences.items() if np.isfinite(f["estimate"].se)}
-    assert found == WITH_INTERVALS
 
 
 def test_differences_are_hf_less_local_and_ratios_local_over_hf_by_the_delta_method(pair):
@@ -73,11 +72,10 @@ def test_a_ratio_is_not_defined_where_the_denominator_may_be_zero(spread):
 
 
 def test_p_values_go_with_the_intervals(pair):
-    everything = [pair.differences["precision_at_5"], *pair.per_class]
-    for facts in everything:
-        change = facts.get("estimate", facts.get("difference"))
-        expected = 2 * t.sf(abs(change.value) / change.se, NUM_HALVES / 2 - 1)
-        assert facts["p"] == pytest.approx(expected)
+    found = [(row["difference"], row["p"]) for row in pair.per_class]
+    whole = pair.differences["precision_at_5"]
+    for change, p in (*found, (whole["estimate"], whole["p"])):
+        assert p == pytest.approx(2 * t.sf(abs(change.value) / change.se, NUM_HALVES / 2 - 1))
 
 
 def test_gains_are_the_difference_from_each_reference(pair):
@@ -97,57 +95,47 @@ def test_a_model_against_itself_differs_by_exactly_nothing():
     assert same.differences["precision_at_5"]["ties"] == len(labels)
     assert same.differences["precision_at_5"]["ratio"].ci95 == (1, 1)
     assert same.agreement["mutual_knn"].ci95 == (1, 1)
-    for key in ("cka", "cka_class_demeaned"):
+    for key in ("cka", "cka_class_demeaned", "similarity_spearman"):
         assert same.agreement[key] == pytest.approx(1)
-    assert same.agreement["similarity_spearman"] == pytest.approx(1)
     for row in same.per_class:
-        assert row["difference"].ci95 == (0, 0)
-        assert row["mutual_knn"].ci95 == (1, 1)
+        assert (row["difference"].ci95, row["mutual_knn"].ci95) == ((0, 0), (1, 1))
         assert row["p"] == row["holm_p"] == row["mcnemar_holm_p"] == 1
+
+
+def mcnemar(pair, rows):
+    """Its p on the first neighbors of some images, by the binomial distribution."""
+    local, hf = (pair.analyses[name].precisions(1)[rows] == 1 for name in ("local", "hf"))
+    only = [int((local & ~hf).sum()), int((hf & ~local).sum())]
+    return binomtest(only[0], sum(only)).pvalue if sum(only) else 1
 
 
 def test_wins_ties_losses_and_mcnemar_count_images(pair):
     local, hf = (pair.analyses[name].precisions(5) for name in ("local", "hf"))
     facts = pair.differences["precision_at_5"]
-    signs = [np.sign(h - a) for a, h in zip(local, hf, strict=True)]
-    assert [facts[key] for key in ("wins", "ties", "losses")] == [*map(signs.count, (1, 0, -1))]
-    first = [pair.analyses[name].precisions(1) == 1 for name in ("local", "hf")]
-    only_local, only_hf = (first[0] & ~first[1]).sum(), (first[1] & ~first[0]).sum()
-    expected = binomtest(int(only_local), int(only_local + only_hf)).pvalue
+    counts = [(np.sign(hf - local) == sign).sum() for sign in (1, 0, -1)]
+    assert [facts[key] for key in ("wins", "ties", "losses")] == counts
+    expected = mcnemar(pair, slice(None))
     assert pair.differences["precision_at_1"]["mcnemar_p"] == pytest.approx(expected)
 
 
-def test_classes_average_to_the_whole(pair):
-    assert np.mean([row["hf"] for row in pair.per_class]) == pytest.approx(
-        pair.metrics["hf"]["precision_at_5"].value
-    )
-    assert all(np.isfinite(row["difference"].se) for row in pair.per_class)
-    assert np.mean([row["mutual_knn"].value for row in pair.per_class]) == pytest.approx(
-        pair.agreement["mutual_knn"].value
-    )
-    for key in ("wins", "ties", "losses"):
-        assert sum(row[key] for row in pair.per_class) == pair.differences["precision_at_5"][key]
-
-
-def test_tests_by_class_are_those_of_the_class_alone_and_corrected_together(pair):
-    first = [pair.analyses[name].precisions(1) == 1 for name in ("local", "hf")]
-    for row in pair.per_class:
-        own = pair.analyses["local"].labels == row["label"]
-        only = [int((first[i] & ~first[1 - i] & own).sum()) for i in (0, 1)]
-        expected = binomtest(only[0], sum(only)).pvalue if sum(only) else 1
-        assert row["mcnemar_p"] == pytest.approx(expected)
-    for test, corrected in (("p", "holm_p"), ("mcnemar_p", "mcnemar_holm_p")):
-        expected = multipletests([row[test] for row in pair.per_class], method="holm")[1]
-        assert [row[corrected] for row in pair.per_class] == pytest.approx(expected)
-
-
-def test_agreement_by_class_counts_common_neighbors(pair):
+def test_classes_are_compared_alone_average_to_the_whole_and_are_corrected_together(pair):
     lists = [pair.analyses[name].neighbors[:, :10] for name in ("local", "hf")]
     common = np.array([len({*a} & {*b}) / 10 for a, b in zip(*lists, strict=True)])
-    for row in pair.per_class:
+    whole, rows = pair.differences["precision_at_5"], pair.per_class
+    for row in rows:
         own = pair.analyses["local"].labels == row["label"]
+        assert row["mcnemar_p"] == pytest.approx(mcnemar(pair, own))
         assert row["mutual_knn"].value == pytest.approx(common[own].mean())
         assert row["mutual_knn"].se > 0
+        assert row["difference"].se > 0
+    expected = pair.metrics["hf"]["precision_at_5"].value
+    assert np.mean([row["hf"] for row in rows]) == pytest.approx(expected)
+    assert pair.agreement["mutual_knn"].value == pytest.approx(common.mean())
+    for key in ("wins", "ties", "losses"):
+        assert sum(row[key] for row in rows) == whole[key]
+    for test, corrected in (("p", "holm_p"), ("mcnemar_p", "mcnemar_holm_p")):
+        expected = multipletests([row[test] for row in rows], method="holm")[1]
+        assert [row[corrected] for row in rows] == pytest.approx(expected)
 
 
 def test_the_null_of_cka_is_that_of_two_hundred_shuffles(pair):
@@ -174,6 +162,9 @@ def test_random_encoders_agree_by_chance_and_the_interval_says_so(seed):
     agreement = compare({"local": X, "hf": Y}, {}, labels, seed=0).agreement
     low, high = agreement["mutual_knn"].ci95
     assert low <= agreement["mutual_knn_chance"] <= high
+    assert low < agreement["mutual_knn_class_only"]
+    chance = pytest.approx(agreement["mutual_knn_chance"], rel=0.1)
+    assert agreement["mutual_knn_class_only"] == chance
     assert agreement["cka"] < max(agreement["cka_null_p99"], 0.02)
 
 
@@ -181,8 +172,8 @@ def test_without_a_class_of_20_images_there_are_numbers_and_no_interval():
     X, labels = cloud(8, per_class=19)
     small = compare({"local": X, "hf": X[:, ::-1].copy()}, {"pixels": X}, labels, seed=0)
     assert (small.num_halves, small.small_classes) == (0, 3)
-    assert all(np.isnan(value.se) for value in small.metrics["local"].values())
-    assert all(np.isnan(value.ci95).all() for value in small.metrics["local"].values())
+    metrics = small.metrics["local"].values()
+    assert np.isnan([number for one in metrics for number in (one.se, *one.ci95)]).all()
     assert np.isfinite(small.metrics["local"]["precision_at_5"].value)
     assert np.isnan(small.differences["precision_at_5"]["p"])
     assert all(np.isnan([row["p"], row["holm_p"]]).all() for row in small.per_class)
@@ -217,13 +208,10 @@ def test_a_folder_with_one_image_of_each_class_has_undefined_numbers(n):
     assert (found.per_class, found.rankings) == ([], {"local": {}, "hf": {}})
     assert np.isnan(found.agreement["mutual_knn_class_only"])
     assert np.isfinite(found.metrics["local"]["effective_rank"].value)
-
-
-def test_one_class_has_precision_and_no_silhouette():
-    X = cloud(8)[0]
-    found = compare({"local": X}, {}, np.zeros(len(X), np.int64), seed=0)
-    assert found.metrics["local"]["precision_at_5"].value == 1
-    assert np.isnan(found.metrics["local"]["silhouette"].value)
+    # One class for all has precision, but no silhouette either.
+    metrics = compare({"local": X}, {}, np.zeros(n, np.int64), seed=0).metrics["local"]
+    assert metrics["precision_at_5"].value == (1 if n > 5 else pytest.approx(np.nan, nan_ok=True))
+    assert np.isnan(metrics["silhouette"].value)
 
 
 def test_rankings_name_the_extremes_and_how_often_the_halves_repeat_them(pair):
@@ -265,29 +253,25 @@ def test_the_order_of_the_images_changes_no_number(pair):
 
 
 def test_confusion_is_the_share_of_neighbors_by_class(pair):
-    analysis = pair.analyses["local"]
-    confusion = neighbor_confusion(analysis, 3)
-    expected = np.zeros((3, 3))
+    analysis, expected = pair.analyses["local"], np.zeros((3, 3))
     for row, neighbors in enumerate(analysis.neighbors[:, :5]):
         for neighbor in neighbors:
             expected[analysis.labels[row], analysis.labels[neighbor]] += 1 / (5 * 25)
-    np.testing.assert_allclose(confusion, expected)
+    np.testing.assert_allclose(neighbor_confusion(analysis, 3), expected)
 
 
-def test_embeddings_of_other_images_are_refused():
-    X, labels = cloud(8)
+def test_embeddings_of_other_images_are_refused(pair):
+    X, labels = pair.analyses["local"].embeddings, pair.analyses["local"].labels
     with pytest.raises(ValueError, match="hf has 74 rows for 75 labels"):
         compare({"local": X, "hf": X[:-1]}, {}, labels, seed=0)
 
 
-def test_roles_do_not_depend_on_the_order_of_the_mapping():
-    X, labels = cloud(8)
-    Y = X[:, ::-1] + np.float32(1)
-    first = compare({"local": X, "hf": Y}, {}, labels, seed=0)
-    second = compare({"hf": Y, "local": X}, {}, labels, seed=0)
-    assert list(second.analyses) == ["local", "hf"]
-    assert str(first.differences) == str(second.differences)
-    assert str(first.per_class) == str(second.per_class)
+def test_roles_do_not_depend_on_the_order_of_the_mapping(pair):
+    labels, models = pair.analyses["local"].labels, pair.analyses.items()
+    turned = {name: analysis.embeddings for name, analysis in reversed(models)}
+    found = compare(turned, {}, labels, seed=0)
+    assert list(found.analyses) == ["local", "hf"]
+    assert str(found.differences) == str(pair.differences)
 
 
 @pytest.mark.parametrize("labels", [["a", "b"] * 30, [0.0, 1.0] * 30, [-1, 0] * 30])
@@ -295,12 +279,3 @@ def test_labels_that_are_not_numbers_from_0_are_refused_with_what_numbers_them(l
     X = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
     with pytest.raises(ValueError, match=r"np\.unique"):
         compare({"local": X}, {}, labels, seed=0)
-
-
-def test_two_unrelated_models_are_not_above_the_level_of_the_classes():
-    generator = np.random.default_rng(0)
-    labels = np.repeat(np.arange(10), 50)
-    X, Y = (generator.normal(size=(500, 12)).astype(np.float32) for _ in range(2))
-    found = compare({"local": X, "hf": Y}, {}, labels, seed=0).agreement
-    assert found["mutual_knn_class_only"] == pytest.approx(found["mutual_knn_chance"], rel=0.1)
-    assert found["mutual_knn"].ci95[0] < found["mutual_knn_class_only"]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa.masking import MaskConfig, cover, sample_corners, sample_masks, sample_shape
+from ijepa.masking import MaskConfig, sample_corners, sample_masks, sample_shape
 
 CPU = torch.device("cpu")
 DEFAULT = MaskConfig()
@@ -36,6 +36,13 @@ def all_blocks(height, width, grid_size):
     }
 
 
+def assert_disjoint(masks):
+    """Contexts are sorted, without repeats, and hold no patch of a target."""
+    for context, blocks in zip(masks.context.tolist(), masks.targets.tolist(), strict=True):
+        assert sorted(set(context)) == context
+        assert not set(context) & {patch for block in blocks for patch in block}
+
+
 @pytest.mark.parametrize(("config", "grid_size"), [(SMALL, 4), (DEFAULT, 8)])
 def test_every_target_is_a_block_inside_the_grid_and_every_block_occurs(config, grid_size):
     shapes = possible_shapes(config.target_scale, config.target_aspect, grid_size)
@@ -48,29 +55,13 @@ def test_every_target_is_a_block_inside_the_grid_and_every_block_occurs(config, 
 
 
 @pytest.mark.parametrize(("config", "grid_size"), [(SMALL, 4), (DEFAULT, 8)])
-def test_every_patch_can_be_target_and_context_in_about_even_shares(config, grid_size):
-    N = grid_size**2
-    as_context, as_target = np.zeros(N), np.zeros(N)
-    images = 0
-    for seed in range(30):
-        masks = draw(config, grid_size, 64, seed)
-        images += 64
-        as_context += np.bincount(masks.context.flatten().numpy(), minlength=N)
-        as_target += np.bincount(masks.targets.flatten().numpy(), minlength=N)
-    assert (as_context / images > 0.1).all()
-    assert (as_target / images > 0.02).all()
-
-
-@pytest.mark.parametrize(("config", "grid_size"), [(SMALL, 4), (DEFAULT, 8)])
 @pytest.mark.parametrize("seed", range(2))
 def test_context_is_sorted_without_repeats_and_never_touches_a_target(config, grid_size, seed):
     masks = draw(config, grid_size, 128, seed)
     assert masks.context.shape == (128, config.context_patches)
     assert masks.targets.shape[:2] == (128, config.num_targets)
-    for context, blocks in zip(masks.context.tolist(), masks.targets.tolist(), strict=True):
-        assert sorted(set(context)) == context
-        assert set(context) <= set(range(grid_size**2))
-        assert not set(context) & {patch for block in blocks for patch in block}
+    assert set(masks.context.flatten().tolist()) <= set(range(grid_size**2))
+    assert_disjoint(masks)
 
 
 def test_context_stays_in_its_large_block_while_enough_patches_are_left_there():
@@ -112,9 +103,7 @@ def test_crowded_images_stack_their_blocks_until_the_context_fits():
     masks = draw(config, 8, 500)
     distinct = [len({tuple(block) for block in image}) for image in masks.targets.tolist()]
     assert set(distinct) >= {1, 2, 3}
-    for context, blocks in zip(masks.context.tolist(), masks.targets.tolist(), strict=True):
-        assert len(set(context)) == 40
-        assert not set(context) & {patch for block in blocks for patch in block}
+    assert_disjoint(masks)
 
 
 def test_images_with_room_keep_all_their_blocks_when_others_are_crowded():
@@ -155,10 +144,3 @@ def test_corners_are_uniform_over_all_that_fit(height, width):
         assert len(share) == 9 - side
         # Five standard deviations of a share at most.
         assert (share - 1 / (9 - side)).abs().max() < 5 * 0.5 / math.sqrt(4000)
-
-
-def test_cover_marks_exactly_the_patches_of_a_block():
-    for top, left, height, width in [(0, 0, 1, 1), (1, 2, 3, 2), (3, 3, 1, 1), (0, 0, 4, 4)]:
-        marked = cover(4, torch.tensor([[top]]), torch.tensor([[left]]), height, width)
-        expected = [(top + i) * 4 + left + j for i, j in product(range(height), range(width))]
-        assert marked[0, 0].nonzero().flatten().tolist() == expected

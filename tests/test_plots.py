@@ -5,8 +5,11 @@ from dataclasses import replace
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.text import Text
 
 from ijepa import plots
 from ijepa.plots import Caption
@@ -31,19 +34,32 @@ def embeddings(n: int = 24, d: int = 6, seed: int = 0) -> np.ndarray:
 
 
 PANELS = {"local": embeddings(), "hf": embeddings(d=9, seed=1)}
+PCA = {"local": project_pca(PANELS["local"], 2)}
+UNDEFINED = Estimate(np.nan, np.nan, (np.nan, np.nan))
 
 
 def called(classes) -> Caption:
     return replace(CAPTION, classes=classes)
 
 
+def spread(count: int, panels=("local",)) -> dict[str, PcaProjection]:
+    points = np.random.default_rng(0).normal(size=(count, 2))
+    return dict.fromkeys(panels, PcaProjection(points, np.array([0.6, 0.4])))
+
+
 def texts(figure: Figure) -> list[str]:
-    return [text.get_text() for text in figure.findobj(matplotlib.text.Text)]
+    return [text.get_text() for text in figure.findobj(Text)]
 
 
-def shown(figure: Figure) -> None:
+def axes_of(figure: Figure) -> list[Axes]:
+    """All but the bars beside matrices."""
+    return [ax for ax in figure.findobj(Axes) if ax.get_label() != "<colorbar>"]
+
+
+def shown(figure: Figure) -> Figure:
     """Draw: Matplotlib warns of missing glyphs and squeezed layouts only then."""
     figure.draw_without_rendering()
+    return figure
 
 
 @pytest.mark.parametrize("centered", [False, True])
@@ -61,10 +77,7 @@ def test_class_similarity_ignores_an_offset_only_when_centered():
     same, moved = (class_similarity(Z, LABELS, centered=True) for Z in (X, X + 5))
     np.testing.assert_allclose(same, moved, atol=1e-9)
     assert class_similarity(X + 5, LABELS, centered=False).min() > 0.99
-
-
-def test_class_similarity_of_a_vanishing_mean_is_nan():
-    X = embeddings()
+    # The mean of a single class vanishes.
     assert np.isnan(class_similarity(X, np.zeros(24, int), centered=True)).all()
 
 
@@ -85,12 +98,11 @@ def test_classes_differ_in_color_and_those_of_near_colors_in_marker(count):
 
 
 def test_points_are_the_coordinates_in_the_colors_of_their_classes():
-    maps = make_maps(PANELS, LABELS, seed=0)
-    for shown_maps in (maps.tsne, maps.pca):
-        figure = plots.plot_maps(shown_maps, LABELS, CAPTION)
+    tsne = {name: TsneProjection(X[:, :2], 1.5, 0.5, 7.7) for name, X in PANELS.items()}
+    for maps in (tsne, {name: project_pca(X, 2) for name, X in PANELS.items()}):
+        figure = plots.plot_maps(maps, LABELS, CAPTION)
         order = np.random.default_rng(0).permutation(24)
-        axes = figure.findobj(matplotlib.axes.Axes)
-        for ax, (role, projection) in zip(axes, shown_maps.items(), strict=True):
+        for ax, (role, projection) in zip(axes_of(figure), maps.items(), strict=True):
             dots = ax.collections[0]
             np.testing.assert_allclose(dots.get_offsets(), projection.coordinates[order])
             colors = [to_hex(color) for color in dots.get_facecolors()]
@@ -109,7 +121,7 @@ def test_names_that_would_overlap_are_moved_or_left_out(corner):
     pca = PcaProjection(points, np.array([0.6, 0.4]))
     figure = plots.plot_maps({"local": pca}, labels, called(classes))
     shown(figure)
-    (ax,) = figure.findobj(matplotlib.axes.Axes)
+    (ax,) = axes_of(figure)
     boxes = [text.get_window_extent() for text in ax.texts]
     assert 3 <= len(boxes) < 15
     for i, box in enumerate(boxes):
@@ -120,27 +132,17 @@ def test_names_that_would_overlap_are_moved_or_left_out(corner):
 @pytest.mark.parametrize(("count", "listed"), [(40, True), (150, False)])
 def test_a_legend_of_long_names_fits_or_is_left_out_with_a_note(count, listed):
     classes = [f"W{i:03d} WWWWW a long class name WWWWW {i:03d}" for i in range(count)]
-    labels = np.arange(300) % count
-    points = np.random.default_rng(0).normal(size=(300, 2))
-    pca = {role: PcaProjection(points, np.array([0.6, 0.4])) for role in ("local", "hf")}
-    figure = plots.plot_maps(pca, labels, called(classes))
-    shown(figure)
-    legends = figure.findobj(matplotlib.legend.Legend)
+    maps, labels = spread(300, ("local", "hf")), np.arange(300) % count
+    figure = shown(plots.plot_maps(maps, labels, called(classes)))
+    legends = figure.findobj(Legend)
     assert bool(legends) == listed
     assert any(f"legend of {count} classes is left out" in text for text in texts(figure)) != listed
-    for legend in legends:
-        box = legend.get_window_extent()
+    for box in (legend.get_window_extent() for legend in legends):
         assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
 
 
-def matrices_of(figure: Figure) -> list[matplotlib.axes.Axes]:
-    axes = figure.findobj(matplotlib.axes.Axes)
-    return [ax for ax in axes if ax.collections and ax.get_label() != "<colorbar>"]
-
-
 def test_matrices_hold_local_hf_and_difference_and_print_their_numbers():
-    figure = plots.plot_similarity_matrices(PANELS, LABELS, CAPTION)
-    axes = matrices_of(figure)
+    axes = axes_of(plots.plot_similarity_matrices(PANELS, LABELS, CAPTION))
     assert len(axes) == 6
     for row, centered in ((axes[:3], False), (axes[3:], True)):
         local, hf = (class_similarity(X, LABELS, centered=centered) for X in PANELS.values())
@@ -154,38 +156,33 @@ def test_matrices_hold_local_hf_and_difference_and_print_their_numbers():
     assert axes[0].collections[0].get_clim() == axes[1].collections[0].get_clim()
 
 
-def test_matrices_of_many_classes_print_no_numbers():
-    labels = np.arange(60) % 21
-    X = {"local": embeddings(60)}
-    figure = plots.plot_similarity_matrices(X, labels, called([f"c{i}" for i in range(21)]))
-    assert not any(ax.texts for ax in matrices_of(figure))
-
-
-def test_matrices_leave_out_classes_without_images_and_show_a_single_class():
-    figure = plots.plot_similarity_matrices(PANELS, np.arange(24) % 2 * 2, CAPTION)
-    assert {"cat", "ship"} <= set(texts(figure))
-    assert "dog" not in texts(figure)
-    shown(plots.plot_similarity_matrices(PANELS, np.zeros(24, int), CAPTION))
+def test_matrices_of_many_classes_print_no_numbers_and_none_has_a_class_without_images():
+    X, classes = {"local": embeddings(60)}, called([f"c{i}" for i in range(21)])
+    figure = plots.plot_similarity_matrices(X, np.arange(60) % 21, classes)
+    assert not any(ax.texts for ax in axes_of(figure))
+    words = texts(plots.plot_similarity_matrices(PANELS, LABELS // 2 * 2, CAPTION))
+    assert "dog" not in words
+    assert {"cat", "ship"} <= set(words)
 
 
 def test_variance_curves_hold_shares_and_sums_and_mark_10_and_50():
     projections = {"local": project_pca(embeddings(80, 60), 2), "hf": project_pca(embeddings(9), 2)}
     figure = plots.plot_variance_explained(projections, CAPTION)
-    single, total, relative = figure.findobj(matplotlib.axes.Axes)
-    for i, pca in enumerate(projections.values()):
-        d, sums = len(pca.variance_shares), np.cumsum(pca.variance_shares)
-        np.testing.assert_allclose(single.lines[i].get_ydata(), pca.variance_shares)
-        np.testing.assert_allclose(single.lines[i].get_xdata(), np.arange(1, d + 1))
-        np.testing.assert_allclose(total.lines[i].get_ydata(), sums)
-        np.testing.assert_allclose(relative.lines[i].get_ydata(), sums)
-        np.testing.assert_allclose(relative.lines[i].get_xdata(), np.arange(1, d + 1) / d)
+    single, total, relative = axes_of(figure)
+    for i, (role, pca) in enumerate(projections.items()):
+        shares, counts = pca.variance_shares, np.arange(1, len(pca.variance_shares) + 1)
+        for ax, x, y in (
+            (single, counts, shares),
+            (total, counts, np.cumsum(shares)),
+            (relative, counts / len(shares), np.cumsum(shares)),
+        ):
+            np.testing.assert_allclose(ax.lines[i].get_xydata(), np.stack([x, y], axis=1))
+            assert ax.lines[i].get_color() == plots.MODEL_COLORS[role]
     marked = total.lines[0].get_xdata()[total.lines[0].get_markevery()]
     assert list(marked) == [10, 50]
     sums = np.cumsum(projections["local"].variance_shares)
     words = f"{NAMES['local']} (d = 60), {sums[9]:.1%} in 10 PCs, {sums[49]:.1%} in 50 PCs"
     assert any(words in text for text in texts(figure))
-    assert total.lines[0].get_color() == plots.MODEL_COLORS["local"]
-    assert total.lines[1].get_color() == plots.MODEL_COLORS["hf"]
 
 
 def image_of(index: int) -> np.ndarray:
@@ -201,7 +198,7 @@ FOUND = {
 
 def test_neighbors_are_the_right_images_with_tick_or_cross_and_color():
     figure = plots.plot_neighbors(FOUND, QUERIES, LABELS, image_of, CAPTION)
-    (ax,) = figure.findobj(matplotlib.axes.Axes)
+    (ax,) = axes_of(figure)
     pictures = [int(image.get_array()[0, 0, 0]) for image in ax.images]
     assert pictures == [9, 2, 3, 4, 7, 5, 6, 1, 4, 0]
     words = [text.get_text() for text in ax.texts]
@@ -210,6 +207,10 @@ def test_neighbors_are_the_right_images_with_tick_or_cross_and_color():
     green, red = "#1a7f37", "#b3261e"
     frames = [to_hex(frame.get_edgecolor()) for frame in ax.patches if frame.get_linewidth()]
     assert frames == [green, red, red, green, green, red, red, red]
+    left, right, bottom, top = ax.images[0].get_extent()
+    assert (right - left) / (bottom - top) == pytest.approx(8 / 4)
+    assert ax.get_aspect() == 1
+    assert {image.get_interpolation() for image in ax.images} == {"nearest"}
 
 
 def test_cosines_that_are_almost_all_near_1_get_more_decimals():
@@ -221,39 +222,30 @@ def test_cosines_that_are_almost_all_near_1_get_more_decimals():
     assert words == ["0.9987", "0.9979", "0.3000"]
 
 
-def test_pictures_keep_their_shape_and_their_pixels():
-    figure = plots.plot_neighbors(FOUND, QUERIES, LABELS, image_of, CAPTION)
-    (ax,) = figure.findobj(matplotlib.axes.Axes)
-    left, right, bottom, top = ax.images[0].get_extent()
-    assert (right - left) / (bottom - top) == pytest.approx(8 / 4)
-    assert ax.get_aspect() == 1
-    assert {image.get_interpolation() for image in ax.images} == {"nearest"}
-
-
 ODD = ("$x^2$ & $y$", "_hidden", r"a\$b", "中文", "tab\tnew\nline", "100% {a} " + "long" * 20, "")
 HAN = plots.readable("中文")  # verbatim where a font of this machine has them
 
 
 def test_odd_class_names_are_drawn_verbatim_everywhere():
     labels = np.arange(28) % 7
-    panels = {"local": embeddings(28), "hf": embeddings(28, seed=1)}
+    panels = {"local": embeddings(28)}
     queries = np.arange(7)
     found = {"local": (queries[:, None] + 7, np.ones((7, 1)))}
     expected = ["$x^2$ & $y$", "_hidden", r"a\$b", HAN, r"tab\tnew\nline", ""]
     odd = [Estimate(0.5, 0.1, (0.3, 0.7))] * 7
     for figure in (
-        plots.plot_maps(make_maps(panels, labels, 0).pca, labels, called(ODD)),
+        plots.plot_maps({"local": project_pca(panels["local"], 2)}, labels, called(ODD)),
         plots.plot_similarity_matrices(panels, labels, called(ODD)),
         plots.plot_class_precision({"local": odd}, [], called(ODD)),
         plots.plot_neighbors(found, queries, labels, image_of, called(ODD)),
     ):
         shown(figure)
-        drawn = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text()]
+        drawn = [text for text in figure.findobj(Text) if text.get_text()]
         assert not any("$" in text.get_text() and text.get_parse_math() for text in drawn)
         lines = {line.strip() for text in drawn for line in text.get_text().split("\n")} | {""}
         assert {name for name in expected if name not in lines} == set()
         assert "100% {a…nglong" in lines
-        for legend in figure.findobj(matplotlib.legend.Legend):
+        for legend in figure.findobj(Legend):
             assert len(legend.get_texts()) in (1, len(ODD))
 
 
@@ -266,7 +258,7 @@ def test_characters_come_from_an_installed_font_or_are_replaced_and_counted():
     estimates = {"local": [Estimate(0.5, 0.1, (0.3, 0.7))]}
     figure = plots.plot_class_precision(estimates, [], called([elsewhere]))
     shown(figure)  # Matplotlib warns of missing glyphs
-    label = next(t for t in figure.findobj(matplotlib.text.Text) if t.get_text() == elsewhere)
+    label = next(t for t in figure.findobj(Text) if t.get_text() == elsewhere)
     assert label.get_fontfamily()[0] == plots.FONT
     assert len(label.get_fontfamily()) == 2
 
@@ -276,23 +268,18 @@ def test_a_long_name_keeps_both_its_ends_and_names_cut_alike_are_numbered():
     assert len(plots.readable("x" * 50, 14)) == 14
     assert plots.readable("exactly this", 12) == "exactly this"
     classes = ["kind", *(f"photographs of {animal} at night" for animal in ("cats", "dogs"))]
-    pca = {"local": project_pca(embeddings(), 2)}
-    words = texts(plots.plot_maps(pca, LABELS, called(classes)))
+    words = texts(plots.plot_maps(PCA, LABELS, called(classes)))
     assert {"kind", "1 photo… night", "2 photo… night"} <= set(words)
 
 
 def test_long_titles_and_footers_are_broken_inside_the_figure():
-    caption = replace(
-        CAPTION, title="A title of $many$ words, " * 12, footer="/a/path/without/blanks_" * 30
-    )
-    pca = {"local": project_pca(embeddings(), 2)}
-    figure = plots.plot_maps(pca, LABELS, caption)
-    shown(figure)
-    (ax,) = figure.findobj(matplotlib.axes.Axes)
+    title, footer = "A title of $many$ words, " * 12, "/a/path/without/blanks_" * 30
+    caption = replace(CAPTION, title=title, footer=footer)
+    figure = shown(plots.plot_maps(PCA, LABELS, caption))
+    (ax,) = axes_of(figure)
     title, footer = (text.get_window_extent() for text in (figure._suptitle, figure._supxlabel))
-    for box in (title, footer):
-        assert box.x0 >= 0
-        assert box.x1 <= figure.bbox.x1
+    assert min(title.x0, footer.x0) >= 0
+    assert max(title.x1, footer.x1) <= figure.bbox.x1
     assert footer.y1 < ax.get_tightbbox().y0
     assert title.y0 > ax.get_tightbbox().y1
 
@@ -302,20 +289,19 @@ def test_every_figure_takes_one_model_and_few_images_and_leaves_the_style_alone(
     X, labels = {"local": embeddings(4, 3)}, np.array([0, 1, 2, 0])
     maps = make_maps(X, labels, 0)
     found = {"local": (np.array([[1, 2, 3]]), np.ones((1, 3)))}
-    undefined = Estimate(np.nan, np.nan, (np.nan, np.nan))
     flat = TsneProjection(np.zeros((24, 2)), float("nan"), 1.0, float("nan"))
-    one = {"local": [Estimate(0.5, 0.1, (0.3, 0.7)), undefined, undefined]}
+    one = {"local": [Estimate(0.5, 0.1, (0.3, 0.7)), UNDEFINED, UNDEFINED]}
     for figure in (
         plots.plot_maps(maps.tsne, labels, CAPTION),
         plots.plot_maps({"local": flat}, LABELS, CAPTION),
         plots.plot_similarity_matrices(X, labels, CAPTION),
+        plots.plot_similarity_matrices(X, np.zeros(4, int), CAPTION),
         plots.plot_variance_explained(maps.pca, CAPTION),
         plots.plot_class_precision(one, [], CAPTION),
-        plots.plot_precision({"local": undefined, "chance": undefined}, CAPTION),
+        plots.plot_precision({"local": UNDEFINED, "chance": UNDEFINED}, CAPTION),
         plots.plot_neighbors(found, np.array([0]), labels, image_of, CAPTION),
     ):
-        shown(figure)
-        assert figure.dpi == 150
+        assert shown(figure).dpi == 150
         words = " ".join(texts(figure)).replace("\n", " ")
         assert CAPTION.title in words
         assert "HF" not in words
@@ -330,20 +316,16 @@ PRECISIONS = {
 DIFFERENCES = [Estimate(-0.3, 0.05, (-0.4, -0.2)), Estimate(0.5, 0.02, (0.45, 0.55))]
 
 
-def spans(ax: matplotlib.axes.Axes) -> list[tuple[float, float]]:
+def spans(ax: Axes) -> list[tuple[float, float]]:
     lines = [line.get_xdata() for line in ax.lines if line.get_marker() == "None"]
     return [tuple(ends) for ends in lines if len(ends) == 2 and np.isfinite(ends).all()]
 
 
 def test_class_precision_has_the_intervals_and_numbers_of_each_class_and_of_the_difference():
     figure = plots.plot_class_precision(PRECISIONS, DIFFERENCES, called(["a", "b"]))
-    left, right = figure.findobj(matplotlib.axes.Axes)
+    left, right = axes_of(figure)
     assert sorted(spans(left)) == sorted(e.ci95 for found in PRECISIONS.values() for e in found)
-    marks = {
-        line.get_label(): list(line.get_xdata())
-        for line in left.lines
-        if line.get_marker() != "None"
-    }
+    marks = {line.get_label(): list(line.get_xdata()) for line in left.lines}
     assert marks["Local: small (target)"] == [0.8, 0.25]
     assert marks["HF: large"] == [0.5, 0.75]
     assert [text.get_text() for text in left.texts] == ["80.0", "25.0", "50.0", "75.0"]
@@ -358,7 +340,7 @@ def test_of_very_many_classes_those_that_differ_most_are_shown():
     same = dict.fromkeys(("local", "hf"), differences)
     classes = [f"class {i}" for i in range(60)]
     figure = plots.plot_class_precision(same, differences, called(classes))
-    left = figure.findobj(matplotlib.axes.Axes)[0]
+    left = axes_of(figure)[0]
     assert [text.get_text() for text in left.get_yticklabels()] == classes[20:]
     assert any("Of 60 classes, the 40 that differ most" in text for text in texts(figure))
     figure = plots.plot_class_precision({"local": differences}, [], called(classes))
@@ -366,8 +348,8 @@ def test_of_very_many_classes_those_that_differ_most_are_shown():
 
 
 def test_the_strip_has_models_with_intervals_above_references_without():
-    rows = {"local": PRECISIONS["local"][0], "pixels": Estimate(0.7285, np.nan, (np.nan, np.nan))}
-    (ax,) = plots.plot_precision(rows, CAPTION).findobj(matplotlib.axes.Axes)
+    rows = {"local": PRECISIONS["local"][0], "pixels": replace(UNDEFINED, value=0.7285)}
+    (ax,) = plots.plot_precision(rows, CAPTION).findobj(Axes)
     names = [text.get_text() for text in ax.get_yticklabels()]
     assert names == ["Local: small (target)", "Pixels"]
     assert spans(ax) == [(0.7, 0.9)]
