@@ -199,7 +199,11 @@ def ratio(local: float, hf: float) -> float:
 def differences(
     local: Analysis, hf: Analysis, values: Mapping[str, Mapping[str, Estimate]]
 ) -> dict[str, dict[str, Any]]:
-    """Take hf - local and local / hf of every metric; for P@5 and P@1 also tests."""
+    """By metric: `estimate` is hf - local and `ratio` local / hf, each with its interval.
+
+    The ratio is NaN where the interval of hf reaches 0 or local is negative. P@5 also has `p`,
+    `wins`, `ties` and `losses` of hf over images, and P@1 `mcnemar_p`, where they are defined.
+    """
     result: dict[str, dict[str, Any]] = {}
     for metric, ours in values["local"].items():
         theirs = values["hf"][metric]

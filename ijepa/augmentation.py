@@ -51,8 +51,9 @@ def color_jitter(
 ) -> Float[Tensor, "B 3 H W"]:
     """Change brightness, contrast, saturation and hue, in this order; make some images gray.
 
-    Factors lie in 1 +- strength, the hue turns by at most a quarter of `strength` of the circle
-    (SimCLR's proportions, Chen et al. 2020, https://arxiv.org/abs/2002.05709, appendix A).
+    Images and results lie in [0, 1]. Factors are drawn from 1 +- `strength`. The hue turns by at
+    most strength / 4 of the circle. An image turns gray with probability `grey_share`. The
+    proportions are SimCLR's (Chen et al. 2020, https://arxiv.org/abs/2002.05709, appendix A).
     """
     draws = torch.rand(5, len(images), 1, 1, 1, generator=generator, device=images.device)
     brightness, contrast, saturation = 1 + strength * (2 * draws[:3] - 1)

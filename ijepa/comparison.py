@@ -209,7 +209,10 @@ def compare(  # noqa: PLR0913
 
 
 def seed_spread(trainings: Sequence[Mapping[str, Estimate]]) -> dict[str, SeedSpread]:
-    """Spread of every metric over trainings; kept apart from the intervals over images."""
+    """Spread of every metric over trainings, by metric; empty for fewer than two trainings.
+
+    It is kept apart from the intervals, which are over images.
+    """
     if len(trainings) < 2:
         return {}
     columns = {metric: [one[metric].value for one in trainings] for metric in METRICS}
@@ -267,6 +270,9 @@ def share_of(repeated: Sequence[Any]) -> float:
 def neighbor_confusion(
     analysis: Analysis, num_classes: int, k: int = 5
 ) -> Float[np.ndarray, "C C"]:
-    """Share of the k nearest neighbors of each class (row) that belong to each class (column)."""
+    """Share of the k nearest neighbors of each class (row) that belong to each class (column).
+
+    Shares lie in [0, 1] and each row sums to 1; the row of a class without images is zero.
+    """
     labels, neighbors = analysis.labels, analysis.neighbors[:, :k]
     return confusion(labels, labels[neighbors], num_classes, np.ones(neighbors.shape[1]))

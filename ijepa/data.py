@@ -41,10 +41,10 @@ class Split:
     """Labeled images in a fixed order.
 
     `images[i]` is a uint8 tensor of shape (3, height, width); folders decode it on demand, so sizes
-    may differ. It is None where there are only labels. `indices` are the positions in the whole
-    data set, kept through sampling. `paths` are relative to the folder, None for arrays. `notes`
-    say in one sentence each what was left out or assumed, `unreadable` has the paths of images that
-    were.
+    may differ. `images` is None where there are only labels. `indices` are positions in the whole
+    data set and survive sampling. `paths` are relative to the folder; None for arrays. Each of the
+    `notes` says what was left out or assumed. `unreadable` has the paths of the unreadable images
+    that were left out.
     """
 
     name: str
@@ -72,7 +72,10 @@ class Split:
         return replace(self, images=images, labels=labels, indices=indices, paths=paths)
 
     def without(self, failures: Sequence[tuple[int, str]]) -> "Split":
-        """The same images except for unreadable ones, given as rows with reasons; a note counts."""
+        """The split without the unreadable images of a folder, given as rows with reasons.
+
+        A note counts them, and `unreadable` has their paths.
+        """
         bad = [row for row, _ in failures]
         note = f"{counted(len(bad), 'unreadable image')} left out: {reasons(failures)}"
         rest = self.take(np.setdiff1d(np.arange(len(self)), bad))
@@ -130,13 +133,13 @@ def doubtful_pixels(split: Split, looked_at: int = 32) -> tuple[str, ...]:
     frames, dark, clear = (sum(found[at] for found in seen) for at in (0, 1, 2))
     notes = []
     if frames:
-        notes.append(f"several frames, of which one is used: {frames} of {len(seen)} files seen")
+        notes.append(f"several frames, of which one is used: {frames} of {len(seen)} files checked")
     if clear:
-        notes.append(f"transparent, and read as on white: {clear} of {len(seen)} files seen")
+        notes.append(f"transparent, so shown on white: {clear} of {len(seen)} files checked")
     if dark:
         notes.append(
             "16-bit gray without a value above 4,095, like 12-bit data, is read as nearly black, "
-            f"0 to 15 of 255: {dark} of {len(seen)} files seen"
+            f"0 to 15 of 255: {dark} of {len(seen)} files checked"
         )
     return tuple(notes)
 
@@ -240,8 +243,8 @@ def doubtful_classes(classes: dict[Path, list[Path]]) -> tuple[str, ...]:
         return ()
     names = ", ".join(name for (name,) in sorted(inner[0])[:3])
     one, *_ = classes
-    hint = f"if they are the classes, give {str(one)!r}"
-    return (printable(f"all classes have the folders {names}, whose images are mixed; {hint}"),)
+    problem = f"every class has the folders {names}, and their images are mixed"
+    return (printable(f"{problem}; if these folders are the classes, give {str(one)!r}"),)
 
 
 def no_classes(folder: Path, root: Path, classes: Sequence[Path], left_out: LeftOut) -> UserError:
@@ -294,7 +297,8 @@ def folder_split(
     stems = {path.rpartition(".")[0] for path in paths}
     masks = sum(stem.endswith(e) and stem.removesuffix(e) in stems for stem in stems for e in MASKS)
     if masks:
-        notes += (f"used as images, though named like masks of others: {counted(masks, 'file')}",)
+        found = counted(masks, "file")
+        notes += (f"used as images, though named like masks of other images: {found}",)
     indices = np.arange(len(files))
     return Split(str(folder), split, names, FolderImages(files), labels, indices, paths, notes)
 
@@ -351,7 +355,7 @@ def entries(folder: Path, left_out: LeftOut) -> list[Path]:
             seen.append(path)
             continue
         inside = sum(len(files) for _, _, files in os.walk(path)) if path.is_dir() else 1
-        left_out["file hidden or of the system"][path.name] += inside
+        left_out["file hidden or made by the operating system"][path.name] += inside
     return seen
 
 

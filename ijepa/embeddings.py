@@ -120,12 +120,9 @@ def extract(
 ) -> tuple[dict[str, Embeddings], list[tuple[int, str]]]:
     """Embed every image of the split with every encoder; each image is decoded once at most.
 
-    Rows of images that could not be decoded come back with the reasons; the embeddings are those of
-    the others.
-
-    Images are known by their keys, so that equal ones are embedded once, and any run computes only
-    what no run before it has. Of several processes each computes its share into the cache, where
-    process 0 finds it; the others get nothing.
+    Images are identified by their keys: equal ones are embedded once, and a run computes only what
+    the cache lacks. Each of several processes writes its share to the cache, where process 0 finds
+    it; the others return an empty dict and an empty list.
 
     Args:
         encoders: `FrozenEncoder`s, or `PrecomputedEmbeddings`, which look their rows up.
@@ -134,6 +131,10 @@ def extract(
             several processes.
         batch_size: Images per forward pass; affects results only by rounding.
         progress: See `Progress`.
+
+    Returns:
+        The embeddings of all decoded images, by encoder; and the rows of the images that could not
+        be decoded, with the reasons.
 
     Raises:
         UserError: If the cache cannot be written, memory runs out, or another process ended.

@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class FolderImages:
-    """Image files, decoded to RGB when asked for."""
+    """Image files; indexing decodes one to RGB with `read_image`, which raises UserError."""
 
     files: tuple[Path, ...]
 

@@ -110,15 +110,18 @@ def _without_rounding_errors(values: Eigenvalues, X: Embeddings) -> Eigenvalues:
 def explained_variance(eigenvalues: Eigenvalues, k: int) -> float:
     """Share of the total variance along the first k principal components, in [0, 1].
 
-    A shape and not a quality: few strong directions raise it, useful or not. NaN for more than all
-    components and without variance.
+    A shape and not a quality: few strong directions raise it, useful or not. NaN if k
+    exceeds the number of components or nothing varies.
     """
     total = eigenvalues.sum()
     return float(eigenvalues[:k].sum() / total) if k <= len(eigenvalues) and total > 0 else NAN
 
 
 def num_components(eigenvalues: Eigenvalues, share: float) -> float:
-    """Smallest number of principal components with this share of the variance; NaN without any."""
+    """Smallest number of principal components with this share of the variance, in [0, 1].
+
+    NaN if nothing varies.
+    """
     cumulative = np.cumsum(eigenvalues)
     # Rounding of the sum must not ask for a component more; 1e-12 is far below what is shown.
     reached = cumulative >= (share - 1e-12) * cumulative[-1]
@@ -128,8 +131,9 @@ def num_components(eigenvalues: Eigenvalues, share: float) -> float:
 def participation_ratio(eigenvalues: Eigenvalues, n: int) -> float:
     """Participation ratio (sum l)^2 / sum l^2 of a covariance from n images, at least 1.
 
-    A finite sample spreads its eigenvalues, which lowers the plain ratio: 1/n is taken from its
-    inverse. The estimate may slightly exceed the width d. NaN where nothing varies.
+    A finite sample spreads its eigenvalues, which lowers the plain ratio. To correct for that, 1/n
+    is subtracted from its inverse. The estimate may slightly exceed the width d. NaN if nothing
+    varies.
     """
     total = eigenvalues.sum()
     return float(1.0 / (np.square(eigenvalues / total).sum() - 1.0 / n)) if total > 0 else NAN

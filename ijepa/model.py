@@ -225,11 +225,12 @@ class Predictor(nn.Module):
 
 
 def initialize(network: nn.Module) -> None:
-    """Truncated normal weights and zero biases; deeper residual branches start smaller.
+    """Set truncated normal weights and zero biases in place; deeper branches start smaller.
 
     Linear layers use a deviation of 0.02 and, where they end a residual branch, 0.02 / sqrt(2 l) in
     block l, counted from 1. The patch projection uses 1 / sqrt(fan-in): at 0.02 the content of a 4
-    x 4 patch would be seven times weaker than its position code.
+    x 4 patch would be seven times weaker than its position code. Networks on the meta device stay
+    as they are.
     """
     if next(network.parameters()).is_meta:  # only names and shapes are wanted
         return

@@ -344,7 +344,7 @@ def seeds_finding(comparison: Comparison) -> str:
 
 
 def probe_finding(probe: Any) -> str:
-    """Which model classifies better with a bank of labeled images; empty without a probe."""
+    """A paragraph on which model classifies better with the bank; empty without a probe."""
     if not probe:
         return ""
     given = "and other banks of this size" if probe.bank_in_intervals else "given this bank"

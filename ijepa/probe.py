@@ -145,7 +145,8 @@ def notes(codes: BankLabels, num_missing: int) -> list[str]:
 def draw_parts(codes: BankLabels, seed: int) -> Parts:
     """A tenth to choose on, halves of a small bank, and draws of a few images of each class.
 
-    Each part is balanced. A single image of a class is in both halves and is not held out.
+    Each part is balanced. If a class has a single image, it is in both halves and is not held out.
+    There are no halves from `ENOUGH` images on, and no draws above half of the smallest class.
     """
     generator, counts = np.random.default_rng(seed), np.bincount(codes)
 

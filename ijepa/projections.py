@@ -39,7 +39,7 @@ class PcaProjection:
 
     @property
     def note(self) -> str:
-        """What the two axes hold."""
+        """A caption for the two axes: each one's component and share of the variance."""
         shares = [*self.variance_shares[:2], 0.0]  # one-dimensional embeddings have no second
         return f"across: PC1 ({shares[0]:.1%}), up: PC2 ({shares[1]:.1%})"
 

@@ -297,7 +297,7 @@ def artifact(path: Path) -> dict[str, Any]:
 
 
 def unnamed(comparison: Comparison) -> Split:
-    """Labels from anywhere as a split without pictures."""
+    """A split without images, for a comparison of arrays; label 3 is named `class 3`."""
     labels = comparison.analyses["local"].labels
     classes = tuple(f"class {label}" for label in range(int(labels.max()) + 1))
     return Split("arrays", "given", classes, None, labels, np.arange(len(labels)))

@@ -244,8 +244,8 @@ def evaluate(
 def collapses_now(ranks: Sequence[float], random_rank: float) -> bool:
     """Whether the last effective rank is the first one that looks collapsed.
 
-    That is one at or below the random network's that has not risen for `EARLY_EPOCHS` epochs; in
-    the first of them every run looks like that.
+    A rank looks collapsed if it exceeds neither the random network's rank nor the rank of
+    `EARLY_EPOCHS` epochs before. The first `EARLY_EPOCHS` ranks never do: all runs start low.
 
     Args:
         ranks: One per epoch.

@@ -234,10 +234,11 @@ class Views(NamedTuple):
 def draw_views(
     config: TrainConfig, images: UInt8[Tensor, "B 3 H W"], step: int, steps_per_epoch: int
 ) -> Views:
-    """Crops, colors and masks of one update, by the run's seed and the step.
+    """Crops, colors and masks of one update; the run's seed and the step determine them.
 
-    In the decay the further views are whole: Li et al. 2023, "Scaling Language-Image Pre-training
-    via Masking", section 3, https://arxiv.org/abs/2212.00794.
+    From the start of the learning-rate decay on, further views keep all of their patches: Li
+    et al. 2023, "Scaling Language-Image Pre-training via Masking", section 3,
+    https://arxiv.org/abs/2212.00794.
     """
     seed = derive_seed(config.seed, step)
     device, grid_size = images.device, config.vit.grid_size

@@ -299,7 +299,7 @@ def check_seeds(local: Any, seeds: list[Any]) -> None:
 def extract_all(
     args: argparse.Namespace, loaded: list[Any], split: "Split", cache: Path | None, talks: bool
 ) -> tuple["Split", dict[str, "Embeddings"]]:
-    """Embed the images with every encoder; unreadable images are left out where they may be."""
+    """Embed the readable images with every encoder; unreadable ones raise unless skipped."""
     from ijepa.embeddings import extract
 
     options = {"cache": cache, "batch_size": args.batch_size, "progress": make_progress(talks)}
@@ -309,7 +309,7 @@ def extract_all(
         if result.damaged:
             shown = ", ".join(map(str, result.damaged[:3]))
             files = counted(len(result.damaged), "damaged file")
-            say(f"{files} of cached {name} embeddings, whose images were embedded again: {shown}")
+            say(f"replaced {files} of cached {name} embeddings by embedding again: {shown}")
     return split, results
 
 
@@ -337,7 +337,7 @@ def load_bank(args: argparse.Namespace, split: "Split") -> "tuple[Split | None, 
         labels, train.image_keys(), set(split.image_keys()), args.probe_samples or 0, args.seed
     )
     left_out = counted(excluded, "training image")
-    note = f"The probe's bank leaves out {left_out} also among those compared."
+    note = f"The probe's bank leaves out {left_out} found among the compared images."
     bank = replace(train.take(rows), labels=labels[rows])
     return bank, [note] if excluded else []
 

@@ -199,7 +199,7 @@ def test_what_is_left_out_is_counted_with_its_reason(tmp_path):
             *("b/labels.csv", "b/more.zip", "b/README", "b/deep/model.pt", "empty class/x.txt"),
         ],
         "files outside the class folders": ["README.md", "9.png"],
-        "files hidden or of the system": [
+        "files hidden or made by the operating system": [
             *("a/._1.png", "a/Thumbs.db", ".DS_Store", ".ipynb_checkpoints/1.png"),
             *("__MACOSX/a/1.png", "b/@eaDir/1.png", "lost+found/1.png"),
         ],
@@ -282,7 +282,7 @@ def test_classes_that_may_be_splits_are_noted(tmp_path):
     assert note == "taken for classes, though named like splits: train, val"
     names = [f"{split}/{name}/1.png" for split in ("testing", "training") for name in "ab"]
     (note,) = load(folder_of(tmp_path / "mnist", *names)).notes
-    assert note.startswith("all classes have the folders a, b, whose images are mixed; if they are")
+    assert note.startswith("every class has the folders a, b, and their images are mixed; if these")
     assert note.endswith("mnist/testing'")
     assert load(folder_of(tmp_path / "mnist", "training/0.png")).notes == ()
 
@@ -306,7 +306,7 @@ def test_a_folder_without_two_classes_is_refused_with_what_it_holds(tmp_path, na
 def test_masks_next_to_images_are_noted(tmp_path):
     split = load(folder_of(tmp_path, "a/1.png", "a/1_mask.png", "b/x y.png", "b/who_seg.png"))
     assert len(split) == 4
-    assert split.notes == ("used as images, though named like masks of others: 1 file",)
+    assert split.notes == ("used as images, though named like masks of other images: 1 file",)
 
 
 @pytest.mark.parametrize(
@@ -387,10 +387,10 @@ def test_twelve_bit_data_transparency_and_several_frames_are_noted(tmp_path):
         Image.new("LA", (4, 4), (9, largest % 256)).save(tmp_path / name / "x.png")  # 255 and 0
     assert read_image(tmp_path / "a" / "x.gif").unique().tolist() == [1]
     several, clear, dark = doubtful_pixels(load(tmp_path))
-    assert several == "several frames, of which one is used: 2 of 6 files seen"
-    assert clear == "transparent, and read as on white: 1 of 6 files seen"
+    assert several == "several frames, of which one is used: 2 of 6 files checked"
+    assert clear == "transparent, so shown on white: 1 of 6 files checked"
     assert dark.startswith("16-bit gray without a value above 4,095")
-    assert dark.endswith(": 1 of 6 files seen")
+    assert dark.endswith(": 1 of 6 files checked")
     assert doubtful_pixels(load("digits")) == ()
 
 
