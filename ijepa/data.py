@@ -8,7 +8,6 @@ import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -114,34 +113,6 @@ def reasons(failures: Sequence[tuple[int, str]]) -> str:
     """The first five reasons, and how many more there are."""
     more = [f"and {len(failures) - 5:,} more"] if len(failures) > 5 else []
     return "; ".join([*(reason for _, reason in failures[:5]), *more])
-
-
-def doubtful_pixels(split: Split, looked_at: int = 32) -> tuple[str, ...]:
-    """Notes on files that may not mean what they are read as, found in evenly chosen ones."""
-
-    def look(image: Image.Image) -> tuple[bool, bool, bool]:
-        frames = image.format != "MPO" and getattr(image, "is_animated", False)
-        dark = image.mode.startswith("I") and bool(np.asarray(image).max() < 4096)
-        clear = image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
-        return frames, dark, clear
-
-    files = getattr(split.images, "files", ())
-    seen = []
-    for file in files[:: -(-len(files) // looked_at) or 1]:
-        with suppress(UserError):  # reported where every image is read
-            seen.append(use_image(file, look))
-    frames, dark, clear = (sum(found[at] for found in seen) for at in (0, 1, 2))
-    notes = []
-    if frames:
-        notes.append(f"several frames, of which one is used: {frames} of {len(seen)} files checked")
-    if clear:
-        notes.append(f"transparent, so shown on white: {clear} of {len(seen)} files checked")
-    if dark:
-        notes.append(
-            "16-bit gray without a value above 4,095, like 12-bit data, is read as nearly black, "
-            f"0 to 15 of 255: {dark} of {len(seen)} files checked"
-        )
-    return tuple(notes)
 
 
 def duplicates(keys: Sequence[bytes], labels: Int[np.ndarray, " n"]) -> tuple[int, int]:

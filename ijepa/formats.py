@@ -3,6 +3,9 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
+from jaxtyping import Float
+
 from ijepa.uncertainty import MIN_IMAGES_PER_CLASS, Estimate
 
 P5 = "precision_at_5"
@@ -80,3 +83,8 @@ def listed(names: Sequence[str]) -> str:
     if len(names) > MAX_NAMES:
         shown[-1] = f"{len(names) - MAX_NAMES + 1} more"
     return " and ".join(part for part in (", ".join(shown[:-1]), *shown[-1:]) if part)
+
+
+def similarity_digits(similarities: Float[np.ndarray, "m k"]) -> int:
+    """Decimals to print of neighbors' cosines: two, or four where most would print as 1.00."""
+    return 4 if similarities.size and np.median(similarities) > 0.98 else 2

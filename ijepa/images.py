@@ -1,6 +1,7 @@
 """Image files: what Pillow decodes, as uint8 tensors of RGB pixels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
@@ -24,6 +25,17 @@ BAD_IMAGES = (
     *(OSError, SyntaxError, ValueError, RuntimeError, AssertionError),
     Image.DecompressionBombError,
 )
+DOUBTS: dict[str, Callable[[Image.Image], bool]] = {
+    "several frames, of which one is used": lambda image: (
+        image.format != "MPO" and getattr(image, "is_animated", False)
+    ),
+    "transparent, so shown on white": lambda image: (
+        image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
+    ),
+    "16-bit gray without a value above 4,095, like 12-bit data, is read as nearly black, 0 to 15 "
+    "of 255": lambda image: image.mode.startswith("I") and bool(np.asarray(image).max() < 4096),
+}
+"""What a reader may not expect, and whether it holds for a file."""
 Result = TypeVar("Result")
 
 
@@ -82,6 +94,16 @@ def use_image(file: Path, use: Callable[[Image.Image], Result]) -> Result:
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "not an image, or damaged" if unknown else str(error) or repr(error)
         raise UserError(f"{reason}: {str(file)!r}", hint="replace or remove that file") from error
+
+
+def doubtful_pixels(files: Sequence[Path], looked_at: int = 32) -> tuple[str, ...]:
+    """Notes on files that may not mean what they are read as, found in evenly chosen ones."""
+    seen = []
+    for file in files[:: -(-len(files) // looked_at) or 1]:
+        with suppress(UserError):  # reported where every image is read
+            seen.append(use_image(file, lambda image: [holds(image) for holds in DOUBTS.values()]))
+    counts = zip(DOUBTS, map(sum, zip(*seen, strict=True)), strict=False)
+    return tuple(f"{what}: {n} of {len(seen)} files checked" for what, n in counts if n)
 
 
 def without_texts(png: bytes) -> bytes:

@@ -25,7 +25,15 @@ from PIL import Image
 from ijepa import narrative, plots
 from ijepa.comparison import Comparison
 from ijepa.data import Split
-from ijepa.formats import NO_INTERVALS, P5, capital, interval, label, number
+from ijepa.formats import (
+    NO_INTERVALS,
+    P5,
+    capital,
+    interval,
+    label,
+    number,
+    similarity_digits,
+)
 from ijepa.projections import Maps, class_similarity
 from ijepa.tables import INTERVALS, Rows, finding_tables, headline_table, model_facts
 from ijepa.uncertainty import MUTUAL_K, Estimate
@@ -210,7 +218,7 @@ def explorable(comparison: Comparison, maps: Maps, split: Split) -> dict[str, An
     for name, analysis in analyses.items():
         tsne, pca, precisions = maps.tsne[name], maps.pca[name], analysis.precisions(5)[rows]
         similarities = analysis.similarities[rows, :5]
-        digits = plots.similarity_digits(similarities)
+        digits = similarity_digits(similarities)
         hits = np.rint(5 * precisions) if np.isfinite(precisions).all() else None
         models.append(
             {

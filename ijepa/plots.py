@@ -32,7 +32,7 @@ from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 from ijepa.errors import counted
-from ijepa.formats import P5, capital, label, number
+from ijepa.formats import P5, capital, label, number, similarity_digits
 from ijepa.projections import PcaProjection, TsneProjection, class_similarity
 from ijepa.uncertainty import Estimate
 
@@ -103,8 +103,8 @@ def _font_of(character: str) -> str | None:
 def font_note(texts: Iterable[str]) -> str | None:
     """A sentence on the characters that figures cannot show; None if they show all."""
     missing = {character for character in "".join(texts) if _font_of(character) is None}
-    replaced = counted(len(missing), "character")
-    return f"no installed font has {replaced}: figures show the code" if missing else None
+    found = counted(len(missing), "character")
+    return f"no installed font has {found}: figures show the code" if missing else None
 
 
 def readable(text: str, limit: int | None = None) -> str:
@@ -161,7 +161,7 @@ def save_png(figure: Figure, file: io.BufferedIOBase) -> None:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # once; `savefig` would lay it out and draw it separately
     pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-    Image.fromarray(np.ascontiguousarray(pixels)).save(file, "PNG", dpi=(figure.dpi, figure.dpi))
+    Image.fromarray(pixels).save(file, "PNG", dpi=(figure.dpi, figure.dpi))
     figure.set_layout_engine("none")  # nothing moves when it is drawn again, and that is faster
 
 
@@ -206,9 +206,8 @@ def plot_maps(
         title = f"{model_title(role, caption.names)}\n{projection.note}"
         ax.set_title(title, color=MODEL_COLORS[role])
     if listed:
-        look = {"linestyle": "", "markersize": 5}
         handles = [
-            Line2D([], [], color=color, marker=marker, label=name, **look)
+            Line2D([], [], color=color, marker=marker, label=name, linestyle="", markersize=5)
             for (color, marker), name in zip(styles, shown, strict=True)
         ]
         widest = max(TextPath((0, 0), name or "x", size=8).get_extents().width for name in shown)
@@ -449,8 +448,3 @@ def plot_neighbors(
     ax.set(xlim=(-0.05, 1 + sum(widths) + 0.05), ylim=(step * len(queries), -0.35), aspect="equal")
     ax.set_axis_off()
     return figure
-
-
-def similarity_digits(similarities: Float[np.ndarray, "m k"]) -> int:
-    """Decimals to print of neighbors' cosines: two, or four where most would print as 1.00."""
-    return 4 if similarities.size and np.median(similarities) > 0.98 else 2

@@ -30,7 +30,7 @@ Rows = list[list[str]]
 
 
 def summary(comparison: Comparison) -> dict[str, dict[str, float | int]]:
-    """The five headline numbers of each model and local / hf."""
+    """The headline numbers of each model and local / hf."""
     result = {
         name: {
             "embedding_dim": analysis.embeddings.shape[1],

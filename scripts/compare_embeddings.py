@@ -92,6 +92,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         args.command = command_line("scripts/compare_embeddings.py", words)
     except ValueError as error:
         parser.error(str(error))
+    if args.hf_model == "none" and (args.hf_revision or args.hf_pooling != "mean"):
+        parser.error("--hf-revision and --hf-pooling mean nothing with --hf-model none")
     if args.hf_model is None:
         args.hf_model = bundled("hf") if args.offline else HUB_MODEL
     args.local_checkpoint = args.local_checkpoint or [bundled("checkpoint_latest.pt")]
@@ -204,7 +206,8 @@ def make_progress(talks: bool) -> Any:
 
 def load_images(args: argparse.Namespace) -> "Split":
     """The class-balanced sample to compare on; bad headers are found before any model is loaded."""
-    from ijepa.data import balanced_sample, doubtful_pixels, find_unreadable, load_split
+    from ijepa.data import balanced_sample, find_unreadable, load_split
+    from ijepa.images import doubtful_pixels
 
     dataset = args.dataset
     if dataset is None:
@@ -220,7 +223,9 @@ def load_images(args: argparse.Namespace) -> "Split":
         sample = replace(sample, notes=(*sample.notes, note))
     sample = readable(sample, find_unreadable(sample), args.skip_unreadable)
     check_size(sample)
-    return replace(sample, notes=(*sample.notes, *doubtful_pixels(sample)))
+    return replace(
+        sample, notes=(*sample.notes, *doubtful_pixels(getattr(sample.images, "files", ())))
+    )
 
 
 def check_size(split: "Split") -> None:

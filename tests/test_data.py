@@ -16,14 +16,13 @@ from ijepa.data import (
     Split,
     balanced_rows,
     balanced_sample,
-    doubtful_pixels,
     duplicates,
     find_unreadable,
     load_split,
     load_unlabeled,
 )
 from ijepa.errors import UserError
-from ijepa.images import read_image, shrink
+from ijepa.images import doubtful_pixels, read_image, shrink
 
 NOWHERE = Path("does-not-exist")
 CIFAR_CLASSES = ["plane", "car", "bird"]
@@ -386,12 +385,12 @@ def test_twelve_bit_data_transparency_and_several_frames_are_noted(tmp_path):
         frames[0].save(tmp_path / name / "x.gif", save_all=True, append_images=frames[1:])
         Image.new("LA", (4, 4), (9, largest % 256)).save(tmp_path / name / "x.png")  # 255 and 0
     assert read_image(tmp_path / "a" / "x.gif").unique().tolist() == [1]
-    several, clear, dark = doubtful_pixels(load(tmp_path))
+    several, clear, dark = doubtful_pixels(load(tmp_path).images.files)
     assert several == "several frames, of which one is used: 2 of 6 files checked"
     assert clear == "transparent, so shown on white: 1 of 6 files checked"
     assert dark.startswith("16-bit gray without a value above 4,095")
     assert dark.endswith(": 1 of 6 files checked")
-    assert doubtful_pixels(load("digits")) == ()
+    assert doubtful_pixels(()) == ()
 
 
 # --- decoding

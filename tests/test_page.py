@@ -115,7 +115,7 @@ def shown_table(parsed, caption):
 
 def test_the_page_has_the_tables_and_sentences_of_the_report(example, parsed):
     comparison, classes, probe = example.comparison, example.split.classes, example.probe
-    shown = shown_table(parsed, "The five headline numbers")
+    shown = shown_table(parsed, "The headline numbers")
     assert shown == tables.headline_table(comparison)
     found = tables.finding_tables(comparison, classes, probe)
     assert len(found) == 3

@@ -12,6 +12,7 @@ from matplotlib.legend import Legend
 from matplotlib.text import Text
 
 from ijepa import plots
+from ijepa.formats import similarity_digits
 from ijepa.plots import Caption
 from ijepa.projections import (
     PcaProjection,
@@ -215,7 +216,7 @@ def test_neighbors_are_the_right_images_with_tick_or_cross_and_color():
 
 def test_cosines_that_are_almost_all_near_1_get_more_decimals():
     near, far = np.array([[0.9987, 0.9979, 0.3]]), np.array([[0.9987, 0.97, 0.3]])
-    assert [plots.similarity_digits(found) for found in (near, far, near[:0])] == [4, 2, 2]
+    assert [similarity_digits(found) for found in (near, far, near[:0])] == [4, 2, 2]
     found = {"local": (np.array([[3, 4, 7]]), near)}
     figure = plots.plot_neighbors(found, QUERIES[:1], LABELS, image_of, CAPTION)
     words = [text.get_text().split()[1] for text in figure.axes[0].texts if "\n" in text.get_text()]
