@@ -8,7 +8,7 @@
 pixels, but `--depth` blocks (the real one has 32), against transformers' model as it loads by
 default, in a loop over batches. `local` takes the bundled checkpoint, against the same network in a
 float32 loop; `jpeg` the same from files of 500 x 375 pixels, against a loop that decodes a batch
-and then embeds it. Ours is in the dtype that `compare_embeddings.py` chooses.
+and then embeds it. `--dtype` is that of both versions; the loops are in float32.
 
 Seconds are those of the processor, all threads together; with `OMP_NUM_THREADS=1` they are the wall
 time of an idle core. For `jpeg`, where decoding overlaps with the network, and on a GPU they are
@@ -95,22 +95,17 @@ def extraction(encoder, split, batch_size):
     return lambda: embeddings.extract([encoder], split, **settings)[0][encoder.name].values
 
 
-def ours(work, folder, count, batch_size, device):
+def ours(work, folder, count, batch_size, device, dtype):
     """This package."""
-    from ijepa.devices import choose_dtype
-
-    device = torch.device(device)
-    encoder = load(work, folder, device, choose_dtype("auto", device))
+    encoder = load(work, folder, torch.device(device), getattr(torch, dtype))
     extract = extraction(encoder, images_of(work, folder, count), batch_size)
     return lambda: extract().tolist()
 
 
-def plain_loop(work, folder, count, batch_size, device):
-    """A batch is decoded and prepared, then embedded, then the next one is decoded."""
+def plain_loop(work, folder, count, batch_size, device, **_):
+    """A batch is decoded and prepared, then embedded in float32, then the next one is decoded."""
     from PIL import Image
     from transformers import AutoImageProcessor, AutoModel
-
-    from ijepa.devices import choose_dtype
 
     split, device = images_of(work, folder, count), torch.device(device)
     if work == "vit-huge":
@@ -123,8 +118,7 @@ def plain_loop(work, folder, count, batch_size, device):
             pixels = processor([pictures[row] for row in rows], return_tensors="pt")
             return model(**pixels.to(device)).last_hidden_state.mean(dim=1)
     else:
-        dtype = choose_dtype("auto", device) if work == "jpeg" else torch.float32
-        encoder = load(work, folder, device, dtype)
+        encoder = load(work, folder, device, torch.float32)
 
         def embed(rows):
             return encoder.embed([split.images[row] for row in rows])
@@ -155,6 +149,7 @@ def main():
         argument("--images", type=int, default=8)
         argument("--batch-size", type=int, default=8)
         argument("--device", default="cpu")
+        argument("--dtype", choices=["bfloat16", "float32"], default="float32")
 
     args = parse(__doc__, add)
     with tempfile.TemporaryDirectory() as folder:
@@ -163,7 +158,7 @@ def main():
         if args.work == "jpeg":
             write_photographs(folder, args.images)
         settings = {"work": args.work, "folder": folder, "count": args.images}
-        settings |= {"batch_size": args.batch_size, "device": args.device}
+        settings |= {name: getattr(args, name) for name in ("batch_size", "device", "dtype")}
         turns = race(args, settings, (LOOP,))
     clock = "cpu" if args.work != "jpeg" and args.device == "cpu" else "wall"
     print("| version | ms per image | ours / it | cosine |")

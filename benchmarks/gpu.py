@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 WORKS = [
-    "extraction.py vit-huge --device cuda --depth 32 --images 2048 --batch-size 64",
+    "extraction.py vit-huge --device cuda --dtype bfloat16 --depth 32 --images 2048 "
+    "--batch-size 64",
     "pairwise.py --device cuda --sizes 50000 --widths 1280 --halves 200",
 ]
 
