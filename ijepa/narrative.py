@@ -5,13 +5,14 @@ roles, and classes as they are given.
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ijepa.agreement import MAX_SPEARMAN_IMAGES
-from ijepa.comparison import Comparison, neighbor_confusion
+from ijepa.comparison import Comparison
 from ijepa.formats import (
     NO_INTERVALS,
     P5,
@@ -47,10 +48,8 @@ def verdict(difference: Estimate) -> str:
     return "higher" if low > 0 else "lower" if high < 0 else "unclear"
 
 
-def ruling(
-    metric: str, difference: Estimate, pair: tuple[str, str], n: int, numbers: bool = True
-) -> str:
-    """Which of a pair is ahead in a metric, or that this cannot be shown.
+def ruling(metric: str, difference: Estimate, pair: tuple[str, str], n: int) -> str:
+    """Which of a pair is ahead in a metric, or that this cannot be shown; ends in the numbers.
 
     The difference is the first's value less the second's. Without one the ruling is empty.
     """
@@ -67,7 +66,7 @@ def ruling(
     }[verdict(difference)]
     shown = f"{label(pair[0])} - {label(pair[1])} {gap(metric, difference)}"
     shown = shown if measure in said else f"{measure}, {shown}"
-    return capital(said) + (f" ({shown})." if numbers else ".")
+    return f"{capital(said)} ({shown})."
 
 
 def called(role: str) -> str:
@@ -75,28 +74,23 @@ def called(role: str) -> str:
     return f"the {label(role)} {'model' if role in ('local', 'hf') else 'baseline'}"
 
 
-def models_ruling(comparison: Comparison, metric: str, numbers: bool = True) -> str:
+def models_ruling(differences: Mapping[str, Any], metric: str, n: int) -> str:
     """The ruling on HF - local in a metric; empty for one model."""
-    if metric not in comparison.differences:
+    if metric not in differences:
         return ""
-    difference = comparison.differences[metric]["estimate"]
-    return ruling(metric, difference, ("hf", "local"), count(comparison), numbers)
+    return ruling(metric, differences[metric]["estimate"], ("hf", "local"), n)
 
 
-def reference_rulings(comparison: Comparison, numbers: bool = True) -> list[str]:
+def reference_rulings(comparison: Comparison) -> list[str]:
     """The rulings on the local model's retrieval and that of each reference."""
     n, gains = count(comparison), comparison.gains.items()
-    return [ruling(P5, gain, ("local", name), n, numbers) for name, gain in gains]
+    return [ruling(P5, gain, ("local", name), n) for name, gain in gains]
 
 
-def probe_rulings(probe: Any, numbers: bool = True) -> list[str]:
+def probe_rulings(probe: Any) -> list[str]:
     """The rulings on HF - local in the probe's accuracies; empty for one model or no probe."""
-    changes = probe.differences if probe else {}
-    return [
-        ruling(m, changes[m]["estimate"], ("hf", "local"), probe.query_images, numbers)
-        for m in ("linear", "knn")
-        if m in changes
-    ]
+    measures = ("linear", "knn") if probe else ()
+    return [models_ruling(probe.differences, m, probe.query_images) for m in measures]
 
 
 def paragraph(*sentences: str) -> str:
@@ -137,7 +131,7 @@ def answer(comparison: Comparison) -> str:
         if best < values[P5]
     ]
     return paragraph(
-        models_ruling(comparison, P5),
+        models_ruling(comparison.differences, P5, count(comparison)),
         f"Both models are below {listed(above)}." if above and comparison.differences else "",
         f"Share of an image's five nearest neighbors that have its class: "
         f"{by_model(comparison, P5)}, chance {number(P5, comparison.chance_precision)}.",
@@ -187,9 +181,12 @@ def variance_finding(comparison: Comparison) -> str:
         raw = f"Raw pixels reach {number('variance_10pc', pixels['variance_10pc'])} in 10 PCs."
     ten = [f"{number('variance_10pc', 10 / w)} for {called(role)}" for role, w in widths.items()]
     differ = len(set(widths.values())) == 2 and min(widths.values()) >= 10
+    rulings = (
+        models_ruling(comparison.differences, metric, count(comparison))
+        for metric in ("variance_10pc", "effective_rank")
+    )
     return paragraph(
-        models_ruling(comparison, "variance_10pc"),
-        models_ruling(comparison, "effective_rank"),
+        *rulings,
         f"Variance in 10 PCs: {by_model(comparison, 'variance_10pc')}.",
         f"Variance in 50 PCs: {by_model(comparison, 'variance_50pc')}.",
         f"PCs for 80% of the variance: {by_model(comparison, 'components_80')}.",
@@ -199,13 +196,12 @@ def variance_finding(comparison: Comparison) -> str:
     )
 
 
-def separability_ruling(comparison: Comparison, numbers: bool = True) -> str:
+def separability_ruling(comparison: Comparison) -> str:
     """The ruling on silhouettes; none is better where no model is shown to separate the classes."""
-    found = [metrics["silhouette"] for metrics in comparison.metrics.values()]
+    found, n = [metrics["silhouette"] for metrics in comparison.metrics.values()], count(comparison)
     if len(found) == 2 and all(one.ci95[0] <= 0 for one in found):
-        n = count(comparison)
         return f"No model is shown to separate the classes (silhouette) at n = {n:,}."
-    return models_ruling(comparison, "silhouette", numbers)
+    return models_ruling(comparison.differences, "silhouette", n)
 
 
 def separability_finding(comparison: Comparison) -> str:
@@ -227,14 +223,13 @@ def confusion_finding(comparison: Comparison, classes: Sequence[str]) -> str:
 
     parts = []
     for role, ranked in comparison.rankings.items():
-        confusion = neighbor_confusion(comparison.analyses[role], len(classes))
         if not ranked:  # precision@5 is not defined
             continue
         best, share = ranked["purest_class"].values()
+        purity = max(one.value for one in comparison.class_precision[role])
         parts.append(
             f"In {called(role)}, {classes[best]} has the purest neighborhoods: "
-            f"{number('share', confusion[best, best])} of neighbors share its class"
-            f"{halves('also', share)}."
+            f"{number('share', purity)} of neighbors share its class{halves('also', share)}."
         )
         pairs = [
             f"{classes[pair['from']]} -> {classes[pair['to']]} ({number('share', pair['share'])})"
@@ -374,10 +369,11 @@ def conclusions(comparison: Comparison, probe: Any = None) -> list[str]:
     if not comparison.num_halves:
         return [undefined(comparison) or NO_INTERVALS]
     found = [
-        undefined(comparison) or models_ruling(comparison, P5, numbers=False),
-        *reference_rulings(comparison, numbers=False),
-        *probe_rulings(probe, numbers=False),
-        separability_ruling(comparison, numbers=False),
+        undefined(comparison) or models_ruling(comparison.differences, P5, count(comparison)),
+        *reference_rulings(comparison),
+        *probe_rulings(probe),
+        separability_ruling(comparison),
         agreement_ruling(comparison) if comparison.agreement else "",
     ]
-    return [sentence for sentence in found if sentence]
+    # The numbers are the parentheses at the end.
+    return [re.sub(r" \([^()]*\)\.$", ".", sentence) for sentence in found if sentence]

@@ -36,7 +36,7 @@ from ijepa.formats import (
 )
 from ijepa.projections import Maps, class_similarity
 from ijepa.tables import INTERVALS, Rows, finding_tables, headline_table, model_facts
-from ijepa.uncertainty import MUTUAL_K, Estimate
+from ijepa.uncertainty import MUTUAL_K, Estimate, estimate
 
 DARK = {plots.INK: "#e9e6df", plots.SOFT: "#aaa59b", plots.RULE: "#3a3f47"}
 DARK |= {plots.GROUND: "#131519", plots.MODEL_COLORS["local"]: "#5cc6e2"}
@@ -156,8 +156,7 @@ def precision_rows(comparison: Comparison) -> dict[str, Estimate]:
     rows = {name: metrics[P5] for name, metrics in comparison.metrics.items()}
     others = {name: values[P5] for name, values in comparison.references.items()}
     others["chance"] = comparison.chance_precision
-    missing = (math.nan, math.nan)
-    return rows | {name: Estimate(value, math.nan, missing) for name, value in others.items()}
+    return rows | {name: estimate(value, np.empty(0)) for name, value in others.items()}
 
 
 def similarity_tables(comparison: Comparison, classes: Sequence[str]) -> dict[str, Rows]:

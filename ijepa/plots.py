@@ -6,13 +6,13 @@ index into the classes of the caption. Names appear verbatim.
 Dimension key: n images, c classes, q queries, k neighbors of each.
 """
 
-import io
 import math
 import textwrap
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -32,6 +32,7 @@ from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 from ijepa.errors import counted
+from ijepa.files import write_atomically
 from ijepa.formats import P5, capital, label, number, similarity_digits
 from ijepa.projections import PcaProjection, TsneProjection, class_similarity
 from ijepa.uncertainty import Estimate
@@ -156,12 +157,12 @@ def new_figure(caption: Caption, width: float, height: float) -> tuple[Figure, S
 
 
 @matplotlib.rc_context(STYLE)
-def save_png(figure: Figure, file: io.BufferedIOBase) -> None:
+def save_figure(path: Path, figure: Figure) -> None:
     """Write a figure as PNG; the same figure gives the same bytes."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()  # once; `savefig` would lay it out and draw it separately
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-    Image.fromarray(pixels).save(file, "PNG", dpi=(figure.dpi, figure.dpi))
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    write_atomically(path, lambda file: image.save(file, "PNG", dpi=(figure.dpi, figure.dpi)))
     figure.set_layout_engine("none")  # nothing moves when it is drawn again, and that is faster
 
 
@@ -229,9 +230,7 @@ def _name_classes(
     for row in present if len(present) <= MAX_LABELED else ():
         place = np.median(points[labels == row], axis=0)
         font = {"ha": "center", "va": "center", "fontsize": 8.5, "fontweight": "bold"}
-        note = ax.text(*place, names[row], **font)
-        note.set_in_layout(False)
-        note.set_path_effects([HALO])
+        note = ax.text(*place, names[row], path_effects=[HALO], in_layout=False, **font)
         box = note.get_window_extent()
         places = [box.translated(0, lines * box.height) for lines in (0, 1, -1, 2, -2)]
         free = [p for p in places if ax.bbox.count_contains(p.corners()) == 4]
@@ -258,9 +257,9 @@ def _matrix(ax: Axes, matrix: Float[np.ndarray, "c c"], names: list[str], **colo
         dark = np.dot(mesh.to_rgba(value)[:3], (0.299, 0.587, 0.114)) < 0.5
         text = number("similarity", value, extra=digits - 3)
         look = {"color": "white" if dark else "black", "ha": "center", "va": "center"}
-        size = min(6.5 if digits == 2 else 5.5, 100 / count)
-        note = ax.text(column + 0.5, row + 0.5, text, fontsize=size, **look)
-        note.set_in_layout(False)  # it is inside of its cell; measuring it takes time
+        look["fontsize"] = min(6.5 if digits == 2 else 5.5, 100 / count)
+        # It is inside of its cell; measuring it takes time.
+        ax.text(column + 0.5, row + 0.5, text, in_layout=False, **look)
     return mesh
 
 
@@ -331,13 +330,13 @@ def _intervals(
 ) -> None:
     """Marks with 95% intervals and numbers in percent; ``key`` is a model or a reference."""
     color, sign = MODEL_COLORS.get(key, INK), "" if key in MODEL_MARKERS else "+"
-    font = {"textcoords": "offset points", "va": "center_baseline", "fontsize": 7}
+    look = {"textcoords": "offset points", "va": "center_baseline", "fontsize": 7}
+    look |= {"color": color, "path_effects": [HALO]}
     for estimate, y in zip(estimates, heights, strict=True):
         ends = [x for x in (*estimate.ci95, estimate.value) if np.isfinite(x)]
         ax.plot(estimate.ci95, [y, y], color=color, linewidth=1.6)  # NaN is not drawn
         text = number(P5, estimate.value, sign).rstrip("%")
-        note = ax.annotate(text, (max(ends, default=0), y), (5, 0), color=color, **font)
-        note.set_path_effects([HALO])
+        ax.annotate(text, (max(ends, default=0), y), (5, 0), **look)
     fill = color if key in MODEL_COLORS or sign else GROUND
     look = {"color": color, "markerfacecolor": fill, "markersize": 5, "label": name}
     values = [estimate.value for estimate in estimates]

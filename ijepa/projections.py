@@ -5,7 +5,6 @@ Dimension key: n images, m of them shown, d width of an embedding.
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -18,14 +17,12 @@ from scipy.linalg import orthogonal_procrustes
 from threadpoolctl import threadpool_limits
 
 from ijepa.data import balanced_rows
-from ijepa.files import write_atomically
+from ijepa.files import read_arrays, write_atomically
 from ijepa.metrics import NAN, Embeddings, Labels, class_means, row_norms
 
 MAX_POINTS = 5000  # with more images, t-SNE takes minutes and the map shows a blot
 TSNE_WIDTH = 50  # principal components that t-SNE sees at most
 PERPLEXITY = 30.0
-# What NumPy and zipfile raise for files that are missing or damaged, found by flipping every bit.
-UNREADABLE = (OSError, EOFError, KeyError, RuntimeError, ValueError, zipfile.BadZipFile)
 
 Plane = Float[np.ndarray, "n 2"]
 
@@ -95,11 +92,10 @@ def make_maps(
     pca = {name: project_pca(X, 2) for name, X in embeddings.items()}
     pca = {name: replace(p, coordinates=p.coordinates[rows]) for name, p in pca.items()}
     first, *others = embeddings
-    for name in others:
-        turned = align(tsne[first].coordinates, tsne[name].coordinates)
-        tsne[name] = replace(tsne[name], coordinates=turned)
-        flipped = match_signs(pca[first].coordinates, pca[name].coordinates)
-        pca[name] = replace(pca[name], coordinates=flipped)
+    for maps, turn in ((tsne, align), (pca, match_signs)):
+        for name in others:
+            turned = turn(maps[first].coordinates, maps[name].coordinates)
+            maps[name] = replace(maps[name], coordinates=turned)
     return Maps(rows, tsne, pca)
 
 
@@ -154,13 +150,11 @@ def project_tsne_cached(X: Embeddings, seed: int, cache: Path | None) -> TsnePro
     settings = json.dumps([X.shape, str(X.dtype), seed, TSNE_WIDTH, PERPLEXITY, *versions])
     key = hashlib.sha256(settings.encode() + X.tobytes()).hexdigest()[:16]
     file = cache / f"{key}.npz"
+    facts = ("kl_divergence", "kept_neighbors", "perplexity")
     try:
-        with file.open("rb") as opened, np.load(opened) as kept:
-            facts = [
-                float(kept[name]) for name in ("kl_divergence", "kept_neighbors", "perplexity")
-            ]
-            return TsneProjection(kept["coordinates"], *facts)
-    except UNREADABLE:
+        kept = read_arrays(file, "coordinates", *facts)
+        return TsneProjection(kept["coordinates"], *(float(kept[name]) for name in facts))
+    except (FileNotFoundError, ValueError, KeyError):
         made = project_tsne(X, seed)
         write_atomically(file, lambda opened: np.savez(opened, **asdict(made)))
         return made

@@ -24,7 +24,7 @@ from ijepa.comparison import Comparison, neighbor_confusion
 from ijepa.data import Split
 from ijepa.embeddings import save_embeddings
 from ijepa.errors import git_commit
-from ijepa.files import sha256, write_atomically, write_text
+from ijepa.files import sha256, write_text
 from ijepa.images import shrink
 from ijepa.markdown import caveats as find_caveats
 from ijepa.markdown import markdown
@@ -50,21 +50,16 @@ NOT_ALWAYS_MADE += ("nn_disagreement.png",)
 """Files that need pictures, or two models that disagree on one."""
 
 
-def settings(seed: int) -> dict[str, Any]:
-    """The settings of the numbers, from the constants that the code uses."""
-    return {
+def complete(comparison: Comparison, split: Split, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a run, completed by those that the arrays hold."""
+    settings = {
         "similarity": "cosine",
         "silhouette": "euclidean, true labels",
         "knn": {"k": KNN_K, "temperature": TEMPERATURE, "leave_one_out": True},
         "mutual_k": MUTUAL_K,
         "intervals": {"level": 0.95, "halves": NUM_HALVES, "spectrum": "influence functions"},
-        "tsne": {"pca": TSNE_WIDTH, "perplexity": PERPLEXITY, "seed": seed},
+        "tsne": {"pca": TSNE_WIDTH, "perplexity": PERPLEXITY, "seed": comparison.seed},
     }
-
-
-def complete(comparison: Comparison, split: Split, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts of a run, completed by those that the arrays hold."""
-    widths = {role: a.embeddings.shape[1] for role, a in comparison.analyses.items()}
     data = {
         "name": split.name,
         "split": split.split,
@@ -75,19 +70,18 @@ def complete(comparison: Comparison, split: Split, facts: Mapping[str, Any]) -> 
         "unreadable": list(split.unreadable),
         **facts.get("dataset", {}),
     }
-    models = {
-        role: {"source": name, "embedding_dim": widths[role], "short_name": name, "notes": []}
-        | {"losses": None}
-        | facts.get("models", {}).get(role, {})
-        for role, name in comparison.names.items()
-    }
+    models = {}
+    for role, name in comparison.names.items():
+        width = comparison.analyses[role].embeddings.shape[1]
+        models[role] = {"source": name, "embedding_dim": width, "short_name": name}
+        models[role] |= {"notes": [], "losses": None}
+    # Other seeds of the local model come after the compared models.
+    for role, known in facts.get("models", {}).items():
+        models[role] = models.get(role, {}) | known
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     run = {"command": "", "seed": comparison.seed, "versions": versions}
     run |= {"git_commit": git_commit(), **facts.get("run", {})}
-    known = {"settings": settings(comparison.seed), **facts}
-    # Other seeds of the local model come after the compared models.
-    models |= {role: x for role, x in facts.get("models", {}).items() if role not in models}
-    return known | {"run": run, "dataset": data, "models": models}
+    return {"settings": settings, **facts, "run": run, "dataset": data, "models": models}
 
 
 def draw(
@@ -180,11 +174,6 @@ def draw_neighbors(
         return shrink(split.images[row], SHOWN_SIDE)
 
     return plots.plot_neighbors(found, queries, split.labels, image_of, caption)
-
-
-def save_figure(path: Path, figure: Figure) -> None:
-    """Write a PNG; the same figure gives the same bytes."""
-    write_atomically(path, lambda file: plots.save_png(figure, file))
 
 
 def per_image_csv(comparison: Comparison, maps: Maps, split: Split, probe: Any = None) -> str:
@@ -338,7 +327,7 @@ def write_report(  # noqa: PLR0913
         write(f"embeddings_{role}.npz", lambda path, X=values: save_embeddings(path, X, split))
     figures = dict(draw(comparison, maps, split, comparison.seed))
     for name, figure in figures.items():
-        write(name, lambda path, figure=figure: save_figure(path, figure))
+        write(name, lambda path, figure=figure: plots.save_figure(path, figure))
     figures = {name: figures[name] for name in ON_PAGE}
     table = per_image_csv(comparison, maps, split, probe)
     write("per_image.csv", lambda path: write_text(path, table))

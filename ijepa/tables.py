@@ -107,9 +107,8 @@ def class_table(comparison: Comparison, classes: Sequence[str]) -> Rows:
     labels, sizes = np.unique(comparison.analyses["local"].labels, return_counts=True)
     columns = comparison.class_precision
     rows = [["Class", "n", *(f"{capital(label(role))} [95%]" for role in columns)]]
-    for place, (row, size) in enumerate(zip(labels, sizes, strict=True)):
-        shown = [interval(P5, found[place]) for found in columns.values()]
-        rows.append([classes[row], f"{size:,}", *shown])
+    for row, size, *found in zip(labels, sizes, *columns.values(), strict=True):
+        rows.append([classes[row], f"{size:,}", *(interval(P5, one) for one in found)])
     if comparison.per_class:
         rows[0] += [DIFFERENCE, "HF wins / ties / losses", "Holm p", "First neighbor, Holm p"]
         rows[0].append("Shared 10-NN [95%]")

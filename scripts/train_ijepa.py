@@ -275,8 +275,7 @@ def end_epoch(args: argparse.Namespace, run: Any, state: Any, row: dict[str, Any
 def finish(run: Any) -> None:
     """Draw the curves of this run's last checkpoint and export its context encoder."""
     from ijepa.checkpoint import export_huggingface, load_checkpoint
-    from ijepa.plots import Caption
-    from ijepa.report import save_figure
+    from ijepa.plots import Caption, save_figure
     from ijepa.runs import CHECKPOINT, plot_training_curves
 
     path = run.folder / CHECKPOINT
