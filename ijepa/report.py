@@ -319,30 +319,28 @@ def write_report(  # noqa: PLR0913
     caveats = [*caveats, *filter(None, [plots.font_note([split.name, *split.classes])])]
     written: list[Path] = []
 
-    def write(name: str, how: Callable[[Path], None]) -> None:
-        how(folder / name)
+    def write(name: str, how: Callable[..., None], *what: Any) -> None:
+        how(folder / name, *what)
         written.append(folder / name)
 
     for role, values in X.items() if split.images is not None else ():
-        write(f"embeddings_{role}.npz", lambda path, X=values: save_embeddings(path, X, split))
+        write(f"embeddings_{role}.npz", save_embeddings, values, split)
     figures = dict(draw(comparison, maps, split, comparison.seed))
     for name, figure in figures.items():
-        write(name, lambda path, figure=figure: plots.save_figure(path, figure))
-    figures = {name: figures[name] for name in ON_PAGE}
-    table = per_image_csv(comparison, maps, split, probe)
-    write("per_image.csv", lambda path: write_text(path, table))
+        write(name, plots.save_figure, figure)
+    write("per_image.csv", write_text, per_image_csv(comparison, maps, split, probe))
     files = [*(path.name for path in written), "report.html", "metrics.json"]
-    text = markdown(comparison, facts, caveats, files, probe)
-    write("report.md", lambda path: write_text(path, text))
+    write("report.md", write_text, markdown(comparison, facts, caveats, files, probe))
 
     content = metrics_content(comparison, facts, caveats, probe)
     content["artifacts"] = [artifact(path) for path in written]
+    figures = {name: figures[name] for name in ON_PAGE}
     html = page(comparison, maps, split, facts, caveats, json_text(content), figures, probe)
-    write("report.html", lambda path: write_text(path, html))
+    write("report.html", write_text, html)
     content["artifacts"].append(artifact(written[-1]))
     if "seconds" in content["run"]:
         content["run"]["seconds"]["write"] = round(time.perf_counter() - began, 3)
-    write("metrics.json", lambda path: write_text(path, json_text(content)))
+    write("metrics.json", write_text, json_text(content))
     for left in {folder / name for name in NOT_ALWAYS_MADE} - set(written):
         left.unlink(missing_ok=True)
     return written

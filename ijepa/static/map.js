@@ -2,7 +2,18 @@
 
 // Lightness rises throughout, and both ends stand out from white and from black.
 const SCALE = ["#6a4fb3", "#5070c0", "#3f8fb0", "#4aa888", "#a5bf63", "#f2d349"];
-const LEVELS = [["X", "few"], ["D", "some"], ["o", "most"]];
+const LEVELS = ["X", "D", "o"]; // few, some, most
+const PLUS = [[0.4, 0.4], [0.4, 1.15], [-0.4, 1.15], [-0.4, 0.4], [-1.15, 0.4], [-1.15, -0.4],
+  [-0.4, -0.4], [-0.4, -1.15], [0.4, -1.15], [0.4, -0.4], [1.15, -0.4], [1.15, 0.4]];
+const CORNERS = { // of each shape but the circle
+  o: [],
+  "^": [[0, -1.25], [1.08, 0.62], [-1.08, 0.62]],
+  v: [[0, 1.25], [1.08, -0.62], [-1.08, -0.62]],
+  s: [[-0.9, -0.9], [0.9, -0.9], [0.9, 0.9], [-0.9, 0.9]],
+  D: [[0, -1.25], [1.25, 0], [0, 1.25], [-1.25, 0]],
+  P: PLUS,
+  X: PLUS.map(([u, v]) => [(u - v) / Math.SQRT2, (u + v) / Math.SQRT2]),
+};
 const dark = matchMedia("(prefers-color-scheme: dark)");
 let sheet = null; // the context of a canvas that holds all pictures
 const tiles = new Map();
@@ -10,20 +21,10 @@ const tiles = new Map();
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
 function sign(g, shape, x, y, r) {
-  const line = (corners) => {
-    for (const [u, v] of corners) g.lineTo(x + u * r, y + v * r);
-    g.closePath();
-  };
-  const plus = [[0.4, 0.4], [0.4, 1.15], [-0.4, 1.15], [-0.4, 0.4], [-1.15, 0.4], [-1.15, -0.4],
-    [-0.4, -0.4], [-0.4, -1.15], [0.4, -1.15], [0.4, -0.4], [1.15, -0.4], [1.15, 0.4]];
   g.beginPath();
   if (shape === "o") g.arc(x, y, r, 0, 7);
-  else if (shape === "^") line([[0, -1.25], [1.08, 0.62], [-1.08, 0.62]]);
-  else if (shape === "v") line([[0, 1.25], [1.08, -0.62], [-1.08, -0.62]]);
-  else if (shape === "s") line([[-0.9, -0.9], [0.9, -0.9], [0.9, 0.9], [-0.9, 0.9]]);
-  else if (shape === "D") line([[0, -1.25], [1.25, 0], [0, 1.25], [-1.25, 0]]);
-  else if (shape === "P") line(plus);
-  else line(plus.map(([u, v]) => [(u - v) / Math.SQRT2, (u + v) / Math.SQRT2])); // X, a turned plus
+  for (const [u, v] of CORNERS[shape]) g.lineTo(x + u * r, y + v * r);
+  g.closePath();
 }
 
 function drawSign(g, [shape, fill], x, y, r) {
@@ -35,7 +36,7 @@ function drawSign(g, [shape, fill], x, y, r) {
   g.stroke();
 }
 
-const level = (share) => LEVELS[Math.min(2, Math.floor(share * 2.999))][0];
+const level = (share) => LEVELS[Math.min(2, Math.floor(share * 2.999))];
 const onScale = (share) => SCALE[Math.round(share * 5)];
 
 // All signs that can occur, and the number of the one that an image has.
@@ -52,8 +53,7 @@ function signs(model) {
 function tileOf(id) {
   if (!tiles.has(id)) {
     const { tile, columns } = data.sprite;
-    const canvas = document.createElement("canvas");
-    canvas.width = canvas.height = tile;
+    const canvas = make("canvas", { width: tile, height: tile });
     const cut = sheet.getImageData((id % columns) * tile, Math.floor(id / columns) * tile, tile, tile);
     canvas.getContext("2d").putImageData(cut, 0, 0);
     tiles.set(id, { canvas, address: canvas.toDataURL() });
@@ -122,11 +122,11 @@ class Panel {
   stamp([shape, fill], radius, dim) {
     const key = [shape, fill, radius.toFixed(1), dim].join();
     if (!this.stamps.has(key)) {
-      const canvas = document.createElement("canvas");
-      canvas.width = canvas.height = Math.ceil(2 * this.ratio * (radius * 1.35 + 1));
+      const side = Math.ceil(2 * this.ratio * (radius * 1.35 + 1));
+      const canvas = make("canvas", { width: side, height: side });
       const g = canvas.getContext("2d");
       g.globalAlpha = dim ? 0.16 : 1;
-      drawSign(g, [shape, dim ? color("edge") : fill], canvas.width / 2, canvas.width / 2, radius * this.ratio * (dim ? 0.8 : 1));
+      drawSign(g, [shape, dim ? color("edge") : fill], side / 2, side / 2, radius * this.ratio * (dim ? 0.8 : 1));
       this.stamps.set(key, canvas);
     }
     return this.stamps.get(key);
@@ -247,7 +247,7 @@ class Panel {
   best(cost, limit = Infinity) {
     let [best, least] = [-1, limit];
     for (const row of shownRows()) {
-      const found = cost(...this.place(row), row);
+      const found = cost(...this.place(row));
       if (found < least) [best, least] = [row, found];
     }
     return best;

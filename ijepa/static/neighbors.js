@@ -62,7 +62,7 @@ function queryRow(query) {
     makeButton(find, { ariaLabel: `Find on maps: ${index}` }, "Find on maps"),
   );
   const sides = models.map((model) => {
-    const ring = make("span", { className: "ring", ariaHidden: "true" }, RINGS[model.key]);
+    const ring = make("span", { ariaHidden: "true" }, RINGS[model.key]);
     const precision = make("span", {}, `precision@5: ${fraction(hits(model, query))}`);
     const tiles = model.neighbors[query].map((_, rank) => make("li", {}, neighborTile(query, model, rank)));
     return make("div", { className: model.key }, make("h3", {}, ring, ` ${model.name} `, precision), make("ol", {}, ...tiles));

@@ -40,7 +40,7 @@ function choose(row) {
 function hover(row) {
   if (row === hovered) return;
   hovered = row;
-  for (const panel of panels) panel.drawOver();
+  point(-1);
   showChosen();
 }
 
@@ -50,11 +50,13 @@ function point(row) {
   for (const panel of panels) panel.drawOver();
 }
 
-function select(rows) {
-  state.selected = rows && rows.size ? rows : null;
-  state.page = 0;
+// Other images pass: the browser begins at its first page.
+function restrict(changes) {
+  Object.assign(state, changes, { page: 0 });
   update();
 }
+
+const select = (rows) => restrict({ selected: rows?.size ? rows : null });
 
 // ---- words about what is shown
 
@@ -121,8 +123,7 @@ function setUpChips() {
     const toggle = () => {
       if (label === undefined) state.classes.clear();
       else if (!state.classes.delete(label)) state.classes.add(label);
-      state.page = 0;
-      update();
+      restrict();
     };
     const sign = label === undefined ? [] : [signImage([data.markers[label], data.colors[label]])];
     const number = make("span", { className: "count" }, count);
@@ -138,10 +139,7 @@ function setUpControls() {
   setUpChips();
   byId("browser").elements.sort.append(...Object.entries(SORTS).map(([value, name]) => new Option(name, value)));
   byId("tools").addEventListener("change", ({ target }) => {
-    if (target.name === "disagree") state.disagree = target.checked;
-    else state[target.name] = target.value;
-    state.page = 0;
-    update();
+    restrict({ [target.name]: target.type === "checkbox" ? target.checked : target.value });
   });
   byId("tools").addEventListener("click", ({ target }) => {
     if (target.dataset.do) view(target.dataset.do, panels);
@@ -153,8 +151,7 @@ function setUpControls() {
     if (index) goTo(index);
   });
   byId("browser").elements.sort.addEventListener("change", ({ target }) => {
-    Object.assign(state, { sort: target.value, page: 0 });
-    update();
+    restrict({ sort: target.value });
   });
   for (const button of document.querySelectorAll("[data-page]")) {
     button.addEventListener("click", () => {
