@@ -114,10 +114,6 @@ class Panel {
     return [(x / 10000 - this.view.x) * this.scale + this.width / 2, (y / 10000 - this.view.y) * this.scale + this.height / 2];
   }
 
-  world(x, y) {
-    return [(x - this.width / 2) / this.scale + this.view.x, (y - this.height / 2) / this.scale + this.view.y];
-  }
-
   // A mark as a small picture, kept: drawing 2,000 paths takes four times as long.
   stamp([shape, fill], radius, dim) {
     const key = [shape, fill, radius.toFixed(1), dim].join();
@@ -269,12 +265,12 @@ class Panel {
     return found < 0 ? row : found;
   }
 
+  // What is at a place stays there.
   zoomBy(factor, x = this.width / 2, y = this.height / 2) {
-    const [u, v] = this.world(x, y);
-    const view = this.view;
-    view.zoom = Math.min(60, Math.max(0.5, view.zoom * factor));
-    const [left, top] = this.world(x, y);
-    this.panBy((left - u) * this.scale, (top - v) * this.scale);
+    const before = this.view.zoom;
+    this.view.zoom = Math.min(60, Math.max(0.5, before * factor));
+    const growth = this.view.zoom / before - 1;
+    this.panBy((this.width / 2 - x) * growth, (this.height / 2 - y) * growth);
   }
 
   panBy(dx, dy) {

@@ -165,7 +165,7 @@ function setUpControls() {
 
 function view(what, which) {
   for (const panel of which) {
-    if (what === "reset") Object.assign(panel.view, { x: 0.5, y: 0.5, zoom: 1 });
+    if (what === "reset") Object.assign(panel.view, WHOLE);
     else panel.zoomBy(what === "in" ? 1.5 : 1 / 1.5);
   }
   redraw();
@@ -183,25 +183,10 @@ function download() {
 function setUpPointer(panel) {
   const box = panel.box;
   const fingers = new Map();
-  let [path, start, moved, waiting] = [null, null, false, null];
+  let [path, start, moved] = [null, null, false];
   const at = (event) => {
     const frame = box.getBoundingClientRect();
     return [event.clientX - frame.left - box.clientLeft, event.clientY - frame.top - box.clientTop];
-  };
-  const selecting = (event) => state.drag !== "pan" || event.shiftKey;
-
-  const act = () => {
-    const [event, before] = waiting;
-    waiting = null;
-    const [x, y] = at(event);
-    if (!start) return hover(panel.nearest(x, y, 16));
-    if (path) {
-      if (state.drag === "box") path = [start, [x, start[1]], [x, y], [start[0], y]];
-      panel.drawOver(path);
-    } else {
-      panel.panBy(x - before[0], y - before[1]);
-    }
-    return undefined;
   };
 
   box.addEventListener("pointerdown", (event) => {
@@ -210,23 +195,19 @@ function setUpPointer(panel) {
     box.setPointerCapture(event.pointerId);
     start = at(event);
     moved = fingers.size > 1;
-    path = selecting(event) && fingers.size === 1 ? [start] : null;
+    path = (state.drag !== "pan" || event.shiftKey) && fingers.size === 1 ? [start] : null;
   });
   box.addEventListener("pointermove", (event) => {
-    if (fingers.size === 2 && fingers.has(event.pointerId)) return pinch(event);
-    if (start && !moved) {
-      const [x, y] = at(event);
-      moved = Math.hypot(x - start[0], y - start[1]) > 5;
-      if (!moved) return undefined;
-      box.classList.toggle("grabbing", !path);
-    }
-    if (path && state.drag !== "box") path.push(at(event));
-    // Several events of one frame are one step from where the first of them began.
-    const before = waiting?.[1] ?? fingers.get(event.pointerId);
-    if (!waiting) requestAnimationFrame(act);
-    waiting = [event, before];
-    if (start) fingers.set(event.pointerId, at(event));
-    return undefined;
+    const [before, [x, y]] = [fingers.get(event.pointerId), at(event)];
+    if (fingers.size === 2 && before) return pinch(event);
+    if (!start) return hover(panel.nearest(x, y, 16));
+    moved ||= Math.hypot(x - start[0], y - start[1]) > 5;
+    if (!moved || !before) return undefined;
+    fingers.set(event.pointerId, [x, y]);
+    box.classList.toggle("grabbing", !path);
+    if (!path) return panel.panBy(x - before[0], y - before[1]);
+    path = state.drag === "box" ? [start, [x, start[1]], [x, y], [start[0], y]] : [...path, [x, y]];
+    return panel.drawOver(path);
   });
   const pinch = (event) => {
     const other = [...fingers].find(([id]) => id !== event.pointerId)[1];
@@ -237,7 +218,6 @@ function setUpPointer(panel) {
   };
   const end = (event) => {
     if (!fingers.delete(event.pointerId) || fingers.size) return;
-    if (waiting) act();
     box.classList.remove("grabbing");
     const [drawn, click] = [path, !moved && event.type === "pointerup"];
     start = path = null;

@@ -24,13 +24,8 @@ const CHOICES = {
   drag: ["pan", "lasso", "box"],
   sort: Object.keys(SORTS),
 };
+const WHOLE = { x: 0.5, y: 0.5, zoom: 1 }; // the view of all images
 const state = {};
-
-function resetState() {
-  for (const [name, values] of Object.entries(CHOICES)) state[name] = values[0];
-  Object.assign(state, { classes: new Set(), disagree: false, chosen: -1, selected: null, page: 0 });
-  state.views = models.map(() => ({ x: 0.5, y: 0.5, zoom: 1 }));
-}
 
 const className = (id) => data.classes[data.label[id]];
 const hits = (model, row) => (model.hits ? model.hits[row] : null);
@@ -56,8 +51,8 @@ function fragment() {
   if (state.chosen >= 0) kept.set("image", data.index[state.chosen]);
   if (state.page) kept.set("page", state.page + 1);
   state.views.forEach((view, i) => {
-    const numbers = [view.x, view.y, view.zoom].map((number) => +number.toFixed(4));
-    if (numbers.join() !== "0.5,0.5,1") kept.set(`view-${models[i].key}`, numbers.join(" "));
+    const numbers = [view.x, view.y, view.zoom].map((number) => +number.toFixed(4)).join(" ");
+    if (numbers !== Object.values(WHOLE).join(" ")) kept.set(`view-${models[i].key}`, numbers);
   });
   return kept.toString();
 }
@@ -65,13 +60,12 @@ function fragment() {
 // Links travel between runs: what this page does not have is ignored, but a missing image is reported.
 function readFragment(text) {
   const kept = new URLSearchParams(text);
-  resetState();
   for (const [name, values] of Object.entries(CHOICES)) {
-    if (values.includes(kept.get(name))) state[name] = kept.get(name);
+    state[name] = values.find((value) => value === kept.get(name)) ?? values[0];
   }
-  for (const label of (kept.get("classes") ?? "").split(" ").filter(Boolean).map(Number)) {
-    if (label in data.classes) state.classes.add(label);
-  }
+  const labels = (kept.get("classes") ?? "").split(" ").filter(Boolean).map(Number);
+  state.classes = new Set(labels.filter((label) => label in data.classes));
+  state.selected = null;
   state.disagree = paired && kept.get("differ") === "1";
   state.wanted = kept.get("image");
   state.chosen = rowOf(state.wanted);
@@ -79,7 +73,7 @@ function readFragment(text) {
   state.views = models.map((model) => {
     const [x, y, zoom] = (kept.get(`view-${model.key}`) ?? "").split(" ").map(Number);
     const valid = x > -1 && x < 2 && y > -1 && y < 2 && zoom >= 0.5 && zoom <= 60;
-    return valid ? { x, y, zoom } : { x: 0.5, y: 0.5, zoom: 1 };
+    return valid ? { x, y, zoom } : { ...WHOLE };
   });
 }
 
