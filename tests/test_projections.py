@@ -8,7 +8,6 @@ from ijepa.errors import UserError
 from ijepa.projections import (
     align,
     make_maps,
-    match_signs,
     project_pca,
     project_tsne,
     project_tsne_cached,
@@ -175,12 +174,6 @@ def test_maps_show_a_balanced_seeded_sample_in_order_when_images_are_many():
     assert (first != other).any()
 
 
-def test_match_signs_flips_only_what_points_the_other_way():
-    reference = embeddings(20, 3)
-    flipped = reference * (1, -2, 3)
-    np.testing.assert_allclose(match_signs(reference, flipped), reference * (1, 2, 3))
-
-
 def test_notes_name_what_there_is():
     assert "PC1 (" in project_pca(embeddings(d=1), 2).note
     assert "PC2 (0.0%)" in project_pca(embeddings(d=1), 2).note
@@ -192,4 +185,3 @@ def test_a_folder_of_maps_that_cannot_be_written_is_a_user_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError):
         project_tsne_cached(embeddings(3), 0, tmp_path / "file")
-    assert np.isfinite(project_tsne_cached(embeddings(3), 0, None).coordinates).all()

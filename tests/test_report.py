@@ -7,12 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from ijepa.comparison import compare
-from ijepa.data import Split
 from ijepa.errors import UserError
-from ijepa.projections import make_maps
 from ijepa.report import (
     complete,
     disagreements,
@@ -27,18 +24,9 @@ CLASSES = ('a,b "c"', "two\r\nlines\rand\nmore")
 
 
 @pytest.fixture(scope="module")
-def run():
-    rng = np.random.default_rng(0)
-    labels = np.repeat(np.arange(2), 20)
-    images = torch.from_numpy(rng.integers(0, 256, (40, 3, 8, 8), dtype=np.uint8))
-    split = Split("toys", "test", CLASSES, images, labels, np.arange(100, 140))
-    models = {
-        "local": (rng.normal(size=(40, 4)) + labels[:, None]).astype(np.float32),
-        "hf": (rng.normal(size=(40, 6)) + labels[:, None]).astype(np.float32),
-    }
-    references = {name: models["local"].copy() for name in ("pixels", "random_weights")}
-    comparison = compare(models, references, labels, seed=0)
-    return comparison, split, make_maps(models, labels, 0)
+def run(make_page):
+    example = make_page(250, CLASSES)
+    return example.comparison, example.split, example.maps
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +62,7 @@ def test_metrics_hold_what_is_known_of_the_run_and_the_time_of_writing(written):
     assert metrics["settings"]["tsne"]["seed"] == 0
     headline = json.loads(summary_json(written[-1]))
     assert headline["summary"] == metrics["summary"]
-    assert headline["chance_precision"] == pytest.approx(19 / 39)
+    assert headline["chance_precision"] == pytest.approx(124 / 249)
 
 
 def test_files_of_an_earlier_run_that_this_one_does_not_make_are_removed(run, tmp_path):
@@ -113,10 +101,10 @@ def per_image(*run):
 
 def test_per_image_rows_read_back_as_the_numbers(run):
     comparison, split, maps = run
-    split = replace(split, paths=tuple(f'a/"{i}",\r.png' for i in range(40)))
+    split = replace(split, paths=tuple(f'a/"{i}",\r.png' for i in range(250)))
     correct = {"local": {"linear": comparison.analyses["local"].first_is_right()}}
     rows = per_image(comparison, maps, split, SimpleNamespace(correct=correct))
-    assert [int(row["index"]) for row in rows] == list(range(100, 140))
+    assert [int(row["index"]) for row in rows] == split.indices.tolist()
     assert [row["class"] for row in rows] == [CLASSES[label] for label in split.labels]
     assert tuple(row["path"] for row in rows) == split.paths
     shown = [int(row["linear_correct_local"]) for row in rows]
@@ -126,7 +114,7 @@ def test_per_image_rows_read_back_as_the_numbers(run):
             shown = np.mean([float(row[f"{metric}_{name}"]) for row in rows])
             assert shown == pytest.approx(comparison.metrics[name][metric].value, abs=1e-6)
         neighbors = [list(map(int, row[f"neighbors_{name}"].split())) for row in rows]
-        expected = comparison.analyses[name].neighbors[:, :5] + 100
+        expected = split.indices[comparison.analyses[name].neighbors[:, :5]]
         np.testing.assert_array_equal(neighbors, expected)
         places = [[float(row[f"tsne_{axis}_{name}"]) for axis in "xy"] for row in rows]
         np.testing.assert_allclose(places, maps.tsne[name].coordinates, rtol=1e-4)
@@ -140,7 +128,7 @@ def test_images_without_a_place_on_the_maps_have_empty_cells(run):
         name: replace(made, coordinates=made.coordinates[:15]) for name, made in maps.tsne.items()
     }
     rows = per_image(comparison, replace(maps, rows=np.arange(15), tsne=tsne), split)
-    assert [row["tsne_x_hf"] == "" for row in rows] == [False] * 15 + [True] * 25
+    assert [row["tsne_x_hf"] == "" for row in rows] == [False] * 15 + [True] * 235
 
 
 def test_on_disagreements_only_one_model_is_right_and_most_clearly(run):
@@ -169,7 +157,7 @@ def test_metrics_hold_every_number_of_the_comparison(run):
     for part in ("differences", "agreement"):
         assert found["comparison"][part].keys() == getattr(comparison, part).keys()
     assert found["comparison"]["per_class"][1]["mutual_knn"]["se"] > 0
-    assert found["gains"]["pixels"] == {"value": 0, "se": 0, "ci95": [0, 0]}
+    assert found["gains"]["pixels"]["value"] == comparison.gains["pixels"].value
     confusion = np.array(found["comparison"]["neighbor_confusion"]["hf"])
     np.testing.assert_allclose(confusion.sum(axis=1), 1)
     assert found["probe"] is None
