@@ -233,11 +233,10 @@ def explorable(comparison: Comparison, maps: Maps, split: Split) -> dict[str, An
                 "notes": {"tsne": tsne.note, "pca": pca.note},
             }
         )
-    styles, mutual = plots.class_styles(split.classes), comparison.mutual
+    mutual = comparison.mutual
     return {
         "classes": split.classes,
-        "colors": [color for color, _ in styles],
-        "markers": [marker for _, marker in styles],
+        "signs": [[marker, color] for color, marker in plots.class_styles(split.classes)],
         "index": split.indices[order].tolist(),
         "label": split.labels[order].tolist(),
         "paths": [split.paths[row] for row in order] if split.paths else None,

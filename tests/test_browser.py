@@ -90,17 +90,17 @@ def state(page):
     return page.evaluate("Object.fromEntries(new URLSearchParams(location.hash.slice(1)))")
 
 
-def spot(page, model, row):
+def spot(page, model, index):
     """The place of an image on the screen."""
     page.locator(f'[data-model="{model}"] .map').scroll_into_view_if_needed()
     return page.evaluate(
-        """([key, row]) => {
+        """([key, index]) => {
             const panel = panels.find((panel) => panel.model.key === key);
             const frame = panel.box.getBoundingClientRect();
-            const [x, y] = panel.place(row);
+            const [x, y] = panel.place(rowOf(index));
             return [x + frame.left, y + frame.top];
         }""",
-        [model, row],
+        [model, index],
     )
 
 
@@ -122,15 +122,10 @@ def ink(page, model, layer="over"):
 
 
 @pytest.fixture(scope="module")
-def row(example):
+def index(example):
     """An image far from the others on the map, so that a pointer cannot miss it."""
     points = example.maps.pca["local"].coordinates
-    return int(np.linalg.norm(points - points.mean(axis=0), axis=1).argmax())
-
-
-@pytest.fixture(scope="module")
-def index(example, row):
-    """The name of that image."""
+    row = np.linalg.norm(points - points.mean(axis=0), axis=1).argmax()
     return int(example.split.indices[row])
 
 
@@ -140,10 +135,11 @@ def ground(page):
     return [int(part) for part in re.findall(r"\d+", shown)[:3]]
 
 
-def test_hover_shows_an_image_with_its_neighbors_in_both_models(opened, example, row, index):
+def test_hover_shows_an_image_with_its_neighbors_in_both_models(opened, example, index):
     page = opened()
+    row = example.split.indices.tolist().index(index)
     assert ink(page, "hf") == 0
-    page.mouse.move(*spot(page, "local", row))
+    page.mouse.move(*spot(page, "local", index))
     page.wait_for_selector("#chosen .query")
     assert f"image {index}" in page.locator("#chosen").inner_text()
     for name in ("local", "hf"):

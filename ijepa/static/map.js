@@ -36,16 +36,13 @@ function drawSign(g, [shape, fill], x, y, r) {
   g.stroke();
 }
 
-const level = (share) => LEVELS[Math.min(2, Math.floor(share * 2.999))];
-const onScale = (share) => SCALE[Math.round(share * 5)];
+const signOf = (share) => [LEVELS[Math.min(2, Math.floor(share * 2.999))], SCALE[Math.round(share * 5)]];
 
 // All signs that can occur, and the number of the one that an image has.
 function signs(model) {
-  if (state.color === "class") {
-    return [data.classes.map((_, label) => [data.markers[label], data.colors[label]]), (row) => data.label[row]];
-  }
+  if (state.color === "class") return [data.signs, (row) => data.label[row]];
   const [top, values] = state.color === "hits" ? [5, model.hits] : [10, data.mutual];
-  const steps = Array.from({ length: top + 1 }, (_, value) => [level(value / top), onScale(value / top)]);
+  const steps = Array.from({ length: top + 1 }, (_, value) => signOf(value / top));
   return values ? [steps, (row) => values[row]] : [[["o", "#888888"]], () => 0];
 }
 
@@ -87,7 +84,6 @@ class Panel {
   resize() {
     const { clientWidth: width, clientHeight: height } = this.box;
     const ratio = Math.min(devicePixelRatio || 1, 2);
-    if (width === this.width && height === this.height && ratio === this.ratio) return;
     // Sizes that go with the text grow with it on large screens.
     const unit = parseFloat(getComputedStyle(document.documentElement).fontSize) / 16;
     Object.assign(this, { width, height, ratio, unit });
@@ -165,17 +161,12 @@ class Panel {
 
   drawNames(shown) {
     if (data.classes.length > 20 || this.view.zoom > 6 || state.selected) return;
-    const spread = new Map();
-    for (const [row, ...place] of shown) {
-      if (!spread.has(data.label[row])) spread.set(data.label[row], []);
-      spread.get(data.label[row]).push(place);
-    }
     const g = this.base;
     Object.assign(g, { textAlign: "center", textBaseline: "middle", lineJoin: "round", lineWidth: 4 });
     Object.assign(g, { strokeStyle: color("sheet"), fillStyle: color("ink"), font: `650 ${13 * this.unit}px ${color("sans")}` });
     const taken = [];
-    for (const [label, places] of spread) {
-      const [left, top] = [0, 1].map((axis) => places.map((place) => place[axis]).sort((a, b) => a - b)[places.length >> 1]);
+    for (const [label, marks] of Map.groupBy(shown, ([row]) => data.label[row])) {
+      const [left, top] = [1, 2].map((axis) => marks.map((mark) => mark[axis]).sort((a, b) => a - b)[marks.length >> 1]);
       const name = data.classes[label].length > 16 ? `${data.classes[label].slice(0, 15)}…` : data.classes[label];
       const half = g.measureText(name).width / 2 + 3;
       const x = Math.min(Math.max(left, half), this.width - half);

@@ -6,11 +6,10 @@ const active = () => (hovered >= 0 ? hovered : state.chosen);
 let panels = [];
 
 function update({ list = true } = {}) {
-  for (const input of byId("tools").elements) {
-    if (input.type === "radio") input.checked = state[input.name] === input.value;
+  for (const name of Object.keys(CHOICES)) {
+    (byId("tools").elements[name] ?? byId("browser").elements[name]).value = state[name];
   }
   byId("tools").elements.disagree.checked = state.disagree;
-  byId("browser").elements.sort.value = state.sort;
   for (const chip of byId("chips").children) {
     chip.setAttribute("aria-pressed", chip.dataset.label ? state.classes.has(Number(chip.dataset.label)) : !state.classes.size);
   }
@@ -68,10 +67,7 @@ function signImage(kind) {
 
 function showLegend() {
   const [top, words] = state.color === "hits" ? [5, "Of five neighbors, right:"] : [10, "Of ten neighbors, shared:"];
-  const steps = [0, 1, 2, 3, 4, 5].map((step) => {
-    const sign = signImage([level(step / 5), onScale(step / 5)]);
-    return make("span", {}, sign, `${(step * top) / 5}`);
-  });
+  const steps = [0, 1, 2, 3, 4, 5].map((step) => make("span", {}, signImage(signOf(step / 5)), `${(step * top) / 5}`));
   byId("legend").replaceChildren(...(state.color === "class" ? [] : [make("span", {}, words), ...steps]));
 }
 
@@ -91,18 +87,13 @@ function showStatus() {
   showSelection();
 }
 
-function countBy(rows, key) {
-  const counts = new Map();
-  for (const row of rows) counts.set(key(row), (counts.get(key(row)) ?? 0) + 1);
-  return counts;
-}
-
 function showSelection() {
   const box = byId("selection");
   box.hidden = !state.selected;
   if (!state.selected) return;
   const rows = [...state.selected].filter(visible);
-  const common = [...countBy(rows, className)].sort((a, b) => b[1] - a[1]).slice(0, 6).map((pair) => pair.join(" "));
+  const classes = [...Map.groupBy(rows, className)].sort((a, b) => b[1].length - a[1].length);
+  const common = classes.slice(0, 6).map(([name, found]) => `${name} ${found.length}`);
   const thumbs = rows.slice(0, 40).map((row) =>
     makeButton(() => choose(row), { ariaLabel: `Image ${data.index[row]}, ${className(row)}` }, imageOf(row)));
   const more = rows.length > 40 ? " The first 40 are below." : "";
@@ -125,14 +116,15 @@ function setUpChips() {
       else if (!state.classes.delete(label)) state.classes.add(label);
       restrict();
     };
-    const sign = label === undefined ? [] : [signImage([data.markers[label], data.colors[label]])];
+    const sign = label === undefined ? [] : [signImage(data.signs[label])];
     const number = make("span", { className: "count" }, count);
     const button = makeButton(toggle, {}, ...sign, make("span", {}, `${text} `), number);
     if (label !== undefined) button.dataset.label = label;
     return button;
   };
-  const counts = [...countBy(allRows, (row) => data.label[row])].sort((a, b) => a[0] - b[0]);
-  refill(byId("chips"), chip("All classes", points), ...counts.map(([label, count]) => chip(data.classes[label], count, label)));
+  const classes = [...Map.groupBy(allRows, (row) => data.label[row])].sort((a, b) => a[0] - b[0]);
+  const chips = classes.map(([label, rows]) => chip(data.classes[label], rows.length, label));
+  refill(byId("chips"), chip("All classes", points), ...chips);
 }
 
 function setUpControls() {
