@@ -148,7 +148,7 @@ def literal(text: str) -> str:
 def caveats(
     comparison: Comparison,
     facts: Mapping[str, Any],
-    maps: Maps | None = None,
+    maps: Maps,
     notes: Sequence[str] = (),
     one_training: bool = False,
 ) -> list[str]:
@@ -211,10 +211,10 @@ def caveats(
     found = [note for model in models.values() for note in model.get("notes", ())]
     found += [*notes, *(sentence for holds, sentence in rules if holds)]
     for role in comparison.analyses:
-        found += model_caveats(comparison, role, models.get(role, {}))
-    if maps is not None and len(maps.rows) < n:
+        found += model_caveats(comparison, role, models[role])
+    if len(maps.rows) < n:
         found.append(f"Maps show {len(maps.rows):,} of {n:,} images; all numbers use all images.")
-    if maps is not None and (used := next(iter(maps.tsne.values())).perplexity) < PERPLEXITY:
+    if (used := next(iter(maps.tsne.values())).perplexity) < PERPLEXITY:
         found.append(f"The t-SNE perplexity is {used:.1f}, not {PERPLEXITY:.0f}.")
     return list(dict.fromkeys(found))
 

@@ -58,9 +58,20 @@ def facts_of(comparison, classes=None, **models):
     return facts
 
 
+def map_of(n, perplexity):
+    return Maps(np.arange(n), {"local": TsneProjection(np.zeros((n, 2)), 1.0, 1.0, perplexity)}, {})
+
+
 def report(comparison, classes=None, probe=None, **models):
     facts = facts_of(comparison, classes, **models)
-    return markdown(comparison, facts, caveats(comparison, facts), ["report.md"], probe)
+    return markdown(comparison, facts, said_of(comparison), ["report.md"], probe)
+
+
+def said_of(comparison, word="", data=None, maps=None, notes=(), one_training=False, **models):
+    """The caveats that have a word."""
+    facts, maps = facts_of(comparison, **models), maps or map_of(50, 30.0)
+    facts["dataset"] |= data or {}
+    return [c for c in caveats(comparison, facts, maps, notes, one_training) if word in c]
 
 
 def records(table):
@@ -155,7 +166,7 @@ def test_undefined_precision_says_why(sizes, why):
     assert why in narrative.conclusions(comparison)[0]
     assert not narrative.retrieval_finding(comparison)
     assert not narrative.efficiency_finding(comparison)
-    assert narrative.undefined(comparison) in caveats(comparison, facts_of(comparison))
+    assert narrative.undefined(comparison) in said_of(comparison)
     assert tables.headline_table(comparison)[5][1] == "n/a"
 
 
@@ -402,8 +413,7 @@ def test_columns_are_aligned_and_many_names_are_listed_up_to_a_limit():
 )
 def test_a_report_has_its_sections_no_undefined_number_and_no_long_sentence(arguments):
     comparison = make(**arguments)
-    facts = facts_of(comparison)
-    known = caveats(comparison, facts, one_training=True)
+    facts, known = facts_of(comparison), said_of(comparison, one_training=True)
     precise = np.isfinite(comparison.metrics["local"][P5].value)
     probe = probe_of(comparison) if precise else None
     text = markdown(comparison, facts, known, ["nn_disagreement.png", "metrics.json"], probe)
@@ -453,16 +463,6 @@ def test_hostile_names_are_shown_and_never_markup():
         assert {len(row) for row in rows} == {len(rows[0])}
     assert re.sub(r"\\(.)", r"\1", cells[2][3][0]).strip() == classes[1]
     assert literal("ijepa_vith14_1k") == "ijepa_vith14_1k"
-
-
-def said_of(comparison, word, data=None, maps=None, notes=(), one_training=False, **models):
-    facts = facts_of(comparison, **models)
-    facts["dataset"] |= data or {}
-    return [c for c in caveats(comparison, facts, maps, notes, one_training) if word in c]
-
-
-def map_of(n, perplexity):
-    return Maps(np.arange(n), {"local": TsneProjection(np.zeros((n, 2)), 1.0, 1.0, perplexity)}, {})
 
 
 COPIES = {"data": {"duplicates": {"images": 7, "with_two_labels": 3}}}

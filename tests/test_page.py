@@ -62,17 +62,6 @@ def parsed(example):
     return Page(example.html)
 
 
-@pytest.fixture(scope="module")
-def alone(make_page):
-    return make_page(models=("local",))
-
-
-@pytest.fixture(scope="module")
-def sampled(make_page):
-    """Only 30 of the images are on the maps."""
-    return make_page(90, shown=30, paths=True)
-
-
 def data_of(html):
     return json.loads(Page(html).by_id("data")["text"])
 
@@ -178,7 +167,8 @@ def test_thumbnails_keep_the_shape_of_an_image_and_its_middle(shape):
     assert height / width == pytest.approx(shape[1] / shape[2], rel=0.1, abs=1 / 31)
 
 
-def test_neighbors_precision_agreement_and_paths_are_those_of_the_comparison(sampled, example):
+def test_neighbors_precision_agreement_and_paths_are_those_of_the_comparison(make_page, example):
+    sampled = make_page(90, shown=30, paths=True)  # 60 images are on no map
     facts, rows, split = data_of(sampled.html), sampled.maps.rows, sampled.split
     assert facts["points"] == len(rows) == 30
     index, labels = np.array(facts["index"]), np.array(facts["label"])
@@ -208,8 +198,9 @@ def test_maps_keep_the_shape_of_the_projection(example):
     assert placed.max() <= 10_000
 
 
-def test_one_model_alone_has_one_panel_no_difference_and_without_a_probe_no_word_of_it(alone):
-    parsed, facts = Page(alone.html), data_of(alone.html)
+def test_one_model_alone_has_one_panel_no_difference_and_without_a_probe_no_word_of_it(make_page):
+    html = make_page(models=("local",)).html
+    parsed, facts = Page(html), data_of(html)
     assert len([s for s in parsed.all("section") if "data-model" in s["attrs"]]) == 1
     assert "HF" not in parsed.by_id("results")["text"].replace("local / HF and HF - local", "")
     assert len(facts["models"]) == 1
