@@ -13,20 +13,16 @@ function update({ list = true } = {}) {
   for (const chip of byId("chips").children) {
     chip.setAttribute("aria-pressed", chip.dataset.label ? state.classes.has(Number(chip.dataset.label)) : !state.classes.size);
   }
-  showLegend();
-  showStatus();
-  redraw();
-  showChosen();
-  if (list) showQueries();
-  keepState();
-}
-
-function redraw() {
   for (const panel of panels) {
     panel.box.classList.toggle("selecting", state.drag !== "pan");
     panel.note.textContent = panel.model.notes[state.projection];
     panel.redraw();
   }
+  showLegend();
+  showStatus();
+  showChosen();
+  if (list) showQueries();
+  keepState();
 }
 
 function choose(row) {
@@ -158,10 +154,8 @@ function setUpControls() {
 function view(what, which) {
   for (const panel of which) {
     if (what === "reset") Object.assign(panel.view, WHOLE);
-    else panel.zoomBy(what === "in" ? 1.5 : 1 / 1.5);
+    panel.zoomBy({ in: 1.5, out: 1 / 1.5, reset: 1 }[what]);
   }
-  redraw();
-  keepState();
 }
 
 function download() {
@@ -191,7 +185,12 @@ function setUpPointer(panel) {
   });
   box.addEventListener("pointermove", (event) => {
     const [before, [x, y]] = [fingers.get(event.pointerId), at(event)];
-    if (fingers.size === 2 && before) return pinch(event);
+    if (fingers.size === 2 && before) {
+      const other = [...fingers].find(([id]) => id !== event.pointerId)[1];
+      const apart = ([u, v]) => Math.hypot(u - other[0], v - other[1]);
+      fingers.set(event.pointerId, [x, y]);
+      return panel.zoomBy(apart([x, y]) / Math.max(1, apart(before)), ...other);
+    }
     if (!start) return hover(panel.nearest(x, y, 16));
     moved ||= Math.hypot(x - start[0], y - start[1]) > 5;
     if (!moved || !before) return undefined;
@@ -201,13 +200,6 @@ function setUpPointer(panel) {
     path = state.drag === "box" ? [start, [x, start[1]], [x, y], [start[0], y]] : [...path, [x, y]];
     return panel.drawOver(path);
   });
-  const pinch = (event) => {
-    const other = [...fingers].find(([id]) => id !== event.pointerId)[1];
-    const [before, after] = [fingers.get(event.pointerId), at(event)];
-    const apart = (p) => Math.hypot(p[0] - other[0], p[1] - other[1]);
-    panel.zoomBy(apart(after) / Math.max(1, apart(before)), other[0], other[1]);
-    fingers.set(event.pointerId, after);
-  };
   const end = (event) => {
     if (!fingers.delete(event.pointerId) || fingers.size) return;
     box.classList.remove("grabbing");
