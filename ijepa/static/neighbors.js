@@ -43,7 +43,7 @@ function neighborTile(query, model, rank) {
     make("span", { className: "unseen" }, words),
     ...pathOf(id, "span"),
   );
-  for (const type of ["pointerenter", "focus"]) tile.addEventListener(type, () => point(id));
+  for (const type of ["pointerenter", "focus"]) tile.addEventListener(type, () => point(id < points ? id : -1));
   for (const type of ["pointerleave", "blur"]) tile.addEventListener(type, () => point(-1));
   return tile;
 }

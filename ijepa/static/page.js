@@ -226,7 +226,6 @@ function setUpKeys(panel) {
     if (row < 0) return;
     panel.reveal(row);
     hover(row);
-    panel.redraw();
     say(row);
   };
   const toggle = (row) => select(new Set(state.selected).symmetricDifference(new Set([row])));
