@@ -25,15 +25,7 @@ from PIL import Image
 from ijepa import narrative, plots
 from ijepa.comparison import Comparison
 from ijepa.data import Split
-from ijepa.formats import (
-    NO_INTERVALS,
-    P5,
-    capital,
-    interval,
-    label,
-    number,
-    similarity_digits,
-)
+from ijepa.formats import NO_INTERVALS, P5, capital, interval, label, number, similarity_digits
 from ijepa.projections import Maps, class_similarity
 from ijepa.tables import INTERVALS, Rows, finding_tables, headline_table, model_facts
 from ijepa.uncertainty import MUTUAL_K, Estimate, estimate

@@ -5,13 +5,7 @@ from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_limits
 
 from ijepa.errors import UserError
-from ijepa.projections import (
-    align,
-    make_maps,
-    project_pca,
-    project_tsne,
-    project_tsne_cached,
-)
+from ijepa.projections import align, make_maps, project_pca, project_tsne, project_tsne_cached
 
 
 def embeddings(n: int = 24, d: int = 6, seed: int = 0) -> np.ndarray:
