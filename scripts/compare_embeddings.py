@@ -339,7 +339,7 @@ def load_bank(args: argparse.Namespace, split: "Split") -> "tuple[Split | None, 
     number |= {name: row for row, name in enumerate(split.classes)}
     labels = np.array([number[name] for name in train.classes])[train.labels]
     rows, excluded = select_bank(
-        labels, train.image_keys(), set(split.image_keys()), args.probe_samples or 0, args.seed
+        labels, train.image_keys, set(split.image_keys()), args.probe_samples or 0, args.seed
     )
     left_out = counted(excluded, "training image")
     note = f"The probe's bank leaves out {left_out} found among the compared images."
@@ -485,7 +485,7 @@ def describe_run(
 
     from ijepa.data import duplicates
 
-    keys = inputs.split.image_keys()
+    keys = inputs.split.image_keys
     counts = duplicates(keys, inputs.split.labels)
     return {
         "run": {

@@ -234,7 +234,7 @@ def test_files_are_found_at_any_depth_and_in_the_order_of_names(make_image_folde
         *("zebra/000.png", "zebra/001.png", "zebra/link.png"),
     )
     assert [file.relative_to(folder).as_posix() for file in split.images.files] == [*split.paths]
-    keys = split.image_keys()
+    keys = split.image_keys
     assert keys[6] == keys[0]
     assert duplicates(keys, split.labels) == (2, 2)
     assert duplicates(keys, np.zeros(7, int)) == (2, 0)

@@ -97,7 +97,7 @@ def test_embeddings_of_an_earlier_run_are_looked_up():
     assert list(found) == ["random_weights", "hf"]
     assert found["hf"].values[:, 1].tolist() == split.indices.tolist()
     assert found["hf"].from_cache
-    assert asked == split.image_keys()
+    assert asked == split.image_keys
 
 
 def test_no_batch_is_larger_than_asked_for_and_large_images_make_smaller_ones():
@@ -114,7 +114,7 @@ def test_no_batch_is_larger_than_asked_for_and_large_images_make_smaller_ones():
     large = torch.zeros(1, 3, 10_000, 10_000, dtype=torch.uint8).expand(4, -1, -1, -1)
     keys = [bytes([row]) * 16 for row in range(4)]  # hashing 300 MB four times takes its time
     split = Split("large", "all", ("a", "b"), large, np.arange(4) % 2, np.arange(4))
-    split.__dict__["_keys"] = keys
+    split.__dict__["image_keys"] = keys
     embed(split, None, encoder)
     assert sizes == [2, 2]
 
@@ -170,8 +170,8 @@ def test_each_file_is_decoded_once_in_a_first_run_and_never_in_a_cached_one(
 ):
     folder, decoded = make_image_folder({"a": 5, "b": 6}), []
     monkeypatch.setattr(
-        "ijepa.images.to_rgb",
-        lambda image: decoded.append(image) or torch.zeros(3, 8, 8, dtype=torch.uint8),
+        "ijepa.images.read_image",
+        lambda file: decoded.append(file) or torch.zeros(3, 8, 8, dtype=torch.uint8),
     )
     for encoders, expected in (
         ([ENCODER, PIXELS], 11),
@@ -276,7 +276,7 @@ def test_every_flipped_byte_and_every_cut_of_a_chunk_is_harmless_or_seen(tmp_pat
     (file,) = tmp_path.rglob("*.npz")
     whole = file.read_bytes()
     keys, values = read_chunk(file, 24)
-    assert keys == make_split(2).image_keys()
+    assert keys == make_split(2).image_keys
     for place in range(0, len(whole), 3):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << place % 8
@@ -344,7 +344,7 @@ def test_the_file_of_embeddings_holds_everything_to_find_an_image_without_pickle
         np.testing.assert_array_equal(arrays["embeddings"], values)
         np.testing.assert_array_equal(arrays["indices"], split.indices)
         np.testing.assert_array_equal(arrays["labels"], split.labels)
-        assert [key.tobytes() for key in arrays["keys"]] == split.image_keys()
+        assert [key.tobytes() for key in arrays["keys"]] == split.image_keys
         assert arrays["paths"].tolist() == [f"a/00{i}.png" for i in (0, 1)] + [
             f"b/00{i}.png" for i in (0, 1, 2)
         ]
