@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from ijepa import huggingface
 from ijepa.checkpoint import load_checkpoint
@@ -275,7 +275,7 @@ def load_file_encoder(
 ) -> FrozenEncoder:
     """An encoder from a checkpoint file; see `checkpoint.load_checkpoint` for the formats."""
     checkpoint = load_checkpoint(path, weights, num_heads)
-    encoder, name = checkpoint.build(), path.name.split(".")[0]
+    name = path.name.split(".")[0]
     facts = {
         "source": str(path),
         "short_name": f"{name} ({checkpoint.weights})" if checkpoint.weights else name,
@@ -286,9 +286,8 @@ def load_file_encoder(
         "losses": checkpoint.losses,
         "notes": list(checkpoint.notes),
     }
-    number_format = choose_dtype(dtype, device, count_parameters(encoder))
     normalization = (checkpoint.mean, checkpoint.std)
-    return vit_encoder(role, encoder, normalization, device, number_format, facts)
+    return vit_encoder(role, checkpoint.build(), normalization, device, dtype, facts)
 
 
 def random_encoder(
@@ -296,7 +295,7 @@ def random_encoder(
     normalization: tuple[Sequence[float], Sequence[float]],
     seed: int,
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: str,
 ) -> FrozenEncoder:
     """The same architecture before any training: what the shape of the network gives by itself."""
     with torch.random.fork_rng(devices=[]):
@@ -316,31 +315,33 @@ def vit_encoder(
     encoder: VisionTransformer,
     normalization: tuple[Sequence[float], Sequence[float]],
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: str,
     facts: dict[str, Any],
 ) -> FrozenEncoder:
     """Freeze one of our own networks together with its preprocessing."""
     size = encoder.config.image_size
     mean, std = normalization
+    parameters = sum(tensor.numel() for tensor in encoder.state_dict().values())
+    number_format = choose_dtype(dtype, device, parameters)
     return FrozenEncoder(
         name,
         lambda images: resize_and_normalize(images, size, mean, std),
         encoder.to(device),
         encoder.config.embed_dim,
         device,
-        dtype,
+        number_format,
         autocast=True,
         description={
             **facts,
             "family": "ijepa",
             "num_heads": encoder.config.num_heads,
-            "parameters": count_parameters(encoder),
+            "parameters": parameters,
             "input_size": size,
             "resize": "bilinear, antialiased",
             "mean": list(mean),
             "std": list(std),
             "pooling": "mean over patch tokens",
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": str(number_format).removeprefix("torch."),
         },
     )
 
@@ -383,13 +384,6 @@ def huggingface_encoder(
     number_format = choose_dtype(dtype, device, huggingface.stored_parameters(folder, source))
 
     load = once(lambda: huggingface.read_model(folder, source, family, device, number_format))
-
-    def describe() -> dict[str, Any]:
-        processor, model, notes = load()
-        facts = huggingface.describe_processor(processor)
-        width = cast(Any, model).config.hidden_size
-        return {**facts, "embed_dim": width, "parameters": count_parameters(model), "notes": notes}
-
     encoder = FrozenEncoder(
         role,
         lambda images: huggingface.preprocess(load()[0], images),
@@ -406,7 +400,7 @@ def huggingface_encoder(
         },
         load=load,
     )
-    facts = kept_facts(cache and cache / encoder.key / "facts.json", describe)
+    facts = dict(kept_facts(cache and cache / encoder.key / "facts.json", lambda: load()[2]))
     embed_dim = facts.pop("embed_dim")
     return replace(encoder, embed_dim=embed_dim, description={**encoder.description, **facts})
 
@@ -427,8 +421,3 @@ def kept_facts(path: Path | None, find: Callable[[], dict[str, Any]]) -> dict[st
     if path:
         write_text(path, json.dumps({"facts": facts, "sha256": json_hash(facts)}))
     return facts
-
-
-def count_parameters(network: nn.Module) -> int:
-    """Weights of the network, position code included."""
-    return sum(tensor.numel() for tensor in network.state_dict().values())

@@ -276,7 +276,7 @@ def load_encoders(args: argparse.Namespace, device: Any, cache: Path | None) -> 
     network, facts = getattr(local, "network", None), local.description
     if isinstance(network, VisionTransformer):  # of other networks there is no untrained twin
         normalization = facts["mean"], facts["std"]
-        untrained = (network.config, normalization, args.seed, local.device, local.dtype)
+        untrained = (network.config, normalization, args.seed, local.device, args.dtype)
         loaded.append(random_encoder(*untrained))
     return [*loaded, *(replace(seed, name=f"local_{row}") for row, seed in enumerate(seeds, 2))]
 

@@ -20,7 +20,7 @@ from ijepa.errors import UserError
 from ijepa.model import ViTConfig
 
 ENCODER = random_encoder(
-    ViTConfig(16, 4, 24, 1, 2), ((0.5,) * 3, (0.5,) * 3), 0, torch.device("cpu"), torch.float32
+    ViTConfig(16, 4, 24, 1, 2), ((0.5,) * 3, (0.5,) * 3), 0, torch.device("cpu"), "float32"
 )
 PIXELS = pixel_encoder()
 
@@ -187,7 +187,7 @@ def test_each_file_is_decoded_once_in_a_first_run_and_never_in_a_cached_one(
 def random_encoder_of_seed(seed):
     half = ((0.5,) * 3, (0.5,) * 3)
     config = ViTConfig(16, 4, 24, 1, 2)
-    encoder = random_encoder(config, half, seed, torch.device("cpu"), torch.float32)
+    encoder = random_encoder(config, half, seed, torch.device("cpu"), "float32")
     return replace(encoder, name=f"seed_{seed}")
 
 

@@ -43,7 +43,7 @@ def checkpoint(tmp_path):
 
 
 def random_weights(seed, normalization=HALF):
-    return random_encoder(TINY, normalization, seed, CPU, torch.float32)
+    return random_encoder(TINY, normalization, seed, CPU, "float32")
 
 
 def load(path, weights="target", dtype="float32", **options):
