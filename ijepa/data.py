@@ -70,11 +70,22 @@ class Split:
         labels, indices = self.labels[rows], self.indices[rows]
         return replace(self, images=images, labels=labels, indices=indices, paths=paths)
 
-    def without(self, failures: Sequence[tuple[int, str]]) -> "Split":
+    def readable(self, failures: Sequence[tuple[int, str]], skip: bool) -> "Split":
         """The split without the unreadable images of a folder, given as rows with reasons.
 
         A note counts them, and `unreadable` has their paths.
+
+        Raises:
+            UserError: If there are any and they must not be skipped.
         """
+        if not failures:
+            return self
+        if not skip:
+            raise UserError(
+                f"cannot read {len(failures):,} of {len(self):,} images: {reasons(failures)}",
+                hint="replace or remove them, or give --skip-unreadable: metrics.json then lists "
+                "them all",
+            )
         bad = [row for row, _ in failures]
         note = f"{counted(len(bad), 'unreadable image')} left out: {reasons(failures)}"
         rest = self.take(np.setdiff1d(np.arange(len(self)), bad))

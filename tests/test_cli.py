@@ -160,9 +160,10 @@ def test_images_that_fail_only_when_decoded_are_left_out_too(script, tiny_models
     (folder / "a" / "1.png").write_bytes(cut)
     flags = ["--local-checkpoint", str(tiny_models[0]), "--hf-model", "none"]
     args = script.parse_arguments([*flags, "--dataset", str(folder), "--skip-unreadable"])
+    args.device = torch.device("cpu")
 
     def embed():
-        return script.embed(args, script.Stages(talks=False), torch.device("cpu"), tmp_path / "c")
+        return script.embed(args, script.Stages(talks=False), tmp_path / "c")
 
     inputs = embed()
     assert len(inputs.split) == len(inputs.results["local"].values) == 7
@@ -204,7 +205,8 @@ def test_what_the_bank_leaves_out_is_said(script, tiny_models, tmp_path):
 
     def embed(*more):
         args = script.parse_arguments([*flags, *more])
-        return script.embed(args, script.Stages(talks=False), torch.device("cpu"), None)
+        args.device = torch.device("cpu")
+        return script.embed(args, script.Stages(talks=False), None)
 
     inputs = embed()
     assert len(inputs.bank) == len(inputs.bank_results["local"].values) == 7
@@ -255,7 +257,8 @@ def test_embeddings_of_an_earlier_run_take_the_place_of_a_model(
 ):
     earlier = finished / "embeddings_hf.npz"
     args = script.parse_arguments(["--hf-model", str(earlier)])
-    found = script.load_encoders(args, torch.device("cpu"), None)[1]
+    args.device = torch.device("cpu")
+    found = script.load_encoders(args, None)[1]
     arrays = arrays_of(finished, "hf")
     keys = [key.tobytes() for key in arrays["keys"]]
     np.testing.assert_array_equal(found.look_up(keys, arrays["indices"]), arrays["embeddings"])
@@ -294,7 +297,8 @@ def test_models_of_any_kind_take_either_side(script, tiny_models):
     def names(one, other):
         flags = ["--offline", "--local-checkpoint", one, "--hf-model", other]
         args = script.parse_arguments(flags)
-        return [one.name for one in script.load_encoders(args, torch.device("cpu"), None)]
+        args.device = torch.device("cpu")
+        return [one.name for one in script.load_encoders(args, None)]
 
     assert names(hf, local) == names(hf, hf) == ["local", "hf", "pixels"]
     assert names(local, "none") == ["local", "pixels", "random_weights"]
