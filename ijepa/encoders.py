@@ -25,7 +25,7 @@ from ijepa.checkpoint import load_checkpoint
 from ijepa.devices import choose_dtype, memory_errors
 from ijepa.errors import UserError, counted
 from ijepa.files import read_arrays, sha256, write_text
-from ijepa.model import VisionTransformer, ViTConfig
+from ijepa.model import VisionTransformer
 
 Images = Sequence[Tensor]
 """uint8 tensors of shape (3, height, width); sizes may differ."""
@@ -275,66 +275,28 @@ def load_file_encoder(
 ) -> FrozenEncoder:
     """An encoder from a checkpoint file; see `checkpoint.load_checkpoint` for the formats."""
     checkpoint = load_checkpoint(path, weights, num_heads)
-    name = path.name.split(".")[0]
-    facts = {
-        "source": str(path),
-        "short_name": f"{name} ({checkpoint.weights})" if checkpoint.weights else name,
-        "sha256": sha256(path),
-        "weights": checkpoint.weights,
-        "epochs": checkpoint.epochs,
-        "planned_epochs": checkpoint.training.get("planned_epochs"),
-        "losses": checkpoint.losses,
-        "notes": list(checkpoint.notes),
-    }
-    normalization = (checkpoint.mean, checkpoint.std)
-    return vit_encoder(role, checkpoint.build(), normalization, device, dtype, facts)
-
-
-def random_encoder(
-    config: ViTConfig,
-    normalization: tuple[Sequence[float], Sequence[float]],
-    seed: int,
-    device: torch.device,
-    dtype: str,
-) -> FrozenEncoder:
-    """The same architecture before any training: what the shape of the network gives by itself."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        encoder = VisionTransformer(config).eval().requires_grad_(False)
-    facts = {
-        "source": f"random weights, seed {seed}",
-        "weights": "random",
-        "preprocessing": json_hash([asdict(config), normalization, seed]),
-        "epochs": 0,
-    }
-    return vit_encoder("random_weights", encoder, normalization, device, dtype, facts)
-
-
-def vit_encoder(
-    name: str,
-    encoder: VisionTransformer,
-    normalization: tuple[Sequence[float], Sequence[float]],
-    device: torch.device,
-    dtype: str,
-    facts: dict[str, Any],
-) -> FrozenEncoder:
-    """Freeze one of our own networks together with its preprocessing."""
-    size = encoder.config.image_size
-    mean, std = normalization
-    parameters = sum(tensor.numel() for tensor in encoder.state_dict().values())
+    config, network, name = checkpoint.config, checkpoint.build(), path.name.split(".")[0]
+    size, mean, std = config.image_size, checkpoint.mean, checkpoint.std
+    parameters = sum(tensor.numel() for tensor in network.state_dict().values())
     number_format = choose_dtype(dtype, device, parameters)
     return FrozenEncoder(
-        name,
+        role,
         lambda images: resize_and_normalize(images, size, mean, std),
-        encoder.to(device),
-        encoder.config.embed_dim,
+        network.to(device),
+        config.embed_dim,
         device,
         number_format,
         autocast=True,
         description={
-            **facts,
+            "source": str(path),
+            "short_name": f"{name} ({checkpoint.weights})" if checkpoint.weights else name,
             "family": "ijepa",
-            "num_heads": encoder.config.num_heads,
+            "sha256": sha256(path),
+            "weights": checkpoint.weights,
+            "epochs": checkpoint.epochs,
+            "planned_epochs": checkpoint.training.get("planned_epochs"),
+            "losses": checkpoint.losses,
+            "num_heads": config.num_heads,
             "parameters": parameters,
             "input_size": size,
             "resize": "bilinear, antialiased",
@@ -342,8 +304,25 @@ def vit_encoder(
             "std": list(std),
             "pooling": "mean over patch tokens",
             "dtype": str(number_format).removeprefix("torch."),
+            "notes": list(checkpoint.notes),
         },
     )
+
+
+def random_encoder(trained: FrozenEncoder, seed: int) -> FrozenEncoder:
+    """An encoder of our own before any training: what the shape of the network gives by itself."""
+    config, facts = cast(VisionTransformer, trained.network).config, trained.description
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = VisionTransformer(config).eval().requires_grad_(False)
+    description = {
+        **{name: facts[name] for name in ("num_heads", "pooling", "dtype")},
+        "source": f"random weights, seed {seed}",
+        "weights": "random",
+        "preprocessing": json_hash([asdict(config), [facts["mean"], facts["std"]], seed]),
+    }
+    network = network.to(trained.device)
+    return replace(trained, name="random_weights", network=network, description=description)
 
 
 def pixel_encoder() -> FrozenEncoder:

@@ -238,11 +238,9 @@ def load_encoders(args: argparse.Namespace, cache: Path | None) -> list[Any]:
         chosen = {"revision": args.hf_revision, "pooling": args.hf_pooling}
         loaded.append(load_encoder(args.hf_model, "hf", **chosen, **common))
     loaded.append(pixel_encoder())
-    network, facts = getattr(local, "network", None), local.description
-    if isinstance(network, VisionTransformer):  # of other networks there is no untrained twin
-        normalization = facts["mean"], facts["std"]
-        untrained = (network.config, normalization, args.seed, args.device, args.dtype)
-        loaded.append(random_encoder(*untrained))
+    # Of other networks there is no untrained twin.
+    if isinstance(getattr(local, "network", None), VisionTransformer):
+        loaded.append(random_encoder(local, args.seed))
     return [*loaded, *seeds]
 
 

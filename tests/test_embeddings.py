@@ -15,13 +15,23 @@ from ijepa.embeddings import (
     save_embeddings,
     writable_cache,
 )
-from ijepa.encoders import pixel_encoder, random_encoder
+from ijepa.encoders import FrozenEncoder, pixel_encoder, resize_and_normalize
 from ijepa.errors import UserError
-from ijepa.model import ViTConfig
+from ijepa.model import VisionTransformer, ViTConfig
 
-ENCODER = random_encoder(
-    ViTConfig(16, 4, 24, 1, 2), ((0.5,) * 3, (0.5,) * 3), 0, torch.device("cpu"), "float32"
-)
+
+def make_encoder(name, seed):
+    torch.manual_seed(seed)
+    network = VisionTransformer(ViTConfig(16, 4, 24, 1, 2)).eval().requires_grad_(False)
+
+    def preprocess(images):
+        return resize_and_normalize(images, 16, (0.5,) * 3, (0.5,) * 3)
+
+    cpu, facts = torch.device("cpu"), {"weights": f"seed {seed}"}
+    return FrozenEncoder(name, preprocess, network, 24, cpu, torch.float32, True, facts)
+
+
+ENCODER, OTHER = make_encoder("local", 0), make_encoder("hf", 1)
 PIXELS = pixel_encoder()
 
 
@@ -94,7 +104,7 @@ def test_embeddings_of_an_earlier_run_are_looked_up():
 
     stored = types.SimpleNamespace(name="hf", embed_dim=2, look_up=look_up)
     found = embed(split, None, [ENCODER, stored])
-    assert list(found) == ["random_weights", "hf"]
+    assert list(found) == ["local", "hf"]
     assert found["hf"].values[:, 1].tolist() == split.indices.tolist()
     assert found["hf"].from_cache
     assert asked == split.image_keys
@@ -176,19 +186,12 @@ def test_each_file_is_decoded_once_in_a_first_run_and_never_in_a_cached_one(
     for encoders, expected in (
         ([ENCODER, PIXELS], 11),
         ([ENCODER, PIXELS], 0),
-        ([ENCODER, PIXELS, random_encoder_of_seed(1)], 11),
+        ([ENCODER, PIXELS, OTHER], 11),
     ):
         split = load_split(str(folder), folder, "test", offline=True)
         decoded.clear()
         embed(split, tmp_path, encoders, batch_size=4)
         assert len(decoded) == expected
-
-
-def random_encoder_of_seed(seed):
-    half = ((0.5,) * 3, (0.5,) * 3)
-    config = ViTConfig(16, 4, 24, 1, 2)
-    encoder = random_encoder(config, half, seed, torch.device("cpu"), "float32")
-    return replace(encoder, name=f"seed_{seed}")
 
 
 def test_images_that_fail_when_decoded_come_back_together_and_the_others_are_kept(
@@ -305,10 +308,9 @@ def test_an_archive_of_other_arrays_is_no_chunk(tmp_path, arrays):
 
 
 def test_every_encoder_has_a_folder_of_its_own(tmp_path):
-    other = random_encoder_of_seed(1)
-    found = embed(make_split(), tmp_path, [ENCODER, other])
-    assert np.abs(found["seed_1"].values - found["random_weights"].values).max() > 0.01
-    assert {folder.name for folder in tmp_path.iterdir()} == {ENCODER.key, other.key}
+    found = embed(make_split(), tmp_path, [ENCODER, OTHER])
+    assert np.abs(found["hf"].values - found["local"].values).max() > 0.01
+    assert {folder.name for folder in tmp_path.iterdir()} == {ENCODER.key, OTHER.key}
     assert asked_for(make_split(), tmp_path) == 0
 
 
