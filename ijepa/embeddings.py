@@ -10,9 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
-from threading import Lock
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -29,7 +28,7 @@ from ijepa.files import read_arrays, write_atomically
 CHUNK = 128
 """Images per cache file: so many are lost by an interruption at most, on a GPU a batch more."""
 BATCH_VALUES = 2**29
-"""Bytes of decoded images at which a batch is closed: 0.5 GB."""
+"""Bytes of decoded images at which they are prepared, so that they can be dropped: 0.5 GB."""
 GPU_THREADS = 2
 """Threads that prepare batches for a GPU; a single one is slower than an H200 with a ViT-H."""
 Item = TypeVar("Item")
@@ -204,68 +203,65 @@ def compute(
         if not table.done[missing].all():
             table.encoder.load()
     failures: dict[int, str] = {}
-    batches = decoded(split, missing, batch_size, failures)
-    prepare = partial(prepare_next, tables, batches, Lock())
+    batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
     on_gpu = any(table.encoder.device.type == "cuda" for table in tables)
-    work = prefetch(prepare, GPU_THREADS if on_gpu else 1)
+    work = prefetch(
+        partial(prepare, tables, split, failures), batches, GPU_THREADS if on_gpu else 1
+    )
     launched = ([(table, rows, table.launch(x)) for table, rows, x in one] for one in work)
     with progress(total=len(missing), desc="embedding") as bar:
         # A GPU is given a batch before the results of the one before are awaited.
-        for results in one_behind(launched) if on_gpu else launched:
-            for table, done, values in results:
+        results = one_behind(launched) if on_gpu else launched
+        for batch, found in zip(batches, results, strict=True):
+            for table, done, values in found:
                 table.add(done, values)
-            bar.update(max(len(done) for _, done, _ in results))
+            bar.update(len(batch))
     for table in tables:
         table.write(table.waiting)
         table.waiting.clear()
     return failures
 
 
-def prepare_next(
-    tables: Sequence[Table], batches: Iterator[dict[int, Tensor]], turn: Any
-) -> list[Work] | None:
-    """Decode one batch, a thread at a time, and prepare it for each table that lacks some of it."""
-    with turn:
-        batch = next(batches, None)
-    if batch is None:
-        return None
-    lacking = [(table, [row for row in batch if not table.done[row]]) for table in tables]
+def prepare(
+    tables: Sequence[Table], split: Split, failures: dict[int, str], rows: Sequence[int]
+) -> list[Work]:
+    """Decode images, and prepare them for each table that lacks some of them."""
     return [
-        (table, rows, table.encoder.prepare([batch[row] for row in rows]))
-        for table, rows in lacking
-        if rows
+        (table, lacking, table.encoder.prepare([images[row] for row in lacking]))
+        for images in decoded(split, failures, rows)
+        for table in tables
+        if (lacking := [row for row in images if not table.done[row]])
     ]
 
 
 def decoded(
-    split: Split, rows: Sequence[int], batch_size: int, failures: dict[int, str]
+    split: Split, failures: dict[int, str], rows: Sequence[int]
 ) -> Iterator[dict[int, Tensor]]:
-    """Images by their row, `batch_size` at a time, or fewer where they are large."""
-    batch: dict[int, Tensor] = {}
-    room = BATCH_VALUES
+    """Images by their row, all at once or, where they are large, a part at a time."""
+    images: dict[int, Tensor] = {}
     for row in rows:
         try:
-            batch[row] = split.images[row]
+            images[row] = split.images[row]
         except UserError as error:
             failures[row] = error.problem
-            continue
-        room -= batch[row].numel()
-        if len(batch) == batch_size or room <= 0:
-            yield batch
-            batch, room = {}, BATCH_VALUES
-    if batch:
-        yield batch
+        if sum(image.numel() for image in images.values()) >= BATCH_VALUES:
+            yield images
+            images = {}
+    if images:
+        yield images
 
 
-def prefetch(make: Callable[[], Item | None], threads: int) -> Iterator[Item]:
-    """What `make` returns until it returns None, made ahead in threads."""
+def prefetch(
+    make: Callable[[list[int]], Item], batches: Sequence[list[int]], threads: int
+) -> Iterator[Item]:
+    """What `make` gives for each batch, made ahead in threads."""
+    waiting = iter(batches)
     with ThreadPoolExecutor(threads) as pool:
-        coming = deque(pool.submit(make) for _ in range(threads))
+        coming = deque(pool.submit(make, batch) for batch in islice(waiting, threads))
         while coming:
             item = coming.popleft().result()
-            if item is not None:
-                coming.append(pool.submit(make))
-                yield item
+            coming.extend(pool.submit(make, batch) for batch in islice(waiting, 1))
+            yield item
 
 
 def one_behind(items: Iterator[Item]) -> Iterator[Item]:
