@@ -34,6 +34,13 @@ DECODER_VERSION = 1
 WEIGHT_SUFFIXES = (".pt", ".pth", ".tar", ".ckpt", ".bin", ".safetensors")
 PACKAGES = ("torch", "torchvision", "transformers", "pillow")
 """Whose versions may change embeddings."""
+TAKES = {
+    "a file of embeddings": (),
+    "a file of weights": ("--local-weights", "--local-num-heads"),
+    "a directory": ("--hf-pooling",),
+    "a hub id": ("--hf-pooling", "--hf-revision"),
+}
+"""Flags that mean something for each kind of source."""
 IDENTITY = ("sha256", "revision", "weights", "num_heads", "preprocessing", "pooling", "dtype")
 """The entries of a description that decide the embeddings; all others follow from these."""
 
@@ -200,45 +207,35 @@ def load_encoder(  # noqa: PLR0913  one argument per flag
     path = Path(os.path.expanduser(text))  # noqa: PTH111  which keeps ~nobody as it is
     # A hub id has at most one slash and no file's ending.
     is_path = path.exists() or text.count("/") > 1 or text.startswith((".", "/", "~"))
-    of_files = {"--local-weights": weights != "target", "--local-num-heads": num_heads is not None}
-    of_models = {"--hf-revision": revision is not None, "--hf-pooling": pooling != "mean"}
     if path.suffix == ".npz":
-        refuse(text, "a file of embeddings", of_files | of_models)
+        kind = "a file of embeddings"
+    elif path.is_dir():
+        kind = "a directory"
+    else:
+        is_file = is_path or path.suffix in WEIGHT_SUFFIXES
+        kind = "a file of weights" if is_file else "a hub id"
+    given = {"--local-weights": weights != "target", "--local-num-heads": num_heads is not None}
+    given |= {"--hf-revision": revision is not None, "--hf-pooling": pooling != "mean"}
+    for flag in given:
+        if given[flag] and flag not in TAKES[kind]:
+            raise UserError(f"{flag} means nothing for {text!r}, {kind}", hint=f"omit {flag}")
+    if kind == "a file of embeddings":
         return load_embeddings(path, role)
-    is_file = not path.is_dir() and (is_path or path.suffix in WEIGHT_SUFFIXES)
-    refuse(
-        text, *(("a file of weights", of_models) if is_file else ("a Hugging Face model", of_files))
-    )
-    if is_file:
+    if kind == "a file of weights":
         return load_file_encoder(path, role, weights, num_heads, device, dtype)
-    name, _, own = (str(path), "", "") if path.is_dir() else text.partition("@")
-    if revision and (path.is_dir() or own not in ("", revision)):
-        other = f"revision {own!r}" if own else "a directory, which has no revisions"
-        raise UserError(
-            f"revision {revision!r} was asked for, but {text!r} is {other}",
-            hint="omit --hf-revision",
-        )
+    name, _, own = (str(path), "", "") if kind == "a directory" else text.partition("@")
+    if own and revision not in (None, own):
+        raise UserError(f"{text!r} is not revision {revision!r}", hint="omit --hf-revision")
     folder, commit = huggingface.find_model(name, own or revision, offline)
+    parts = Path(name).absolute().parts
     description = {
         "source": name,
-        "short_name": short_name(path if path.is_dir() else Path(name)),
+        "short_name": "/".join(parts[-2:]) if parts[-1] == "hf" else parts[-1],
         "revision": commit,
         "sha256": None if commit else huggingface.hash_model(folder),
         "pooling": "class token" if pooling == "cls" else "mean over patch tokens",
     }
     return huggingface_encoder(folder, role, description, device, dtype, cache)
-
-
-def refuse(source: str, kind: str, flags: dict[str, bool]) -> None:
-    """Raise UserError if a flag was given that means nothing for this kind of source."""
-    for flag in (flag for flag, given in flags.items() if given):
-        raise UserError(f"{flag} means nothing for {source!r}, {kind}", hint=f"omit {flag}")
-
-
-def short_name(path: Path) -> str:
-    """The last part of a path or hub id; for a folder called `hf` with that of its parent."""
-    parts = path.absolute().parts
-    return "/".join(parts[-2:]) if parts[-1] == "hf" else parts[-1]
 
 
 def load_embeddings(path: Path, role: str) -> PrecomputedEmbeddings:
