@@ -4,6 +4,7 @@ By default: a small I-JEPA trained on CIFAR-10 and the Hugging Face ViT-Huge I-J
 """
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -152,40 +153,33 @@ class Stages:
             self.seconds[name] = round(time.perf_counter() - began, 3)
 
 
-class Lines:
-    """A progress bar for logs: a plain line every ten seconds."""
-
-    def __init__(self, total: int, desc: str) -> None:
-        self.total, self.done, self.text = total, 0, desc
-        self.next = time.monotonic() + SLOW_SECONDS
-
-    def __enter__(self) -> "Lines":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, count: int) -> None:
-        """Count finished images."""
-        self.done += count
-        if time.monotonic() >= self.next:
-            self.next = time.monotonic() + 10
-            say(f"{self.text}: {self.done:,} of {self.total:,} images")
-
-
 def say(text: str, file: TextIO | None = None) -> None:
     """Print a line on stderr or in another file; it is no error if nobody reads it any more."""
     with suppress(BrokenPipeError):  # as with `| head`
         print(text, file=file or sys.stderr)
 
 
+class Lines:
+    """A file for tqdm that shows what it writes as plain lines."""
+
+    def write(self, text: str) -> None:
+        """Print a line without tqdm's carriage returns."""
+        if line := text.strip():
+            say(line)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+
 def make_progress(talks: bool) -> Any:
-    """A maker of progress bars like tqdm's: plain lines where stderr is no terminal."""
+    """A maker of progress bars; where stderr is no terminal they are a line every ten seconds."""
     from tqdm import tqdm
 
-    if not talks:
-        return partial(tqdm, disable=True)
-    return partial(tqdm, delay=SLOW_SECONDS, unit=" images") if sys.stderr.isatty() else Lines
+    options: dict[str, Any] = {"disable": not talks, "delay": SLOW_SECONDS, "unit": " images"}
+    if not sys.stderr.isatty():
+        words = "{desc}: {n:,} of {total:,} images"
+        options |= {"file": Lines(), "mininterval": 10, "leave": False, "bar_format": words}
+    return partial(tqdm, **options)
 
 
 def load_images(args: argparse.Namespace) -> "Split":
@@ -281,44 +275,6 @@ def extract_all(
     return split, results
 
 
-def load_bank(args: argparse.Namespace, split: "Split") -> "tuple[Split | None, list[str]]":
-    """The labeled images for the probe, and what to know of them; None where there are none."""
-    if args.probe_samples == 0:
-        return None, []
-    import numpy as np
-
-    from ijepa.data import find_unreadable, load_split
-    from ijepa.probe import select_bank
-
-    try:
-        train = load_split(split.name, args.data_dir, "train", args.offline)
-        if train.split != "train":
-            raise UserError(f"{split.name} has no train split", hint="")
-    except UserError as error:
-        return None, [f"There is no probe: {error.problem}."]
-    train = train.readable(find_unreadable(train), args.skip_unreadable)
-    # Classes are matched by name; those that are not compared get numbers of their own.
-    number = {name: row for row, name in enumerate((*split.classes, *train.classes))}
-    number |= {name: row for row, name in enumerate(split.classes)}
-    labels = np.array([number[name] for name in train.classes])[train.labels]
-    rows, excluded = select_bank(
-        labels, train.image_keys, set(split.image_keys), args.probe_samples or 0, args.seed
-    )
-    left_out = counted(excluded, "training image")
-    note = f"The probe's bank leaves out {left_out} found among the compared images."
-    bank = replace(train.take(rows), labels=labels[rows])
-    return bank, [note] if excluded else []
-
-
-def announce_wait(bank: "Split", results: dict[str, "Embeddings"]) -> None:
-    """Say how long embedding a bank will take where that is over a minute."""
-    for name, result in results.items():
-        if result.images_per_second and len(bank) / result.images_per_second > 60:
-            minutes = len(bank) / result.images_per_second / 60
-            images = counted(len(bank), "bank image")
-            say(f"embedding {images} with {name} takes about {minutes:.0f} min")
-
-
 @dataclass
 class Inputs:
     """What a comparison is made of: images and their embeddings by every model."""
@@ -329,6 +285,37 @@ class Inputs:
     notes: list[str]
     bank: "Split | None" = None
     bank_results: "dict[str, Embeddings]" = field(default_factory=dict)
+
+
+def load_bank(args: argparse.Namespace, inputs: Inputs) -> "Split | None":
+    """The labeled images for the probe, None where there are none; notes say what to know."""
+    if args.probe_samples == 0:
+        return None
+    import numpy as np
+
+    from ijepa.data import find_unreadable, load_split
+    from ijepa.probe import select_bank
+
+    split = inputs.split
+    try:
+        train = load_split(split.name, args.data_dir, "train", args.offline)
+        if train.split != "train":
+            raise UserError(f"{split.name} has no train split", hint="")
+    except UserError as error:
+        inputs.notes.append(f"There is no probe: {error.problem}.")
+        return None
+    train = train.readable(find_unreadable(train), args.skip_unreadable)
+    # Classes are matched by name; those that are not compared get numbers of their own.
+    number = {name: row for row, name in enumerate((*split.classes, *train.classes))}
+    number |= {name: row for row, name in enumerate(split.classes)}
+    labels = np.array([number[name] for name in train.classes])[train.labels]
+    rows, excluded = select_bank(
+        labels, train.image_keys, set(split.image_keys), args.probe_samples or 0, args.seed
+    )
+    if excluded:
+        left_out = f"{counted(excluded, 'training image')} found among the compared images"
+        inputs.notes.append(f"The probe's bank leaves out {left_out}.")
+    return replace(train.take(rows), labels=labels[rows])
 
 
 def embed(args: argparse.Namespace, stages: Stages, cache: Path | None) -> Inputs:
@@ -344,18 +331,21 @@ def embed(args: argparse.Namespace, stages: Stages, cache: Path | None) -> Input
         check_size(split)
     inputs = Inputs(split, loaded, results, list(split.notes))
     with stages("extract_bank", "embedding the probe's bank"):
-        bank, notes = load_bank(args, split)
-        inputs.notes += notes
-        if bank is not None:
-            announce_wait(bank, results)
-            models = [one for one in loaded if not one.name.startswith("local_")]
-            bank, inputs.bank_results = extract_all(args, models, bank, cache, stages.talks)
-            inputs.bank = bank if len(bank) else None
-            inputs.notes += [f"The probe's bank: {note}" for note in bank.notes]
-            if inputs.bank is None:
-                inputs.notes.append("There is no probe: no training image is left for its bank.")
-            unreadable = (*split.unreadable, *bank.unreadable)
-            inputs.split = replace(split, unreadable=unreadable)
+        if (bank := load_bank(args, inputs)) is None:
+            return inputs
+        for name, result in results.items():
+            minutes = len(bank) / (result.images_per_second or math.inf) / 60
+            if minutes > 1:
+                images = counted(len(bank), "bank image")
+                say(f"embedding {images} with {name} takes about {minutes:.0f} min")
+        models = [one for one in loaded if not one.name.startswith("local_")]
+        bank, inputs.bank_results = extract_all(args, models, bank, cache, stages.talks)
+        inputs.notes += [f"The probe's bank: {note}" for note in bank.notes]
+        inputs.split = replace(split, unreadable=(*split.unreadable, *bank.unreadable))
+        if len(bank):
+            inputs.bank = bank
+        else:
+            inputs.notes.append("There is no probe: no training image is left for its bank.")
     return inputs
 
 

@@ -377,13 +377,13 @@ def test_a_photo_of_108_megapixels_is_no_warning(run, tmp_path, capsys):
 
 
 def test_progress_in_a_log_is_a_plain_line_now_and_then(script, capsys):
-    with script.Lines(300, "embedding") as lines:
-        lines.update(64)
+    with script.make_progress(True)(total=3000, desc="embedding") as bar:
+        bar.update(64)
         assert capsys.readouterr().err == ""
-        lines.next = 0
-        lines.update(64)
-        lines.update(64)
-    assert capsys.readouterr().err == "embedding: 128 of 300 images\n"
+        bar.start_t = bar.last_print_t = 0
+        bar.update(1216)
+        bar.update(64)
+    assert capsys.readouterr().err == "embedding: 1,280 of 3,000 images\n"
 
 
 # --- environments
