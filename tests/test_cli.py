@@ -251,20 +251,6 @@ def test_a_second_run_elsewhere_repairs_the_cache_and_gives_the_same_numbers(
 # --- other models
 
 
-def test_embeddings_of_an_earlier_run_take_the_place_of_a_model(
-    run, script, finished, tmp_path, capsys
-):
-    earlier = finished / "embeddings_hf.npz"
-    args = script.parse_arguments(["--hf-model", str(earlier)])
-    args.device = torch.device("cpu")
-    found = script.load_encoders(args, None)[1]
-    arrays = arrays_of(finished, "hf")
-    keys = [key.tobytes() for key in arrays["keys"]]
-    np.testing.assert_array_equal(found.look_up(keys, arrays["indices"]), arrays["embeddings"])
-    assert run(tmp_path / "out", "--hf-model", earlier, "--split", "train") == 1
-    assert "lacks 53 of 54 images" in capsys.readouterr().err
-
-
 def test_one_model_is_reported_by_itself_and_what_was_assumed_is_said(
     run, tiny_models, tmp_path, capsys
 ):
@@ -312,6 +298,7 @@ def test_models_of_any_kind_take_either_side(script, tiny_models):
         ([], "cannot read 2 of 65 images"),
         (["--local-checkpoint", "absent.pt", "--skip-unreadable"], "absent.pt"),
         (["--hf-model", "nobody/nothing", "--split", "train"], "nobody/nothing"),
+        (["--hf-model", "{finished}/embeddings_hf.npz", "--split", "train"], "lacks 53 of 54"),
         (["--dataset", "cifar10", "--data-dir", "absent"], "CIFAR-10 is not in absent"),
         (["--dataset", "/no/such"], "no such folder"),
         (["--split", "val"], "choose one of its splits"),
@@ -319,8 +306,8 @@ def test_models_of_any_kind_take_either_side(script, tiny_models):
         (["--device", "cuda:99"], "device 'cuda:99' is not available"),
     ],
 )
-def test_a_mistake_is_two_lines_and_leaves_nothing(run, tmp_path, capsys, flags, words):
-    assert run(tmp_path / "out", *flags) == 1
+def test_a_mistake_is_two_lines_and_leaves_nothing(run, finished, tmp_path, capsys, flags, words):
+    assert run(tmp_path / "out", *(flag.format(finished=finished) for flag in flags)) == 1
     error = capsys.readouterr().err.splitlines()
     assert error[-2].startswith("error: ")
     assert error[-1].startswith("hint: ")

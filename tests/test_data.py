@@ -397,10 +397,6 @@ def test_twelve_bit_data_transparency_and_several_frames_are_noted(tmp_path):
 # --- decoding
 
 
-def gray_ramp():
-    return np.linspace(0, 255, 20 * 16).astype(np.uint8).reshape(20, 16)
-
-
 GRAY, WHITE, CLEAR = np.uint8([[0, 9], [128, 255]]), [255] * 3, [206, 205, 204]
 KEY = np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8)
 PALETTE = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
@@ -487,10 +483,11 @@ def test_documents_and_rare_formats_under_another_suffix_are_refused(tmp_path, k
 
 
 def test_sixteen_bit_values_keep_their_upper_byte_and_floats_are_refused(tmp_path):
-    deep = gray_ramp().astype(np.uint16) * 256 + 255
+    ramp = np.linspace(0, 255, 20 * 16).astype(np.uint8).reshape(20, 16)
+    deep = ramp.astype(np.uint16) * 256 + 255
     for name in ("deep.png", "deep.tif", "deep.pgm", "deep.jp2"):
         Image.fromarray(deep).save(tmp_path / name)
-        np.testing.assert_array_equal(read_image(tmp_path / name)[1], gray_ramp())
+        np.testing.assert_array_equal(read_image(tmp_path / name)[1], ramp)
     Image.fromarray(deep.astype(np.float32)).save(tmp_path / "float.tif")
     Image.fromarray(deep.astype(np.int32)).save(tmp_path / "long.tif")
     for name in ("float.tif", "long.tif"):

@@ -1,4 +1,3 @@
-import hashlib
 import json
 import math
 import re
@@ -244,7 +243,6 @@ NAME = "encoder.layer.1.intermediate.dense.weight"
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        (NAME, None, "lacks the tensor 'layers.1.mlp.fc1.weight'"),
         (
             NAME,
             torch.ones(47, 24),
@@ -253,7 +251,7 @@ NAME = "encoder.layer.1.intermediate.dense.weight"
         ("layernorm.bias", torch.full((24,), math.nan), "'layernorm.bias' has NaN"),
     ],
 )
-def test_a_missing_misshapen_infinite_or_cut_tensor_is_named(folder, name, value, words):
+def test_a_misshapen_infinite_or_cut_tensor_is_named(folder, name, value, words):
     change_tensors(folder, **{name: value})
     assert words in failure(folder).problem
     path = folder / "model.safetensors"
@@ -441,12 +439,8 @@ class HubHandler(BaseHTTPRequestHandler):
             self.server.downloads.append(name)
         sent = body[: len(body) // 2] if self.server.breaks else body
         self.close_connection = self.server.breaks
-        headers = {"Content_Length": len(body), "ETag": f'"{digest(body)}"'}
+        headers = {"Content_Length": len(body), "ETag": f'"{hash(body)}"'}
         self.answer(200, sent, **headers, X_Repo_Commit=commit)
-
-
-def digest(body):
-    return hashlib.sha256(body).hexdigest()
 
 
 @pytest.fixture
