@@ -202,10 +202,8 @@ def from_own(content: dict[str, Any], weights: str, num_heads: int | None) -> Ch
     mean, std = (tuple(map(float, content["preprocessing"][name])) for name in ("mean", "std"))
     if not len(mean) == len(std) == 3 or not all(map(isfinite, mean + std)) or min(std) <= 0:
         raise ValueError(f"mean {mean} and std {std} must be three finite numbers, std positive")
-    return Checkpoint(
-        *(infer_config(state_dict, heads), state_dict, weights, mean, std),
-        *(training["epochs"], training),
-    )
+    config = infer_config(state_dict, heads)
+    return Checkpoint(config, state_dict, weights, mean, std, training["epochs"], training)
 
 
 def from_other(name: str, content: Any, weights: str, num_heads: int | None) -> Checkpoint:
@@ -230,10 +228,14 @@ def from_other(name: str, content: Any, weights: str, num_heads: int | None) -> 
         )
     authors = not {"encoder", "target_encoder"}.isdisjoint(content)
     return Checkpoint(
-        *(infer_config(state_dict, num_heads), state_dict, kind, IMAGENET_MEAN, IMAGENET_STD),
-        content["epoch"] if isinstance(content.get("epoch"), int) else None,
-        {"terms": ["I-JEPA prediction"]} if authors else {},
-        tuple(notes),
+        infer_config(state_dict, num_heads),
+        state_dict,
+        kind,
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        epochs=content["epoch"] if isinstance(content.get("epoch"), int) else None,
+        training={"terms": ["I-JEPA prediction"]} if authors else {},
+        notes=tuple(notes),
     )
 
 

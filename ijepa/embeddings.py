@@ -153,35 +153,36 @@ def extract(
     keep_freed_memory()
     keys = split.image_keys
     first = first_rows(keys)
-    source = np.array([first[key] for key in keys])
-    tables = [
-        Table(encoder, split, cache) for encoder in encoders if isinstance(encoder, FrozenEncoder)
-    ]
+    source = np.array([first[key] for key in keys], np.int64)
+    tables = {
+        encoder.name: Table(encoder, split, cache)
+        for encoder in encoders
+        if isinstance(encoder, FrozenEncoder)
+    }
     if num_processes() > 1:
         share = list(first.values())[process_rank() :: num_processes()]
-        compute(tables, split, share, batch_size, progress)
+        compute([*tables.values()], split, share, batch_size, progress)
         wait_for_all()
         if process_rank():
             return {}, []
-        for table in tables:
+        for table in tables.values():
             table.read_cache()
-    failures = compute(tables, split, list(first.values()), batch_size, progress)
+    failures = compute([*tables.values()], split, list(first.values()), batch_size, progress)
     unreadable = [(row, failures[one]) for row, one in enumerate(source) if one in failures]
     kept = [row for row, one in enumerate(source) if one not in failures]
-    kept_keys, indices = [keys[row] for row in kept], split.indices[kept]
-    found = {
-        encoder.name: Embeddings(encoder.look_up(kept_keys, indices), None, from_cache=True)
-        for encoder in encoders
-        if not isinstance(encoder, FrozenEncoder)
-    }
-    for table in tables:
-        found[table.encoder.name] = Embeddings(
-            table.values[source[kept]],
-            table.computed / table.seconds if table.seconds else None,
-            bool(table.cached[source[kept]].all()),
-            tuple(table.damaged),
-        )
-    return {encoder.name: found[encoder.name] for encoder in encoders}, unreadable
+    found = {}
+    for encoder in encoders:
+        if (table := tables.get(encoder.name)) is None:
+            values = encoder.look_up([keys[row] for row in kept], split.indices[kept])
+            found[encoder.name] = Embeddings(values, None, from_cache=True)
+        else:
+            found[encoder.name] = Embeddings(
+                table.values[source[kept]],
+                table.computed / table.seconds if table.seconds else None,
+                bool(table.cached[source[kept]].all()),
+                tuple(table.damaged),
+            )
+    return found, unreadable
 
 
 Work = tuple[Table, list[int], Tensor]
