@@ -45,9 +45,6 @@ class FolderImages:
 
     files: tuple[Path, ...]
 
-    def __len__(self) -> int:
-        return len(self.files)
-
     def __getitem__(self, row: int) -> UInt8[Tensor, "3 h w"]:
         return read_image(self.files[row])
 
@@ -75,7 +72,7 @@ def to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
 
 
 def read_image(file: Path, use: Callable[[Image.Image], Result] = to_rgb) -> Result:
-    """What a function makes of an image file, of which only the header has been read before.
+    """The pixels of an image file, or what another function makes of it once its header is read.
 
     Decoding takes up to 10 bytes per pixel, so at most 1.8 GB: Pillow refuses twice
     Image.MAX_IMAGE_PIXELS (179 million). From once that number on it warns, which scripts may
