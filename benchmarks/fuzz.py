@@ -138,7 +138,7 @@ def use(source, role):
     """Load an encoder and embed with it."""
     encoder = load_encoder(source, role, device=CPU, dtype="float32", offline=True)
     if hasattr(encoder, "look_up"):
-        return encoder.look_up(SPLIT.image_keys(), SPLIT.indices)
+        return encoder.look_up(SPLIT.image_keys, SPLIT.indices)
     return encoder.embed(list(IMAGES)).numpy()
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ijepa.errors import UserError, counted, printable
-from ijepa.images import FolderImages, check_mode, image_suffixes, use_image
+from ijepa.images import FolderImages, check_mode, image_suffixes, read_image
 
 SYSTEM_NAMES = {
     *("__macosx", "@eadir", "lost+found", "#recycle", "$recycle.bin"),
@@ -70,27 +70,35 @@ class Split:
         labels, indices = self.labels[rows], self.indices[rows]
         return replace(self, images=images, labels=labels, indices=indices, paths=paths)
 
-    def without(self, failures: Sequence[tuple[int, str]]) -> "Split":
+    def readable(self, failures: Sequence[tuple[int, str]], skip: bool) -> "Split":
         """The split without the unreadable images of a folder, given as rows with reasons.
 
         A note counts them, and `unreadable` has their paths.
+
+        Raises:
+            UserError: If there are any and they must not be skipped.
         """
+        if not failures:
+            return self
+        if not skip:
+            raise UserError(
+                f"cannot read {len(failures):,} of {len(self):,} images: {reasons(failures)}",
+                hint="replace or remove them, or give --skip-unreadable: metrics.json then lists "
+                "them all",
+            )
         bad = [row for row, _ in failures]
         note = f"{counted(len(bad), 'unreadable image')} left out: {reasons(failures)}"
         rest = self.take(np.setdiff1d(np.arange(len(self)), bad))
         unreadable = (*self.unreadable, *self.take(np.array(bad)).paths)
         return replace(rest, notes=(*self.notes, note), unreadable=unreadable)
 
+    @cached_property
     def image_keys(self) -> list[bytes]:
         """16 bytes per image: a hash of its file, or of pixels and shape; nothing is decoded.
 
         Raises:
             OSError: If a file cannot be read, which `find_unreadable` finds before.
         """
-        return self._keys
-
-    @cached_property
-    def _keys(self) -> list[bytes]:
         if isinstance(self.images, FolderImages):
             contents = (file.read_bytes() for file in self.images.files)
         else:
@@ -103,7 +111,7 @@ def find_unreadable(split: Split) -> list[tuple[int, str]]:
     failures = []
     for row, file in enumerate(getattr(split.images, "files", ())):
         try:
-            use_image(file, check_mode)
+            read_image(file, check_mode)
         except UserError as error:
             failures.append((row, error.problem))
     return failures
@@ -187,14 +195,13 @@ def load_folder(folder: Path, split: str) -> Split:
     left_out: LeftOut = defaultdict(Counter)
     root = choose_split(folder, split, left_out)
     classes = {}
-    for path in entries(root, left_out):
-        if path.is_dir():
-            classes[path] = find_images(path, left_out, (root.resolve(),))
-        else:
+    for kind, path in entries(root, left_out):
+        if kind != "folder":
             left_out["file outside the class folders"][path.suffix.lower()] += 1
-    for path in [path for path, files in classes.items() if not files]:
-        left_out["folder without images"][path.name] += 1
-        del classes[path]
+        elif files := find_images(path, left_out, (root.resolve(),)):
+            classes[path] = files
+        else:
+            left_out["folder without images"][path.name] += 1
     if len(classes) < 2 or {path.name.lower() for path in classes} <= LAYOUT_NAMES:
         raise no_classes(folder, root, list(classes), left_out)
     found = folder_split(folder, "all" if root == folder else split, classes, left_out)
@@ -226,7 +233,7 @@ def no_classes(folder: Path, root: Path, classes: Sequence[Path], left_out: Left
     found = counted(len(names), "class folder")
     problem = f"{str(root)!r} has {found} with images {names[:3]}, need 2"
     hint = "sort the images into one folder per class, as FOLDER/CLASS/IMAGE"
-    if len(classes) == 1 and len(inner := listing(classes[0])[0]) > 1:
+    if len(classes) == 1 and len(inner := subfolders(classes[0])) > 1:
         hint = f"if {inner[0].name!r} and {inner[1].name!r} are classes, give {str(classes[0])!r}"
     elif {name.lower() for name in names} & LAYOUT_NAMES:
         hint = f"folders of images and labels are not read; {hint}"
@@ -243,7 +250,6 @@ def load_unlabeled(folder: Path) -> Split:
         UserError: If there are none.
     """
     left_out: LeftOut = defaultdict(Counter)
-    folder = check_folder(folder)
     files = find_images(folder, left_out)
     if not files:
         hint = "".join(left_out_note(left_out)) or "the folder is empty"
@@ -283,7 +289,7 @@ def choose_split(folder: Path, split: str, left_out: LeftOut) -> Path:
     Raises:
         UserError: If it has splits, but not this one, or more than one of that name.
     """
-    folders, _ = listing(folder)
+    folders = subfolders(folder)
     named = all(path.name.lower() in SPLIT_NAMES for path in folders)
     if not (named and holds_classes(folder) and any(map(holds_classes, folders))):
         return folder
@@ -295,26 +301,29 @@ def choose_split(folder: Path, split: str, left_out: LeftOut) -> Path:
             f"it has {names}",
             hint="choose one of its splits with --split",
         )
-    for path in entries(folder, left_out):
-        if not path.is_dir():
+    for kind, path in entries(folder, left_out):
+        if kind != "folder":
             left_out["file outside the splits"][path.suffix.lower()] += 1
     return chosen[0]
 
 
-def listing(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The folders in a folder, and the files."""
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder that may hold images."""
     found = entries(folder, defaultdict(Counter))
-    return [path for path in found if path.is_dir()], [path for path in found if not path.is_dir()]
+    return [path for kind, path in found if kind == "folder"]
 
 
 def holds_classes(folder: Path) -> bool:
     """Whether a folder has subfolders and no images next to them."""
-    folders, files = listing(folder)
-    return bool(folders) and not any(path.suffix.lower() in image_suffixes() for path in files)
+    kinds = {kind for kind, _ in entries(folder, defaultdict(Counter))}
+    return "folder" in kinds and "image" not in kinds
 
 
-def entries(folder: Path, left_out: LeftOut) -> list[Path]:
-    """What a folder holds in the order of names; hidden and system files are left out."""
+def entries(folder: Path, left_out: LeftOut) -> list[tuple[str, Path]]:
+    """What a folder holds in the order of names, each a `folder`, an `image` or a `file`.
+
+    An image is known by its suffix. Hidden and system files are counted in `left_out`.
+    """
     try:
         found = sorted(folder.iterdir())
     except OSError as error:
@@ -322,30 +331,32 @@ def entries(folder: Path, left_out: LeftOut) -> list[Path]:
         raise UserError(problem, hint="check its permissions") from error
     seen = []
     for path in found:
-        if not path.name.startswith(".") and path.name.lower() not in SYSTEM_NAMES:
-            seen.append(path)
-            continue
-        inside = sum(len(files) for _, _, files in os.walk(path)) if path.is_dir() else 1
-        left_out["file hidden or made by the operating system"][path.name] += inside
+        is_folder = path.is_dir()
+        if path.name.startswith(".") or path.name.lower() in SYSTEM_NAMES:
+            inside = sum(len(files) for _, _, files in os.walk(path)) if is_folder else 1
+            left_out["file hidden or made by the operating system"][path.name] += inside
+        else:
+            is_image = path.suffix.lower() in image_suffixes()
+            seen.append(("folder" if is_folder else "image" if is_image else "file", path))
     return seen
 
 
 def find_images(folder: Path, left_out: LeftOut, above: tuple[Path, ...] = ()) -> list[Path]:
-    """Files with an image's suffix at any depth; all others are counted in `left_out`.
+    """The images at any depth in the order of names; other files are counted in `left_out`.
 
     Links are followed, except those to a folder in which they lie.
     """
     above = (*above, folder.resolve())
     found = []
-    for path in entries(folder, left_out):
-        if path.is_dir() and any(one.is_relative_to(path.resolve()) for one in above):
-            left_out["link to a folder above"][path.name] += 1
-        elif path.is_dir():
-            found += find_images(path, left_out, above)
-        elif path.suffix.lower() in image_suffixes():
+    for kind, path in entries(folder, left_out):
+        if kind == "image":
             found.append(path)
-        else:
+        elif kind == "file":
             left_out["file of another kind"][path.suffix.lower()] += 1
+        elif any(one.is_relative_to(path.resolve()) for one in above):
+            left_out["link to a folder above"][path.name] += 1
+        else:
+            found += find_images(path, left_out, above)
     return found
 
 
@@ -374,23 +385,14 @@ def load_split(dataset: str, data_dir: Path, split: str, offline: bool) -> Split
     """
     if dataset in DATASETS:
         return DATASETS[dataset](data_dir.expanduser(), split, offline)
-    return load_folder(check_folder(Path(dataset)), split)
-
-
-def check_folder(path: Path) -> Path:
-    """The path of an existing folder, `~` replaced.
-
-    Raises:
-        UserError: If there is none.
-    """
-    folder = Path(os.path.expanduser(path))  # noqa: PTH111  (that of pathlib raises)
+    folder = Path(os.path.expanduser(dataset))  # noqa: PTH111  (that of pathlib raises)
     if folder.is_dir():
-        return folder
+        return load_folder(folder, split)
     hint = f"choose from {', '.join(DATASETS)}, or give a folder with one subfolder per class"
     if folder.exists():
-        raise UserError(f"{str(path)!r} is a file", hint=f"unpack it; {hint}")
-    unknown = "" if len(path.parts) > 1 else "unknown data set, and "
-    raise UserError(f"{unknown}no such folder: {str(path)!r}", hint=hint)
+        raise UserError(f"{dataset!r} is a file", hint=f"unpack it; {hint}")
+    unknown = "" if len(Path(dataset).parts) > 1 else "unknown data set, and "
+    raise UserError(f"{unknown}no such folder: {dataset!r}", hint=hint)
 
 
 def balanced_rows(

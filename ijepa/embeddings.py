@@ -10,9 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
-from threading import Lock
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -29,7 +28,7 @@ from ijepa.files import read_arrays, write_atomically
 CHUNK = 128
 """Images per cache file: so many are lost by an interruption at most, on a GPU a batch more."""
 BATCH_VALUES = 2**29
-"""Bytes of decoded images at which a batch is closed: 0.5 GB."""
+"""Bytes of decoded images at which they are prepared, so that they can be dropped: 0.5 GB."""
 GPU_THREADS = 2
 """Threads that prepare batches for a GPU; a single one is slower than an H200 with a ViT-H."""
 Item = TypeVar("Item")
@@ -50,31 +49,43 @@ class Embeddings:
     """Files of the cache that could not be read; they are removed, their rows computed again."""
 
 
-class Table:
-    """One encoder's embeddings of distinct images while they are collected, and their cache."""
+def first_rows(keys: Sequence[bytes]) -> dict[bytes, int]:
+    """The first row of each key, in the order of rows."""
+    first: dict[bytes, int] = {}
+    for row, key in enumerate(keys):
+        first.setdefault(key, row)
+    return first
 
-    def __init__(self, encoder: FrozenEncoder, keys: Sequence[bytes], cache: Path | None) -> None:
-        self.encoder, self.keys = encoder, keys
+
+class Table:
+    """One encoder's embeddings of a split while they are collected, and their cache.
+
+    Of images with the same key only the first has a value.
+    """
+
+    def __init__(self, encoder: FrozenEncoder, split: Split, cache: Path | None) -> None:
+        self.encoder, self.keys = encoder, split.image_keys
         self.folder = cache / encoder.key if cache else None
-        self.values = np.zeros((len(keys), encoder.embed_dim), np.float32)
-        self.done = np.zeros(len(keys), bool)
+        self.values = np.zeros((len(split), encoder.embed_dim), np.float32)
+        self.done = np.zeros(len(split), bool)
         self.waiting: list[int] = []
         self.damaged: list[Path] = []
         self.computed, self.seconds = 0, 0.0
+        self.read_cache()
+        self.cached = self.done.copy()
 
     def read_cache(self) -> None:
         """Take what the cache has; files that cannot be read are removed and noted."""
-        rows = {key: row for row, key in enumerate(self.keys)}
+        first = first_rows(self.keys)
         for file in sorted(self.folder.glob("*.npz")) if self.folder else ():
             chunk = read_chunk(file, self.encoder.embed_dim)
             if chunk is None:
                 self.damaged.append(file)
                 file.unlink(missing_ok=True)
                 continue
-            keys, values = chunk
-            known = [(rows[key], at) for at, key in enumerate(keys) if key in rows]
-            for row, at in known:
-                self.values[row], self.done[row] = values[at], True
+            for key, values in zip(*chunk, strict=True):
+                if (row := first.get(key)) is not None:
+                    self.values[row], self.done[row] = values, True
 
     def launch(self, pixels: Tensor) -> Tensor:
         """Start embedding prepared images; a GPU may not have finished on return."""
@@ -140,43 +151,38 @@ def extract(
         UserError: If the cache cannot be written, memory runs out, or another process ended.
     """
     keep_freed_memory()
-    keys = split.image_keys()
-    rows_of: dict[bytes, int] = {}
-    distinct = np.array([rows_of.setdefault(key, len(rows_of)) for key in keys], np.int64)
-    first = list(enumerate(np.unique(distinct, return_index=True)[1].tolist()))
-    tables = [
-        Table(encoder, list(rows_of), cache)
+    keys = split.image_keys
+    first = first_rows(keys)
+    source = np.array([first[key] for key in keys], np.int64)
+    tables = {
+        encoder.name: Table(encoder, split, cache)
         for encoder in encoders
         if isinstance(encoder, FrozenEncoder)
-    ]
-    for table in tables:
-        table.read_cache()
-    cached = {table.encoder.name: table.done.copy() for table in tables}
+    }
     if num_processes() > 1:
-        share = first[process_rank() :: num_processes()]
-        compute(tables, split, share, batch_size, progress)
+        share = list(first.values())[process_rank() :: num_processes()]
+        compute([*tables.values()], split, share, batch_size, progress)
         wait_for_all()
         if process_rank():
             return {}, []
-        for table in tables:
+        for table in tables.values():
             table.read_cache()
-    failures = compute(tables, split, first, batch_size, progress)
-    unreadable = [(row, failures[one]) for row, one in enumerate(distinct) if one in failures]
-    kept = [row for row, one in enumerate(distinct) if one not in failures]
-    kept_keys, indices = [keys[row] for row in kept], split.indices[kept]
-    found = {
-        encoder.name: Embeddings(encoder.look_up(kept_keys, indices), None, from_cache=True)
-        for encoder in encoders
-        if not isinstance(encoder, FrozenEncoder)
-    }
-    for table in tables:
-        found[table.encoder.name] = Embeddings(
-            table.values[distinct[kept]],
-            table.computed / table.seconds if table.seconds else None,
-            bool(cached[table.encoder.name][distinct[kept]].all()),
-            tuple(table.damaged),
-        )
-    return {encoder.name: found[encoder.name] for encoder in encoders}, unreadable
+    failures = compute([*tables.values()], split, list(first.values()), batch_size, progress)
+    unreadable = [(row, failures[one]) for row, one in enumerate(source) if one in failures]
+    kept = [row for row, one in enumerate(source) if one not in failures]
+    found = {}
+    for encoder in encoders:
+        if (table := tables.get(encoder.name)) is None:
+            values = encoder.look_up([keys[row] for row in kept], split.indices[kept])
+            found[encoder.name] = Embeddings(values, None, from_cache=True)
+        else:
+            found[encoder.name] = Embeddings(
+                table.values[source[kept]],
+                table.computed / table.seconds if table.seconds else None,
+                bool(table.cached[source[kept]].all()),
+                tuple(table.damaged),
+            )
+    return found, unreadable
 
 
 Work = tuple[Table, list[int], Tensor]
@@ -186,91 +192,77 @@ Work = tuple[Table, list[int], Tensor]
 def compute(
     tables: Sequence[Table],
     split: Split,
-    rows: Sequence[tuple[int, int]],
+    rows: Sequence[int],
     batch_size: int,
     progress: Progress,
 ) -> dict[int, str]:
-    """Embed what the tables lack of some images; those that cannot be decoded come back.
-
-    Args:
-        tables: Where the results go.
-        split: The images.
-        rows: The tables' rows to fill, each with its image's row.
-        batch_size: As for `extract`.
-        progress: As for `extract`.
-    """
-    missing = [pair for pair in rows if not all(table.done[pair[0]] for table in tables)]
+    """Embed what the tables lack of some images; the rows that cannot be decoded, with reasons."""
+    missing = [row for row in rows if not all(table.done[row] for table in tables)]
     if not missing:
         return {}
     for table in tables:
-        if not all(table.done[row] for row, _ in missing):
+        if not table.done[missing].all():
             table.encoder.load()
     failures: dict[int, str] = {}
-    batches = decoded(split, missing, batch_size, failures)
-    prepare = partial(prepare_next, tables, batches, Lock())
+    batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
     on_gpu = any(table.encoder.device.type == "cuda" for table in tables)
-    work = prefetch(prepare, GPU_THREADS if on_gpu else 1)
+    work = prefetch(
+        partial(prepare, tables, split, failures), batches, GPU_THREADS if on_gpu else 1
+    )
     launched = ([(table, rows, table.launch(x)) for table, rows, x in one] for one in work)
     with progress(total=len(missing), desc="embedding") as bar:
         # A GPU is given a batch before the results of the one before are awaited.
-        for results in one_behind(launched) if on_gpu else launched:
-            for table, done, values in results:
+        results = one_behind(launched) if on_gpu else launched
+        for batch, found in zip(batches, results, strict=True):
+            for table, done, values in found:
                 table.add(done, values)
-            bar.update(max(len(done) for _, done, _ in results))
+            bar.update(len(batch))
     for table in tables:
         table.write(table.waiting)
         table.waiting.clear()
     return failures
 
 
-def prepare_next(
-    tables: Sequence[Table], batches: Iterator[dict[int, Tensor]], turn: Any
-) -> list[Work] | None:
-    """Decode one batch, a thread at a time, and prepare it for each table that lacks some of it."""
-    with turn:
-        batch = next(batches, None)
-    if batch is None:
-        return None
-    lacking = [(table, [row for row in batch if not table.done[row]]) for table in tables]
+def prepare(
+    tables: Sequence[Table], split: Split, failures: dict[int, str], rows: Sequence[int]
+) -> list[Work]:
+    """Decode images, and prepare them for each table that lacks some of them."""
     return [
-        (table, rows, table.encoder.prepare([batch[row] for row in rows]))
-        for table, rows in lacking
-        if rows
+        (table, lacking, table.encoder.prepare([images[row] for row in lacking]))
+        for images in decoded(split, failures, rows)
+        for table in tables
+        if (lacking := [row for row in images if not table.done[row]])
     ]
 
 
 def decoded(
-    split: Split,
-    rows: Sequence[tuple[int, int]],
-    batch_size: int,
-    failures: dict[int, str],
+    split: Split, failures: dict[int, str], rows: Sequence[int]
 ) -> Iterator[dict[int, Tensor]]:
-    """Images by their table's row, `batch_size` at a time, or fewer where they are large."""
-    batch: dict[int, Tensor] = {}
-    room = BATCH_VALUES
-    for row, at in rows:
+    """Images by their row, all at once or, where they are large, a part at a time."""
+    images: dict[int, Tensor] = {}
+    for row in rows:
         try:
-            batch[row] = split.images[at]
+            images[row] = split.images[row]
         except UserError as error:
             failures[row] = error.problem
-            continue
-        room -= batch[row].numel()
-        if len(batch) == batch_size or room <= 0:
-            yield batch
-            batch, room = {}, BATCH_VALUES
-    if batch:
-        yield batch
+        if sum(image.numel() for image in images.values()) >= BATCH_VALUES:
+            yield images
+            images = {}
+    if images:
+        yield images
 
 
-def prefetch(make: Callable[[], Item | None], threads: int) -> Iterator[Item]:
-    """What `make` returns until it returns None, made ahead in threads."""
+def prefetch(
+    make: Callable[[list[int]], Item], batches: Sequence[list[int]], threads: int
+) -> Iterator[Item]:
+    """What `make` gives for each batch, made ahead in threads."""
+    waiting = iter(batches)
     with ThreadPoolExecutor(threads) as pool:
-        coming = deque(pool.submit(make) for _ in range(threads))
+        coming = deque(pool.submit(make, batch) for batch in islice(waiting, threads))
         while coming:
             item = coming.popleft().result()
-            if item is not None:
-                coming.append(pool.submit(make))
-                yield item
+            coming.extend(pool.submit(make, batch) for batch in islice(waiting, 1))
+            yield item
 
 
 def one_behind(items: Iterator[Item]) -> Iterator[Item]:
@@ -299,8 +291,10 @@ def writable_cache(cache: Path | None, output: Path) -> tuple[Path, str | None]:
 
     Without a choice it is `ijepa-compare` in $XDG_CACHE_HOME or ~/.cache.
     """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        chosen = cache or default_cache()
+        base = base if base.is_absolute() else Path.home() / ".cache"
+        chosen = cache or base / "ijepa-compare"
         chosen.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=chosen):
             return chosen, None
@@ -309,22 +303,12 @@ def writable_cache(cache: Path | None, output: Path) -> tuple[Path, str | None]:
         return own, f"the cache cannot be written ({error}): this run keeps its own in {own}"
 
 
-def default_cache() -> Path:
-    """Where embeddings are kept between runs.
-
-    Raises:
-        RuntimeError: If there is no home folder.
-    """
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "ijepa-compare"
-
-
 def save_embeddings(path: Path, values: Float[np.ndarray, "n d"], split: Split) -> None:
     """Write one npz without pickles: `embeddings` (float32), `indices`, `labels`, `keys`, `paths`.
 
     `keys` (n x 16, uint8) are the images' (`Split.image_keys`); `paths` exist for folders.
     """
-    keys = np.frombuffer(b"".join(split.image_keys()), np.uint8).reshape(-1, 16)
+    keys = np.frombuffer(b"".join(split.image_keys), np.uint8).reshape(-1, 16)
     arrays = {"embeddings": values, "indices": split.indices, "labels": split.labels, "keys": keys}
     if split.paths is not None:
         arrays["paths"] = np.array(split.paths)

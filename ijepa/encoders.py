@@ -18,14 +18,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from ijepa import huggingface
 from ijepa.checkpoint import load_checkpoint
 from ijepa.devices import choose_dtype, memory_errors
 from ijepa.errors import UserError, counted
 from ijepa.files import read_arrays, sha256, write_text
-from ijepa.model import VisionTransformer, ViTConfig
+from ijepa.model import VisionTransformer
 
 Images = Sequence[Tensor]
 """uint8 tensors of shape (3, height, width); sizes may differ."""
@@ -34,6 +34,13 @@ DECODER_VERSION = 1
 WEIGHT_SUFFIXES = (".pt", ".pth", ".tar", ".ckpt", ".bin", ".safetensors")
 PACKAGES = ("torch", "torchvision", "transformers", "pillow")
 """Whose versions may change embeddings."""
+TAKES = {
+    "a file of embeddings": (),
+    "a file of weights": ("--local-weights", "--local-num-heads"),
+    "a directory": ("--hf-pooling",),
+    "a hub id": ("--hf-pooling", "--hf-revision"),
+}
+"""Flags that mean something for each kind of source."""
 IDENTITY = ("sha256", "revision", "weights", "num_heads", "preprocessing", "pooling", "dtype")
 """The entries of a description that decide the embeddings; all others follow from these."""
 
@@ -200,45 +207,35 @@ def load_encoder(  # noqa: PLR0913  one argument per flag
     path = Path(os.path.expanduser(text))  # noqa: PTH111  which keeps ~nobody as it is
     # A hub id has at most one slash and no file's ending.
     is_path = path.exists() or text.count("/") > 1 or text.startswith((".", "/", "~"))
-    of_files = {"--local-weights": weights != "target", "--local-num-heads": num_heads is not None}
-    of_models = {"--hf-revision": revision is not None, "--hf-pooling": pooling != "mean"}
     if path.suffix == ".npz":
-        refuse(text, "a file of embeddings", of_files | of_models)
+        kind = "a file of embeddings"
+    elif path.is_dir():
+        kind = "a directory"
+    else:
+        is_file = is_path or path.suffix in WEIGHT_SUFFIXES
+        kind = "a file of weights" if is_file else "a hub id"
+    given = {"--local-weights": weights != "target", "--local-num-heads": num_heads is not None}
+    given |= {"--hf-revision": revision is not None, "--hf-pooling": pooling != "mean"}
+    for flag in given:
+        if given[flag] and flag not in TAKES[kind]:
+            raise UserError(f"{flag} means nothing for {text!r}, {kind}", hint=f"omit {flag}")
+    if kind == "a file of embeddings":
         return load_embeddings(path, role)
-    is_file = not path.is_dir() and (is_path or path.suffix in WEIGHT_SUFFIXES)
-    refuse(
-        text, *(("a file of weights", of_models) if is_file else ("a Hugging Face model", of_files))
-    )
-    if is_file:
+    if kind == "a file of weights":
         return load_file_encoder(path, role, weights, num_heads, device, dtype)
-    name, _, own = (str(path), "", "") if path.is_dir() else text.partition("@")
-    if revision and (path.is_dir() or own not in ("", revision)):
-        other = f"revision {own!r}" if own else "a directory, which has no revisions"
-        raise UserError(
-            f"revision {revision!r} was asked for, but {text!r} is {other}",
-            hint="omit --hf-revision",
-        )
+    name, _, own = (str(path), "", "") if kind == "a directory" else text.partition("@")
+    if own and revision not in (None, own):
+        raise UserError(f"{text!r} is not revision {revision!r}", hint="omit --hf-revision")
     folder, commit = huggingface.find_model(name, own or revision, offline)
+    parts = Path(name).absolute().parts
     description = {
         "source": name,
-        "short_name": short_name(path if path.is_dir() else Path(name)),
+        "short_name": "/".join(parts[-2:]) if parts[-1] == "hf" else parts[-1],
         "revision": commit,
         "sha256": None if commit else huggingface.hash_model(folder),
         "pooling": "class token" if pooling == "cls" else "mean over patch tokens",
     }
     return huggingface_encoder(folder, role, description, device, dtype, cache)
-
-
-def refuse(source: str, kind: str, flags: dict[str, bool]) -> None:
-    """Raise UserError if a flag was given that means nothing for this kind of source."""
-    for flag in (flag for flag, given in flags.items() if given):
-        raise UserError(f"{flag} means nothing for {source!r}, {kind}", hint=f"omit {flag}")
-
-
-def short_name(path: Path) -> str:
-    """The last part of a path or hub id; for a folder called `hf` with that of its parent."""
-    parts = path.absolute().parts
-    return "/".join(parts[-2:]) if parts[-1] == "hf" else parts[-1]
 
 
 def load_embeddings(path: Path, role: str) -> PrecomputedEmbeddings:
@@ -275,74 +272,54 @@ def load_file_encoder(
 ) -> FrozenEncoder:
     """An encoder from a checkpoint file; see `checkpoint.load_checkpoint` for the formats."""
     checkpoint = load_checkpoint(path, weights, num_heads)
-    encoder, name = checkpoint.build(), path.name.split(".")[0]
-    facts = {
-        "source": str(path),
-        "short_name": f"{name} ({checkpoint.weights})" if checkpoint.weights else name,
-        "sha256": sha256(path),
-        "weights": checkpoint.weights,
-        "epochs": checkpoint.epochs,
-        "planned_epochs": checkpoint.training.get("planned_epochs"),
-        "losses": checkpoint.losses,
-        "notes": list(checkpoint.notes),
-    }
-    number_format = choose_dtype(dtype, device, count_parameters(encoder))
-    normalization = (checkpoint.mean, checkpoint.std)
-    return vit_encoder(role, encoder, normalization, device, number_format, facts)
-
-
-def random_encoder(
-    config: ViTConfig,
-    normalization: tuple[Sequence[float], Sequence[float]],
-    seed: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> FrozenEncoder:
-    """The same architecture before any training: what the shape of the network gives by itself."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        encoder = VisionTransformer(config).eval().requires_grad_(False)
-    facts = {
-        "source": f"random weights, seed {seed}",
-        "weights": "random",
-        "preprocessing": json_hash([asdict(config), normalization, seed]),
-        "epochs": 0,
-    }
-    return vit_encoder("random_weights", encoder, normalization, device, dtype, facts)
-
-
-def vit_encoder(
-    name: str,
-    encoder: VisionTransformer,
-    normalization: tuple[Sequence[float], Sequence[float]],
-    device: torch.device,
-    dtype: torch.dtype,
-    facts: dict[str, Any],
-) -> FrozenEncoder:
-    """Freeze one of our own networks together with its preprocessing."""
-    size = encoder.config.image_size
-    mean, std = normalization
+    config, network, name = checkpoint.config, checkpoint.build(), path.name.split(".")[0]
+    size, mean, std = config.image_size, checkpoint.mean, checkpoint.std
+    parameters = sum(tensor.numel() for tensor in network.state_dict().values())
+    number_format = choose_dtype(dtype, device, parameters)
     return FrozenEncoder(
-        name,
+        role,
         lambda images: resize_and_normalize(images, size, mean, std),
-        encoder.to(device),
-        encoder.config.embed_dim,
+        network.to(device),
+        config.embed_dim,
         device,
-        dtype,
+        number_format,
         autocast=True,
         description={
-            **facts,
+            "source": str(path),
+            "short_name": f"{name} ({checkpoint.weights})" if checkpoint.weights else name,
             "family": "ijepa",
-            "num_heads": encoder.config.num_heads,
-            "parameters": count_parameters(encoder),
+            "sha256": sha256(path),
+            "weights": checkpoint.weights,
+            "epochs": checkpoint.epochs,
+            "planned_epochs": checkpoint.training.get("planned_epochs"),
+            "losses": checkpoint.losses,
+            "num_heads": config.num_heads,
+            "parameters": parameters,
             "input_size": size,
             "resize": "bilinear, antialiased",
             "mean": list(mean),
             "std": list(std),
             "pooling": "mean over patch tokens",
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": str(number_format).removeprefix("torch."),
+            "notes": list(checkpoint.notes),
         },
     )
+
+
+def random_encoder(trained: FrozenEncoder, seed: int) -> FrozenEncoder:
+    """An encoder of our own before any training: what the shape of the network gives by itself."""
+    config, facts = cast(VisionTransformer, trained.network).config, trained.description
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = VisionTransformer(config).eval().requires_grad_(False)
+    description = {
+        **{name: facts[name] for name in ("num_heads", "pooling", "dtype")},
+        "source": f"random weights, seed {seed}",
+        "weights": "random",
+        "preprocessing": json_hash([asdict(config), [facts["mean"], facts["std"]], seed]),
+    }
+    network = network.to(trained.device)
+    return replace(trained, name="random_weights", network=network, description=description)
 
 
 def pixel_encoder() -> FrozenEncoder:
@@ -383,13 +360,6 @@ def huggingface_encoder(
     number_format = choose_dtype(dtype, device, huggingface.stored_parameters(folder, source))
 
     load = once(lambda: huggingface.read_model(folder, source, family, device, number_format))
-
-    def describe() -> dict[str, Any]:
-        processor, model, notes = load()
-        facts = huggingface.describe_processor(processor)
-        width = cast(Any, model).config.hidden_size
-        return {**facts, "embed_dim": width, "parameters": count_parameters(model), "notes": notes}
-
     encoder = FrozenEncoder(
         role,
         lambda images: huggingface.preprocess(load()[0], images),
@@ -406,7 +376,7 @@ def huggingface_encoder(
         },
         load=load,
     )
-    facts = kept_facts(cache and cache / encoder.key / "facts.json", describe)
+    facts = dict(kept_facts(cache and cache / encoder.key / "facts.json", lambda: load()[2]))
     embed_dim = facts.pop("embed_dim")
     return replace(encoder, embed_dim=embed_dim, description={**encoder.description, **facts})
 
@@ -427,8 +397,3 @@ def kept_facts(path: Path | None, find: Callable[[], dict[str, Any]]) -> dict[st
     if path:
         write_text(path, json.dumps({"facts": facts, "sha256": json_hash(facts)}))
     return facts
-
-
-def count_parameters(network: nn.Module) -> int:
-    """Weights of the network, position code included."""
-    return sum(tensor.numel() for tensor in network.state_dict().values())

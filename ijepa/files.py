@@ -43,18 +43,13 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise cannot_write(path, cause) from error
+        raise UserError(
+            f"cannot write {path}: {cause.strerror or cause}",
+            hint="check that the folder exists, is writable and has space left",
+        ) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
-
-
-def cannot_write(place: Path | str, error: OSError) -> UserError:
-    """The user's error for a file that could not be written."""
-    return UserError(
-        f"cannot write {place}: {error.strerror or error}",
-        hint="check that the folder exists, is writable and has space left",
-    )
 
 
 @contextmanager

@@ -225,8 +225,8 @@ def quiet_transformers() -> Iterator[None]:
 
 def read_model(
     folder: Path, source: str, family: Family, device: torch.device, dtype: torch.dtype
-) -> tuple[Any, nn.Module, list[str]]:
-    """Image processor and network of a directory, and notes on what was left out.
+) -> tuple[Any, nn.Module, dict[str, Any]]:
+    """Image processor and network of a directory, and what metrics.json says of them.
 
     Raises:
         UserError: If they cannot be read, tensors are missing, misshapen or not finite, or the
@@ -253,7 +253,7 @@ def read_model(
                 **family.options,
             )
             check_tensors(model, report)
-            check_processor(processor, model.config.image_size, family.any_size)
+            sides = check_processor(processor, model.config.image_size, family.any_size)
             model = model.to(device)
     except (*UNREADABLE, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"cannot load {source!r}: {first_line(error)}", hint=RETRY) from error
@@ -261,8 +261,14 @@ def read_model(
     names = (name.removeprefix(prefix) for name in report["unexpected_keys"])
     unused = Counter(name.split(".")[0] for name in names)
     parts = ", ".join(f"{part} ({count})" for part, count in sorted(unused.items()))
-    notes = [f"{source}: tensors that {family.model} does not use: {parts}"] if unused else []
-    return processor, model.eval().requires_grad_(False), notes
+    facts = {
+        **describe_processor(processor),
+        "input_size": sides[0] if sides[0] == sides[1] else sides,
+        "embed_dim": model.config.hidden_size,
+        "parameters": sum(tensor.numel() for tensor in model.state_dict().values()),
+        "notes": [f"{source}: tensors that {family.model} does not use: {parts}"] if unused else [],
+    }
+    return processor, model.eval().requires_grad_(False), facts
 
 
 def check_tensors(model: nn.Module, report: dict[str, Any]) -> None:
@@ -276,8 +282,12 @@ def check_tensors(model: nn.Module, report: dict[str, Any]) -> None:
             raise ValueError(f"tensor {name!r} has NaN or infinite values")
 
 
-def check_processor(processor: Any, side: Any, any_size: bool) -> None:
-    """Raise ValueError if a tall and a wide image do not become pixels for this network."""
+def check_processor(processor: Any, side: Any, any_size: bool) -> list[int]:
+    """Height and width of the pixels that the processor makes.
+
+    Raises:
+        ValueError: If a tall and a wide image do not become pixels for this network.
+    """
     tall, wide = (
         preprocess(processor, [torch.zeros(3, *size, dtype=torch.uint8)])
         for size in ((48, 40), (40, 48))
@@ -292,6 +302,7 @@ def check_processor(processor: Any, side: Any, any_size: bool) -> None:
         )
     if not tall.isfinite().all():
         raise ValueError("its image processor makes pixels that are not finite: check mean and std")
+    return list(made)
 
 
 def preprocess(processor: Any, images: Iterable[Tensor]) -> Float[Tensor, "b 3 H W"]:
@@ -315,12 +326,10 @@ def tokens(
 
 
 def describe_processor(processor: Any) -> dict[str, Any]:
-    """Input size (one number, or height and width), resize and normalization."""
+    """Resize and normalization."""
     from PIL import Image
 
-    height, width = preprocess(processor, [torch.zeros(3, 8, 8, dtype=torch.uint8)]).shape[2:]
-    side = height if height == width else [height, width]
-    facts: dict[str, Any] = {"input_size": side, "resize": "none", "mean": None, "std": None}
+    facts: dict[str, Any] = {"resize": "none", "mean": None, "std": None}
     if processor.do_resize:
         name = Image.Resampling(processor.resample).name.lower()
         smooth = name in ("bilinear", "bicubic", "lanczos")

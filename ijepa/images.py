@@ -45,9 +45,6 @@ class FolderImages:
 
     files: tuple[Path, ...]
 
-    def __len__(self) -> int:
-        return len(self.files)
-
     def __getitem__(self, row: int) -> UInt8[Tensor, "3 h w"]:
         return read_image(self.files[row])
 
@@ -58,24 +55,31 @@ def check_mode(image: Image.Image) -> None:
         raise ValueError(f"32-bit values (mode {image.mode}); convert them to 8 or 16 bits")
 
 
-def read_image(file: Path) -> UInt8[Tensor, "3 h w"]:
-    """Decode one file to RGB, upright by its EXIF orientation; transparency becomes white.
+def to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
+    """Decoded pixels, upright by their EXIF orientation; transparency becomes white.
 
-    Of 16-bit gray values the upper byte is kept, of several frames or pages the first. Decoding
-    takes up to 10 bytes per pixel, so at most 1.8 GB: Pillow refuses twice Image.MAX_IMAGE_PIXELS
-    (179 million). From once that number on it warns, which scripts may ignore.
-
-    Raises:
-        UserError: If the file is no readable image, or has 32-bit values, whose white is undefined.
+    Of 16-bit gray values the upper byte is kept, of several frames or pages the first.
     """
-    return use_image(file, to_rgb)
+    check_mode(image)
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def use_image(file: Path, use: Callable[[Image.Image], Result]) -> Result:
-    """What a function makes of an image file, of which only the header has been read before.
+def read_image(file: Path, use: Callable[[Image.Image], Result] = to_rgb) -> Result:
+    """The pixels of an image file, or what another function makes of it once its header is read.
+
+    Decoding takes up to 10 bytes per pixel, so at most 1.8 GB: Pillow refuses twice
+    Image.MAX_IMAGE_PIXELS (179 million). From once that number on it warns, which scripts may
+    ignore.
 
     Raises:
-        UserError: If the file is no readable image.
+        UserError: If the file is no readable image, or `use` raises ValueError.
     """
     formats = (image_suffixes().get(file.suffix.lower(), "PNG"), *COMMON_FORMATS)
     try:
@@ -101,7 +105,7 @@ def doubtful_pixels(files: Sequence[Path], looked_at: int = 32) -> tuple[str, ..
     seen = []
     for file in files[:: -(-len(files) // looked_at) or 1]:
         with suppress(UserError):  # reported where every image is read
-            seen.append(use_image(file, lambda image: [holds(image) for holds in DOUBTS.values()]))
+            seen.append(read_image(file, lambda image: [holds(image) for holds in DOUBTS.values()]))
     counts = zip(DOUBTS, map(sum, zip(*seen, strict=True)), strict=False)
     return tuple(f"{what}: {n} of {len(seen)} files checked" for what, n in counts if n)
 
@@ -125,24 +129,8 @@ def image_suffixes() -> dict[str, str]:
     return {s: f for s, f in known.items() if f in Image.OPEN and f not in REFUSED_FORMATS}
 
 
-def to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
-    """Decoded pixels; see `read_image`."""
-    check_mode(image)
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
 def shrink(image: UInt8[Tensor, "3 h w"], side: int) -> UInt8[np.ndarray, "3 H W"]:
     """The image as an array for display, neither side above `side`; a small one unchanged."""
-    factor = max(image.shape[1:]) / side
-    if factor <= 1:
-        return image.numpy()
-    height, width = (max(1, round(length / factor)) for length in image.shape[1:])
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    return np.asarray(picture.resize((width, height), Image.Resampling.BOX)).transpose(2, 0, 1)
+    picture.thumbnail((side, side), Image.Resampling.BOX, reducing_gap=None)
+    return np.asarray(picture).transpose(2, 0, 1)

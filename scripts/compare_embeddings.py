@@ -4,6 +4,7 @@ By default: a small I-JEPA trained on CIFAR-10 and the Hugging Face ViT-Huge I-J
 """
 
 import argparse
+import math
 import os
 import shutil
 import sys
@@ -12,7 +13,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -47,7 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         f"the same training (default: {BUNDLED.name}/checkpoint_latest.pt)")
     add("--local-weights", choices=["target", "context"], default="target",
         help="which encoder of that file (default: %(default)s)")
-    add("--local-num-heads", type=positive, metavar="N",
+    add("--local-num-heads", type=whole(1), metavar="N",
         help="attention heads, for files that do not record them (default: 64 channels each)")
     add("--hf-model", metavar="SOURCE",
         help="second model, of the same kinds; none reports the first model only (default: "
@@ -57,9 +58,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="of --hf-model: mean over patch tokens, or class token (default: %(default)s)")
     add("--output-dir", type=path, default=Path("comparison_results"),
         help="for all files (default: %(default)s)")
-    add("--max-samples", type=natural, default=2000, metavar="N",
+    add("--max-samples", type=whole(0), default=2000, metavar="N",
         help="class-balanced; 0 = the whole split (default: %(default)s)")
-    add("--probe-samples", type=natural_or_all, default=0, metavar="N",
+    add("--probe-samples", type=whole_or_all, default=0, metavar="N",
         help="also report kNN and linear-probe accuracy with N images of the train split; "
         "0 = no probe, all = the whole split (default: 0)")
     add("--dataset", help="cifar10, digits, or a folder with one subfolder per class (default: "
@@ -75,9 +76,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto",
         help="of matrix products; auto: bfloat16 from 100 million parameters on where the hardware "
         "has it, else float32 (default: auto)")
-    add("--batch-size", type=positive, default=64, metavar="N",
+    add("--batch-size", type=whole(1), default=64, metavar="N",
         help="images per forward pass (default: %(default)s)")
-    add("--seed", type=seed_number, default=0,
+    add("--seed", type=whole(0, 2**32 - 1), default=0,
         help="of the sample, the maps and the intervals (default: %(default)s)")
     add("--cache-dir", type=path, help="where embeddings and maps are kept between runs (default: "
         "~/.cache/ijepa-compare)")
@@ -113,34 +114,21 @@ def path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def natural(text: str) -> int:
-    """Parse a whole number from 0."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
-    return value
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A parser of whole numbers in a range."""
+
+    def parse(text: str) -> int:
+        if text.isdecimal() and int(text) >= low and (high is None or int(text) <= high):
+            return int(text)
+        limit = "" if high is None else f" to {high}"
+        raise argparse.ArgumentTypeError(f"must be a whole number from {low}{limit}, got {text!r}")
+
+    return parse
 
 
-def positive(text: str) -> int:
-    """Parse a whole number from 1."""
-    if (value := natural(text)) == 0:
-        raise argparse.ArgumentTypeError("must be at least 1, got 0")
-    return value
-
-
-def natural_or_all(text: str) -> int | None:
-    """Parse a whole number from 0; None for `all`."""
-    return None if text == "all" else natural(text)
-
-
-def seed_number(text: str) -> int:
-    """Parse a seed that every library takes."""
-    if (value := natural(text)) >= 2**32:
-        raise argparse.ArgumentTypeError(f"must be below 2**32, got {value}")
-    return value
+def whole_or_all(text: str) -> int | None:
+    """Parse a whole number; None for `all`."""
+    return None if text == "all" else whole(0)(text)
 
 
 class Stages:
@@ -165,43 +153,33 @@ class Stages:
             self.seconds[name] = round(time.perf_counter() - began, 3)
 
 
-class Lines:
-    """A progress bar for logs: a plain line every ten seconds."""
-
-    def __init__(self, total: int, desc: str, initial: int = 0, unit: str = "images") -> None:
-        self.total, self.done, self.text, self.unit = total, initial, desc, unit
-        self.next = time.monotonic() + SLOW_SECONDS
-
-    def __enter__(self) -> "Lines":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Nothing is left to write."""
-
-    def update(self, count: int = 1) -> None:
-        """Count finished items."""
-        self.done += count
-        if time.monotonic() >= self.next:
-            self.next = time.monotonic() + 10
-            say(f"{self.text}: {self.done:,} of {self.total:,} {self.unit}")
-
-
-def say(text: str, end: str = "\n", file: TextIO | None = None) -> None:
+def say(text: str, file: TextIO | None = None) -> None:
     """Print a line on stderr or in another file; it is no error if nobody reads it any more."""
     with suppress(BrokenPipeError):  # as with `| head`
-        print(text, file=file or sys.stderr, end=end)
+        print(text, file=file or sys.stderr)
+
+
+class Lines:
+    """A file for tqdm that shows what it writes as plain lines."""
+
+    def write(self, text: str) -> None:
+        """Print a line without tqdm's carriage returns."""
+        if line := text.strip():
+            say(line)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
 
 
 def make_progress(talks: bool) -> Any:
-    """A maker of progress bars like tqdm's: plain lines where stderr is no terminal."""
+    """A maker of progress bars; where stderr is no terminal they are a line every ten seconds."""
     from tqdm import tqdm
 
-    if not talks:
-        return partial(tqdm, disable=True)
-    return partial(tqdm, delay=SLOW_SECONDS, unit=" images") if sys.stderr.isatty() else Lines
+    options: dict[str, Any] = {"disable": not talks, "delay": SLOW_SECONDS, "unit": " images"}
+    if not sys.stderr.isatty():
+        words = "{desc}: {n:,} of {total:,} images"
+        options |= {"file": Lines(), "mininterval": 10, "leave": False, "bar_format": words}
+    return partial(tqdm, **options)
 
 
 def load_images(args: argparse.Namespace) -> "Split":
@@ -209,10 +187,8 @@ def load_images(args: argparse.Namespace) -> "Split":
     from ijepa.data import balanced_sample, find_unreadable, load_split
     from ijepa.images import doubtful_pixels
 
-    dataset = args.dataset
-    if dataset is None:
-        present = any(args.data_dir.glob("cifar-10-*"))
-        dataset = "digits" if args.offline and not present else "cifar10"
+    present = any(args.data_dir.glob("cifar-10-*"))
+    dataset = args.dataset or ("digits" if args.offline and not present else "cifar10")
     split = load_split(dataset, args.data_dir, args.split, args.offline)
     if args.split not in ("test", split.split):
         note = f"{split.name} has no splits: all of its images are used, not {args.split}"
@@ -221,7 +197,7 @@ def load_images(args: argparse.Namespace) -> "Split":
     if len(sample) < len(split):
         note = f"{len(sample):,} of {len(split):,} images are compared: --max-samples 0 takes all"
         sample = replace(sample, notes=(*sample.notes, note))
-    sample = readable(sample, find_unreadable(sample), args.skip_unreadable)
+    sample = sample.readable(find_unreadable(sample), args.skip_unreadable)
     check_size(sample)
     return replace(
         sample, notes=(*sample.notes, *doubtful_pixels(getattr(sample.images, "files", ())))
@@ -239,33 +215,16 @@ def check_size(split: "Split") -> None:
         )
 
 
-def readable(split: "Split", failures: list[tuple[int, str]], skip: bool) -> "Split":
-    """The split without the unreadable images, given as rows with reasons.
-
-    Raises:
-        UserError: If there are any and they must not be skipped; names them all together.
-    """
-    from ijepa.data import reasons
-
-    if not failures:
-        return split
-    if skip:
-        return split.without(failures)
-    raise UserError(
-        f"cannot read {len(failures):,} of {len(split):,} images: {reasons(failures)}",
-        hint="replace or remove them, or give --skip-unreadable: metrics.json then lists them all",
-    )
-
-
-def load_encoders(args: argparse.Namespace, device: Any, cache: Path | None) -> list[Any]:
+def load_encoders(args: argparse.Namespace, cache: Path | None) -> list[Any]:
     """The models, the references that show what a number is worth, and other training seeds."""
     from ijepa.encoders import load_encoder, pixel_encoder, random_encoder
     from ijepa.model import VisionTransformer
 
-    common = {"device": device, "dtype": args.dtype, "offline": args.offline, "cache": cache}
+    common = {"device": args.device, "dtype": args.dtype, "offline": args.offline, "cache": cache}
     file = {"weights": args.local_weights, "num_heads": args.local_num_heads}
     local, *seeds = (
-        load_encoder(source, "local", **file, **common) for source in args.local_checkpoint
+        load_encoder(source, f"local_{row}" if row > 1 else "local", **file, **common)
+        for row, source in enumerate(args.local_checkpoint, 1)
     )
     check_seeds(local, seeds)
     loaded = [local]
@@ -273,12 +232,10 @@ def load_encoders(args: argparse.Namespace, device: Any, cache: Path | None) -> 
         chosen = {"revision": args.hf_revision, "pooling": args.hf_pooling}
         loaded.append(load_encoder(args.hf_model, "hf", **chosen, **common))
     loaded.append(pixel_encoder())
-    network, facts = getattr(local, "network", None), local.description
-    if isinstance(network, VisionTransformer):  # of other networks there is no untrained twin
-        normalization = facts["mean"], facts["std"]
-        untrained = (network.config, normalization, args.seed, local.device, local.dtype)
-        loaded.append(random_encoder(*untrained))
-    return [*loaded, *(replace(seed, name=f"local_{row}") for row, seed in enumerate(seeds, 2))]
+    # Of other networks there is no untrained twin.
+    if isinstance(getattr(local, "network", None), VisionTransformer):
+        loaded.append(random_encoder(local, args.seed))
+    return [*loaded, *seeds]
 
 
 def check_seeds(local: Any, seeds: list[Any]) -> None:
@@ -309,51 +266,13 @@ def extract_all(
 
     options = {"cache": cache, "batch_size": args.batch_size, "progress": make_progress(talks)}
     results, failures = extract(loaded, split, **options)
-    split = readable(split, failures, args.skip_unreadable)
+    split = split.readable(failures, args.skip_unreadable)
     for name, result in results.items():
         if result.damaged:
             shown = ", ".join(map(str, result.damaged[:3]))
             files = counted(len(result.damaged), "damaged file")
             say(f"replaced {files} of cached {name} embeddings by embedding again: {shown}")
     return split, results
-
-
-def load_bank(args: argparse.Namespace, split: "Split") -> "tuple[Split | None, list[str]]":
-    """The labeled images for the probe, and what to know of them; None where there are none."""
-    if args.probe_samples == 0:
-        return None, []
-    import numpy as np
-
-    from ijepa.data import find_unreadable, load_split
-    from ijepa.probe import select_bank
-
-    try:
-        train = load_split(split.name, args.data_dir, "train", args.offline)
-        if train.split != "train":
-            raise UserError(f"{split.name} has no train split", hint="")
-    except UserError as error:
-        return None, [f"There is no probe: {error.problem}."]
-    train = readable(train, find_unreadable(train), args.skip_unreadable)
-    # Classes are matched by name; those that are not compared get numbers of their own.
-    number = {name: row for row, name in enumerate((*split.classes, *train.classes))}
-    number |= {name: row for row, name in enumerate(split.classes)}
-    labels = np.array([number[name] for name in train.classes])[train.labels]
-    rows, excluded = select_bank(
-        labels, train.image_keys(), set(split.image_keys()), args.probe_samples or 0, args.seed
-    )
-    left_out = counted(excluded, "training image")
-    note = f"The probe's bank leaves out {left_out} found among the compared images."
-    bank = replace(train.take(rows), labels=labels[rows])
-    return bank, [note] if excluded else []
-
-
-def announce_wait(bank: "Split", results: dict[str, "Embeddings"]) -> None:
-    """Say how long embedding a bank will take where that is over a minute."""
-    for name, result in results.items():
-        if result.images_per_second and len(bank) / result.images_per_second > 60:
-            minutes = len(bank) / result.images_per_second / 60
-            images = counted(len(bank), "bank image")
-            say(f"embedding {images} with {name} takes about {minutes:.0f} min")
 
 
 @dataclass
@@ -368,31 +287,65 @@ class Inputs:
     bank_results: "dict[str, Embeddings]" = field(default_factory=dict)
 
 
-def embed(args: argparse.Namespace, stages: Stages, device: Any, cache: Path | None) -> Inputs:
+def load_bank(args: argparse.Namespace, inputs: Inputs) -> "Split | None":
+    """The labeled images for the probe, None where there are none; notes say what to know."""
+    if args.probe_samples == 0:
+        return None
+    import numpy as np
+
+    from ijepa.data import find_unreadable, load_split
+    from ijepa.probe import select_bank
+
+    split = inputs.split
+    try:
+        train = load_split(split.name, args.data_dir, "train", args.offline)
+        if train.split != "train":
+            raise UserError(f"{split.name} has no train split", hint="")
+    except UserError as error:
+        inputs.notes.append(f"There is no probe: {error.problem}.")
+        return None
+    train = train.readable(find_unreadable(train), args.skip_unreadable)
+    # Classes are matched by name; those that are not compared get numbers of their own.
+    number = {name: row for row, name in enumerate((*split.classes, *train.classes))}
+    number |= {name: row for row, name in enumerate(split.classes)}
+    labels = np.array([number[name] for name in train.classes])[train.labels]
+    rows, excluded = select_bank(
+        labels, train.image_keys, set(split.image_keys), args.probe_samples or 0, args.seed
+    )
+    if excluded:
+        left_out = f"{counted(excluded, 'training image')} found among the compared images"
+        inputs.notes.append(f"The probe's bank leaves out {left_out}.")
+    return replace(train.take(rows), labels=labels[rows])
+
+
+def embed(args: argparse.Namespace, stages: Stages, cache: Path | None) -> Inputs:
     """Load images and models, and embed the sample and the probe's bank."""
     from ijepa.distributed import first_process_first
 
     with stages("load_images", "reading the images"), first_process_first():
         split = load_images(args)
     with stages("load_models", "loading the models"), first_process_first():
-        loaded = load_encoders(args, device, cache)
+        loaded = load_encoders(args, cache)
     with stages("extract", "embedding the images"):
         split, results = extract_all(args, loaded, split, cache, stages.talks)
         check_size(split)
     inputs = Inputs(split, loaded, results, list(split.notes))
     with stages("extract_bank", "embedding the probe's bank"):
-        bank, notes = load_bank(args, split)
-        inputs.notes += notes
-        if bank is not None:
-            announce_wait(bank, results)
-            models = [one for one in loaded if not one.name.startswith("local_")]
-            bank, inputs.bank_results = extract_all(args, models, bank, cache, stages.talks)
-            inputs.bank = bank if len(bank) else None
-            inputs.notes += [f"The probe's bank: {note}" for note in bank.notes]
-            if inputs.bank is None:
-                inputs.notes.append("There is no probe: no training image is left for its bank.")
-            unreadable = (*split.unreadable, *bank.unreadable)
-            inputs.split = replace(split, unreadable=unreadable)
+        if (bank := load_bank(args, inputs)) is None:
+            return inputs
+        for name, result in results.items():
+            minutes = len(bank) / (result.images_per_second or math.inf) / 60
+            if minutes > 1:
+                images = counted(len(bank), "bank image")
+                say(f"embedding {images} with {name} takes about {minutes:.0f} min")
+        models = [one for one in loaded if not one.name.startswith("local_")]
+        bank, inputs.bank_results = extract_all(args, models, bank, cache, stages.talks)
+        inputs.notes += [f"The probe's bank: {note}" for note in bank.notes]
+        inputs.split = replace(split, unreadable=(*split.unreadable, *bank.unreadable))
+        if len(bank):
+            inputs.bank = bank
+        else:
+            inputs.notes.append("There is no probe: no training image is left for its bank.")
     return inputs
 
 
@@ -404,34 +357,30 @@ def run(args: argparse.Namespace, talks: bool) -> None:
     stages = Stages(talks)
     with stages("import", "importing the libraries"):
         from ijepa.devices import choose_device
-        from ijepa.distributed import join_processes, leave_processes, num_processes, process_rank
+        from ijepa.distributed import join_processes, leave_processes, num_processes
         from ijepa.embeddings import writable_cache
 
         # A process whose images are all in the cache waits for those that compute theirs.
-        device = join_processes(choose_device(args.device), "gloo", timedelta(days=7))
+        args.device = join_processes(choose_device(args.device), "gloo", timedelta(days=7))
     cache, note = (None, None) if args.no_cache else writable_cache(args.cache_dir, args.output_dir)
     # Processes meet in the cache; without one that is kept they need one for this run.
-    passing = (
-        args.output_dir / ".cache-of-this-run" if args.no_cache and num_processes() > 1 else None
-    )
+    passing = args.output_dir / ".cache-of-this-run"
     try:
-        inputs = embed(args, stages, device, cache or passing)
-        reports = process_rank() == 0
+        inputs = embed(args, stages, passing if args.no_cache and num_processes() > 1 else cache)
         leave_processes()
     finally:
-        if passing and talks:
+        if talks:
             shutil.rmtree(passing, ignore_errors=True)
+    if not talks:
+        return
     inputs.notes += filter(None, [note])
     assumed = [text for one in inputs.loaded for text in one.description.get("notes", ())]
-    if talks:
-        say("".join(f"note: {text}\n" for text in (*assumed, *inputs.notes)), end="")
-    if reports:
-        report(args, stages, inputs, str(device), cache)
+    for text in (*assumed, *inputs.notes):
+        say(f"note: {text}")
+    report(args, stages, inputs, cache)
 
 
-def report(
-    args: argparse.Namespace, stages: Stages, inputs: Inputs, device: str, cache: Path | None
-) -> None:
+def report(args: argparse.Namespace, stages: Stages, inputs: Inputs, cache: Path | None) -> None:
     """Compare the embeddings, write every file and print the summary."""
     with stages("import_report", "importing the libraries of the report"):
         from ijepa.comparison import compare
@@ -450,7 +399,9 @@ def report(
     names = {one.name: one.description["short_name"] for one in loaded if one.name in models}
     progress = make_progress(stages.talks)
     with stages("compare", "comparing all pairs of images"):
-        found = compare(models, references, split.labels, seed, seeds, device, names, progress)
+        found = compare(
+            models, references, split.labels, seed, seeds, str(args.device), names, progress
+        )
     probe = None
     with stages("probe", "fitting the probes"):
         if inputs.bank is not None:
@@ -462,22 +413,20 @@ def report(
     with stages("project", "making the maps"):
         maps = make_maps(models, split.labels, seed, cache and cache / "maps")
     with stages("write", "drawing and writing the report"):
-        facts = complete(found, split, describe_run(args, stages, inputs, device))
+        facts = complete(found, split, describe_run(args, stages, inputs))
         notes = caveats(found, facts, maps, inputs.notes, both_bundled(loaded))
         written = write_report(args.output_dir, found, split, facts, notes, maps, probe)
     if args.json:
-        say(summary_json(args.output_dir / "metrics.json"), end="", file=sys.stdout)
+        say(summary_json(args.output_dir / "metrics.json").rstrip(), sys.stdout)
     else:
         table = console_table(headline_table(found))
-        say("\n".join([table, *conclusions(found, probe)]), file=sys.stdout)
+        say("\n".join([table, *conclusions(found, probe)]), sys.stdout)
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in stages.seconds.items())
     say(f"{len(written)} files in {args.output_dir} ({seconds})")
     say(f"open {args.output_dir / 'report.html'}")
 
 
-def describe_run(
-    args: argparse.Namespace, stages: Stages, inputs: Inputs, device: str
-) -> dict[str, Any]:
+def describe_run(args: argparse.Namespace, stages: Stages, inputs: Inputs) -> dict[str, Any]:
     """What metrics.json says of the run, the data and the models, beyond the numbers."""
     import hashlib
 
@@ -485,17 +434,17 @@ def describe_run(
 
     from ijepa.data import duplicates
 
-    keys = inputs.split.image_keys()
+    keys = inputs.split.image_keys
     counts = duplicates(keys, inputs.split.labels)
     return {
         "run": {
             "command": args.command,
             "seed": args.seed,
             "seconds": stages.seconds,
-            "device": torch.device(device).type,
+            "device": args.device.type,
             "dtype": inputs.loaded[0].description.get("dtype"),
             "torch_threads": torch.get_num_threads(),
-            "pairs_device": device,
+            "pairs_device": str(args.device),
         },
         "dataset": {
             "sha256": hashlib.sha256(b"".join(keys)).hexdigest(),
@@ -532,11 +481,12 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
     from ijepa.files import own_folder
 
-    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
-    problem = None
+    # Of torchrun's processes the first one holds the folder, speaks and reports.
+    first = "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
     try:
         with own_folder(args.output_dir) if first else nullcontext():
             run(args, talks=first)
+        return 0
     except UserError as error:
         problem = error
     except ModuleNotFoundError as error:
@@ -548,11 +498,10 @@ def main(arguments: list[str] | None = None) -> int:
         kept = "" if args.no_cache else "; finished embeddings are kept, run again to continue"
         say(f"interrupted{kept}")
         return 130
-    if problem and args.debug:
+    if args.debug:
         traceback.print_exception(problem)
-    if problem:
-        say(f"error: {problem.problem}\nhint: {problem.hint}")
-    return int(problem is not None)
+    say(f"error: {problem.problem}\nhint: {problem.hint}")
+    return 1
 
 
 if __name__ == "__main__":

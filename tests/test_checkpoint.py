@@ -317,7 +317,7 @@ def test_a_missing_unknown_misshapen_or_infinite_tensor_is_named(saved, name):
         ),
         (torch.zeros(5, 2), "", ""),
         *((bad, "", f"{name!r} has NaN") for bad in (nan, inf)),
-        (torch.zeros(2), "2", f"'{name}2'"),
+        (torch.zeros(2), "2", f'"{name}2"'),
     ):
         path = saved(changed(value, "weights", "target", name + other))
         assert words in failure(path).problem

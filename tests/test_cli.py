@@ -154,27 +154,34 @@ def test_unreadable_images_and_duplicates_are_counted(finished):
     assert content["dataset"]["duplicates"] == {"images": 6, "with_two_labels": 6}
 
 
-def test_images_that_fail_only_when_decoded_are_left_out_too(script, tiny_models, tmp_path):
+@pytest.fixture
+def embed(script, tiny_models, tmp_path):
+    """What the script embeds of images in a folder with one model."""
+
+    def embed(*flags):
+        arguments = ["--hf-model", "none", "--skip-unreadable", "--local-checkpoint"]
+        args = script.parse_arguments([*arguments, str(tiny_models[0]), *map(str, flags)])
+        args.device = torch.device("cpu")
+        return script.embed(args, script.Stages(talks=False), tmp_path / "cache")
+
+    return embed
+
+
+def test_images_that_fail_only_when_decoded_are_left_out_too(script, embed, tmp_path):
     folder = photographs(tmp_path / "in", {"a": 4, "b": 4})
     cut = (folder / "a" / "1.png").read_bytes()[:-200]
     (folder / "a" / "1.png").write_bytes(cut)
-    flags = ["--local-checkpoint", str(tiny_models[0]), "--hf-model", "none"]
-    args = script.parse_arguments([*flags, "--dataset", str(folder), "--skip-unreadable"])
-
-    def embed():
-        return script.embed(args, script.Stages(talks=False), torch.device("cpu"), tmp_path / "c")
-
-    inputs = embed()
+    inputs = embed("--dataset", folder)
     assert len(inputs.split) == len(inputs.results["local"].values) == 7
     assert inputs.notes[0].startswith("1 unreadable image left out: ")
     assert inputs.split.unreadable == ("a/1.png",)
     assert inputs.results["local"].images_per_second > 0
     assert not inputs.results["local"].from_cache
-    assert embed().results["local"].from_cache
+    assert embed("--dataset", folder).results["local"].from_cache
     for row in (0, 2, 3):
         (folder / "a" / f"{row}.png").unlink()
     with pytest.raises(script.UserError, match=r"4 images of 1 class$"):
-        embed()
+        embed("--dataset", folder)
 
 
 def test_paths_of_images_are_in_the_table_the_embeddings_and_the_json(finished):
@@ -194,25 +201,21 @@ def test_the_probe_takes_its_bank_from_the_train_split(finished):
     assert any("leaves out 1 training image" in caveat for caveat in content["caveats"])
 
 
-def test_what_the_bank_leaves_out_is_said(script, tiny_models, tmp_path):
-    folder = photographs(tmp_path / "train", {"a": 4, "b": 4}, size=25)
-    photographs(tmp_path / "test", {"a": 3, "b": 3})
+def test_what_the_bank_leaves_out_is_said(embed, tmp_path):
+    folder = photographs(tmp_path / "in" / "train", {"a": 4, "b": 4}, size=25)
+    photographs(tmp_path / "in" / "test", {"a": 3, "b": 3})
     (folder / "a" / "gone.png").symlink_to("nowhere")
     (folder / "a" / "1.png").write_bytes((folder / "a" / "1.png").read_bytes()[:-200])
-    flags = ["--local-checkpoint", str(tiny_models[0]), "--hf-model", "none", "--skip-unreadable"]
-    flags += ["--dataset", str(tmp_path), "--probe-samples", "all"]
-
-    def embed(*more):
-        args = script.parse_arguments([*flags, *more])
-        return script.embed(args, script.Stages(talks=False), torch.device("cpu"), None)
-
-    inputs = embed()
+    flags = ["--dataset", tmp_path / "in", "--probe-samples", "all"]
+    inputs = embed(*flags)
     assert len(inputs.bank) == len(inputs.bank_results["local"].values) == 7
     assert inputs.split.unreadable == ("train/a/gone.png", "train/a/1.png")
     assert all("bank: 1 unreadable image left out" in note for note in inputs.notes)
-    inputs = embed("--split", "train")
-    assert inputs.bank is None
-    assert "no training image is left" in inputs.notes[-1]
+    for _ in range(2):  # first with an image that cannot be decoded, then with none
+        inputs = embed(*flags, "--split", "train")
+        assert inputs.bank is None
+        assert "no training image is left" in inputs.notes[-1]
+        (folder / "a" / "1.png").unlink(missing_ok=True)
 
 
 def test_a_second_run_elsewhere_repairs_the_cache_and_gives_the_same_numbers(
@@ -250,19 +253,6 @@ def test_a_second_run_elsewhere_repairs_the_cache_and_gives_the_same_numbers(
 # --- other models
 
 
-def test_embeddings_of_an_earlier_run_take_the_place_of_a_model(
-    run, script, finished, tmp_path, capsys
-):
-    earlier = finished / "embeddings_hf.npz"
-    args = script.parse_arguments(["--hf-model", str(earlier)])
-    found = script.load_encoders(args, torch.device("cpu"), None)[1]
-    arrays = arrays_of(finished, "hf")
-    keys = [key.tobytes() for key in arrays["keys"]]
-    np.testing.assert_array_equal(found.look_up(keys, arrays["indices"]), arrays["embeddings"])
-    assert run(tmp_path / "out", "--hf-model", earlier, "--split", "train") == 1
-    assert "lacks 53 of 54 images" in capsys.readouterr().err
-
-
 def test_one_model_is_reported_by_itself_and_what_was_assumed_is_said(
     run, tiny_models, tmp_path, capsys
 ):
@@ -294,7 +284,8 @@ def test_models_of_any_kind_take_either_side(script, tiny_models):
     def names(one, other):
         flags = ["--offline", "--local-checkpoint", one, "--hf-model", other]
         args = script.parse_arguments(flags)
-        return [one.name for one in script.load_encoders(args, torch.device("cpu"), None)]
+        args.device = torch.device("cpu")
+        return [one.name for one in script.load_encoders(args, None)]
 
     assert names(hf, local) == names(hf, hf) == ["local", "hf", "pixels"]
     assert names(local, "none") == ["local", "pixels", "random_weights"]
@@ -309,6 +300,7 @@ def test_models_of_any_kind_take_either_side(script, tiny_models):
         ([], "cannot read 2 of 65 images"),
         (["--local-checkpoint", "absent.pt", "--skip-unreadable"], "absent.pt"),
         (["--hf-model", "nobody/nothing", "--split", "train"], "nobody/nothing"),
+        (["--hf-model", "{finished}/embeddings_hf.npz", "--split", "train"], "lacks 53 of 54"),
         (["--dataset", "cifar10", "--data-dir", "absent"], "CIFAR-10 is not in absent"),
         (["--dataset", "/no/such"], "no such folder"),
         (["--split", "val"], "choose one of its splits"),
@@ -316,8 +308,8 @@ def test_models_of_any_kind_take_either_side(script, tiny_models):
         (["--device", "cuda:99"], "device 'cuda:99' is not available"),
     ],
 )
-def test_a_mistake_is_two_lines_and_leaves_nothing(run, tmp_path, capsys, flags, words):
-    assert run(tmp_path / "out", *flags) == 1
+def test_a_mistake_is_two_lines_and_leaves_nothing(run, finished, tmp_path, capsys, flags, words):
+    assert run(tmp_path / "out", *(flag.format(finished=finished) for flag in flags)) == 1
     error = capsys.readouterr().err.splitlines()
     assert error[-2].startswith("error: ")
     assert error[-1].startswith("hint: ")
@@ -328,13 +320,6 @@ def test_a_mistake_is_two_lines_and_leaves_nothing(run, tmp_path, capsys, flags,
 def test_debug_shows_the_traceback_behind_a_mistake(run, tmp_path, capsys):
     assert run(tmp_path, "--dataset", "/no/such", "--debug") == 1
     assert "Traceback" in capsys.readouterr().err
-
-
-def test_an_output_directory_that_is_a_file_is_an_error(run, tmp_path, capsys):
-    (tmp_path / "out").write_text("mine")
-    assert run(tmp_path / "out") == 1
-    assert "is a file" in capsys.readouterr().err
-    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_only_other_seeds_of_the_same_training_are_seeds(run, tiny_models, tmp_path, capsys):
@@ -373,13 +358,6 @@ def test_wrong_usage_exits_with_2(script, flags, capsys):
     assert "usage:" in capsys.readouterr().err
 
 
-def test_the_version_is_printed(script, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        script.main(["--version"])
-    assert stopped.value.code == 0
-    assert capsys.readouterr().out.startswith("ijepa-compare ")
-
-
 def test_a_photo_of_108_megapixels_is_no_warning(run, tmp_path, capsys):
     folder = photographs(tmp_path / "in", {"a": 1, "b": 1})
     (folder / "a" / "large.pgm").write_bytes(b"P5 12000 9000 255\n")
@@ -388,13 +366,13 @@ def test_a_photo_of_108_megapixels_is_no_warning(run, tmp_path, capsys):
 
 
 def test_progress_in_a_log_is_a_plain_line_now_and_then(script, capsys):
-    with script.Lines(300, "embedding") as lines:
-        lines.update(64)
+    with script.make_progress(True)(total=3000, desc="embedding") as bar:
+        bar.update(64)
         assert capsys.readouterr().err == ""
-        lines.next = 0
-        lines.update(64)
-        lines.update(64)
-    assert capsys.readouterr().err == "embedding: 128 of 300 images\n"
+        bar.start_t = bar.last_print_t = 0
+        bar.update(1216)
+        bar.update(64)
+    assert capsys.readouterr().err == "embedding: 1,280 of 3,000 images\n"
 
 
 # --- environments

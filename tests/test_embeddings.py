@@ -15,13 +15,23 @@ from ijepa.embeddings import (
     save_embeddings,
     writable_cache,
 )
-from ijepa.encoders import pixel_encoder, random_encoder
+from ijepa.encoders import FrozenEncoder, pixel_encoder, resize_and_normalize
 from ijepa.errors import UserError
-from ijepa.model import ViTConfig
+from ijepa.model import VisionTransformer, ViTConfig
 
-ENCODER = random_encoder(
-    ViTConfig(16, 4, 24, 1, 2), ((0.5,) * 3, (0.5,) * 3), 0, torch.device("cpu"), torch.float32
-)
+
+def make_encoder(name, seed):
+    torch.manual_seed(seed)
+    network = VisionTransformer(ViTConfig(16, 4, 24, 1, 2)).eval().requires_grad_(False)
+
+    def preprocess(images):
+        return resize_and_normalize(images, 16, (0.5,) * 3, (0.5,) * 3)
+
+    cpu, facts = torch.device("cpu"), {"weights": f"seed {seed}"}
+    return FrozenEncoder(name, preprocess, network, 24, cpu, torch.float32, True, facts)
+
+
+ENCODER, OTHER = make_encoder("local", 0), make_encoder("hf", 1)
 PIXELS = pixel_encoder()
 
 
@@ -94,10 +104,10 @@ def test_embeddings_of_an_earlier_run_are_looked_up():
 
     stored = types.SimpleNamespace(name="hf", embed_dim=2, look_up=look_up)
     found = embed(split, None, [ENCODER, stored])
-    assert list(found) == ["random_weights", "hf"]
+    assert list(found) == ["local", "hf"]
     assert found["hf"].values[:, 1].tolist() == split.indices.tolist()
     assert found["hf"].from_cache
-    assert asked == split.image_keys()
+    assert asked == split.image_keys
 
 
 def test_no_batch_is_larger_than_asked_for_and_large_images_make_smaller_ones():
@@ -114,7 +124,7 @@ def test_no_batch_is_larger_than_asked_for_and_large_images_make_smaller_ones():
     large = torch.zeros(1, 3, 10_000, 10_000, dtype=torch.uint8).expand(4, -1, -1, -1)
     keys = [bytes([row]) * 16 for row in range(4)]  # hashing 300 MB four times takes its time
     split = Split("large", "all", ("a", "b"), large, np.arange(4) % 2, np.arange(4))
-    split.__dict__["_keys"] = keys
+    split.__dict__["image_keys"] = keys
     embed(split, None, encoder)
     assert sizes == [2, 2]
 
@@ -170,25 +180,18 @@ def test_each_file_is_decoded_once_in_a_first_run_and_never_in_a_cached_one(
 ):
     folder, decoded = make_image_folder({"a": 5, "b": 6}), []
     monkeypatch.setattr(
-        "ijepa.images.to_rgb",
-        lambda image: decoded.append(image) or torch.zeros(3, 8, 8, dtype=torch.uint8),
+        "ijepa.images.read_image",
+        lambda file: decoded.append(file) or torch.zeros(3, 8, 8, dtype=torch.uint8),
     )
     for encoders, expected in (
         ([ENCODER, PIXELS], 11),
         ([ENCODER, PIXELS], 0),
-        ([ENCODER, PIXELS, random_encoder_of_seed(1)], 11),
+        ([ENCODER, PIXELS, OTHER], 11),
     ):
         split = load_split(str(folder), folder, "test", offline=True)
         decoded.clear()
         embed(split, tmp_path, encoders, batch_size=4)
         assert len(decoded) == expected
-
-
-def random_encoder_of_seed(seed):
-    half = ((0.5,) * 3, (0.5,) * 3)
-    config = ViTConfig(16, 4, 24, 1, 2)
-    encoder = random_encoder(config, half, seed, torch.device("cpu"), torch.float32)
-    return replace(encoder, name=f"seed_{seed}")
 
 
 def test_images_that_fail_when_decoded_come_back_together_and_the_others_are_kept(
@@ -276,7 +279,7 @@ def test_every_flipped_byte_and_every_cut_of_a_chunk_is_harmless_or_seen(tmp_pat
     (file,) = tmp_path.rglob("*.npz")
     whole = file.read_bytes()
     keys, values = read_chunk(file, 24)
-    assert keys == make_split(2).image_keys()
+    assert keys == make_split(2).image_keys
     for place in range(0, len(whole), 3):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << place % 8
@@ -305,10 +308,9 @@ def test_an_archive_of_other_arrays_is_no_chunk(tmp_path, arrays):
 
 
 def test_every_encoder_has_a_folder_of_its_own(tmp_path):
-    other = random_encoder_of_seed(1)
-    found = embed(make_split(), tmp_path, [ENCODER, other])
-    assert np.abs(found["seed_1"].values - found["random_weights"].values).max() > 0.01
-    assert {folder.name for folder in tmp_path.iterdir()} == {ENCODER.key, other.key}
+    found = embed(make_split(), tmp_path, [ENCODER, OTHER])
+    assert np.abs(found["hf"].values - found["local"].values).max() > 0.01
+    assert {folder.name for folder in tmp_path.iterdir()} == {ENCODER.key, OTHER.key}
     assert asked_for(make_split(), tmp_path) == 0
 
 
@@ -344,7 +346,7 @@ def test_the_file_of_embeddings_holds_everything_to_find_an_image_without_pickle
         np.testing.assert_array_equal(arrays["embeddings"], values)
         np.testing.assert_array_equal(arrays["indices"], split.indices)
         np.testing.assert_array_equal(arrays["labels"], split.labels)
-        assert [key.tobytes() for key in arrays["keys"]] == split.image_keys()
+        assert [key.tobytes() for key in arrays["keys"]] == split.image_keys
         assert arrays["paths"].tolist() == [f"a/00{i}.png" for i in (0, 1)] + [
             f"b/00{i}.png" for i in (0, 1, 2)
         ]

@@ -1,6 +1,5 @@
 import errno
 import fcntl
-import hashlib
 import os
 import resource
 import stat
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from ijepa.errors import UserError
-from ijepa.files import LOCK, TEMPORARY, own_folder, sha256, write_atomically, write_text
+from ijepa.files import LOCK, TEMPORARY, own_folder, write_atomically, write_text
 
 
 def test_text_round_trips_as_utf8_and_missing_folders_are_made(tmp_path):
@@ -76,13 +75,6 @@ def test_an_error_of_torch_save_itself_is_not_blamed_on_the_disk(tmp_path):
 
     with pytest.raises(RuntimeError, match="not the disk"):
         write_atomically(tmp_path / "weights.pt", write)
-
-
-def test_sha256_is_that_of_hashlib(tmp_path):
-    path = tmp_path / "large.bin"
-    content = bytes(range(256)) * 5_000
-    path.write_bytes(content)
-    assert sha256(path) == hashlib.sha256(content).hexdigest()
 
 
 def test_a_folder_is_made_and_given_back_without_leaving_anything(tmp_path):

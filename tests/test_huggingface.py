@@ -1,4 +1,3 @@
-import hashlib
 import json
 import math
 import re
@@ -169,19 +168,6 @@ def test_no_weight_is_left_at_a_random_value_and_unused_ones_are_reported(kind, 
         change_tensors(tmp_path, **{name: tensors[name]})
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_weights_in_shards_are_read_into_the_format_asked_for(tmp_path, dtype):
-    model = build("vit").to(dtype)
-    model.save_pretrained(tmp_path, max_shard_size="10KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    write_json(tmp_path / PREPROCESSOR, PROCESSOR)
-    expected = mean_tokens(features(model.float(), tmp_path, MIXED), 1)
-    assert relative_error(load(tmp_path).embed(MIXED), expected) < 1e-5
-    rounded = load(tmp_path, "bfloat16").embed(MIXED)
-    assert rounded.dtype == torch.float32
-    assert 1e-5 < relative_error(rounded, expected) < 0.03
-
-
 def test_rectangular_images_and_patches_of_another_size_work(tmp_path):
     sizes = {"image_size": [16, 24], "patch_size": 8}
     folder = write_model(tmp_path, {**PROCESSOR, "size": {"height": 16, "width": 24}}, **sizes)
@@ -257,7 +243,6 @@ NAME = "encoder.layer.1.intermediate.dense.weight"
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        (NAME, None, "lacks the tensor 'layers.1.mlp.fc1.weight'"),
         (
             NAME,
             torch.ones(47, 24),
@@ -266,7 +251,7 @@ NAME = "encoder.layer.1.intermediate.dense.weight"
         ("layernorm.bias", torch.full((24,), math.nan), "'layernorm.bias' has NaN"),
     ],
 )
-def test_a_missing_misshapen_infinite_or_cut_tensor_is_named(folder, name, value, words):
+def test_a_misshapen_infinite_or_cut_tensor_is_named(folder, name, value, words):
     change_tensors(folder, **{name: value})
     assert words in failure(folder).problem
     path = folder / "model.safetensors"
@@ -332,7 +317,7 @@ def test_loading_writes_nothing_to_the_terminal_and_leaves_its_settings(folder, 
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
     change_json(folder / CONFIG, unknown_field=3)
     change_tensors(folder, **{"classifier.weight": torch.zeros(3, 24)})
-    load(folder, "bfloat16").embed(MIXED)
+    assert load(folder, "bfloat16").embed(MIXED).dtype == torch.float32
     assert capfd.readouterr() == ("", "")
     IJepaModel.from_pretrained(folder)
     assert capfd.readouterr().err  # transformers itself is not so quiet
@@ -454,12 +439,8 @@ class HubHandler(BaseHTTPRequestHandler):
             self.server.downloads.append(name)
         sent = body[: len(body) // 2] if self.server.breaks else body
         self.close_connection = self.server.breaks
-        headers = {"Content_Length": len(body), "ETag": f'"{digest(body)}"'}
+        headers = {"Content_Length": len(body), "ETag": f'"{hash(body)}"'}
         self.answer(200, sent, **headers, X_Repo_Commit=commit)
-
-
-def digest(body):
-    return hashlib.sha256(body).hexdigest()
 
 
 @pytest.fixture
