@@ -26,7 +26,7 @@ NAN = float("nan")
 BLOCK_ENTRIES = 2**24  # pairs in memory at once: 64 MB of similarities and 128 MB of keys
 BLOCK_ROWS = 256  # more would not fit a processor's cache and gain nothing on a GPU
 ROUNDING = 1e6  # similarities are compared in millionths: float32 products are exact to about 2e-7
-GROUP = 16  # the k largest of many numbers are in the k groups with the largest maxima
+GROUP = 8  # the k largest of many numbers are in the k groups with the largest maxima
 KNN_K, TEMPERATURE = 20, 0.07
 
 Embeddings = Float[np.ndarray, "n d"]
@@ -213,8 +213,9 @@ def all_pairs(
                 part[:, :n, 1] = cosines.round_()
                 part[:, rows, 1].fill_diagonal_(-last)
                 groups = part.view(torch.int64).view(len(part), -1, GROUP)
-                chosen = groups.amax(dim=2).topk(min(k, groups.shape[1])).indices[..., None]
-                found = groups.gather(1, chosen.expand(-1, -1, GROUP)).flatten(1)
+                largest = groups.amax(dim=2).topk(min(k, groups.shape[1]), sorted=False)
+                chosen = largest.indices[..., None].expand(-1, -1, GROUP)
+                found = groups.gather(1, chosen).flatten(1)
                 best = found.topk(k).values.cpu().numpy()
                 neighbors[order[rows]] = last - (best & last)
                 similarities[order[rows]] = (best >> 32) / ROUNDING
