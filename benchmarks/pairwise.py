@@ -28,7 +28,7 @@ def ours(n, d, num_halves, device):
 
     def work():
         pairs = metrics.all_pairs(X, NEIGHBORS, labels, halves, device)
-        cosine = metrics.silhouette_samples(X, labels, "cosine")
+        cosine = metrics.cosine_silhouettes(X, labels)
         if num_halves:
             uncertainty.neighbor_halves(pairs.neighbors, pairs.similarities, labels, halves)
         precision = metrics.precision_at_k(pairs.neighbors, labels, 5).mean()

@@ -139,19 +139,15 @@ def participation_ratio(eigenvalues: Eigenvalues, n: int) -> float:
     return float(1.0 / (np.square(eigenvalues / total).sum() - 1.0 / n)) if total > 0 else NAN
 
 
-def effective_rank(X: Embeddings, centered: bool = True) -> float:
+def effective_rank(eigenvalues: Eigenvalues) -> float:
     """Effective number of dimensions, exp of the entropy of p = singular values / their sum.
 
-    In [1, min(n - 1, d)] centered and [1, min(n, d)] uncentered; NaN where nothing varies. RankMe,
-    Garrido et al. 2023, https://arxiv.org/abs/2210.02885, without the paper's epsilon, which adds
-    9% at 1280 columns. The paper does not center; a common offset then hides all other directions.
+    The singular values are the roots of the eigenvalues. In [1, min(n - 1, d)] of a centered and
+    [1, min(n, d)] of an uncentered spectrum; NaN where nothing varies. RankMe, Garrido et al. 2023,
+    https://arxiv.org/abs/2210.02885, without the paper's epsilon, which adds 9% at 1280 columns.
+    The paper does not center; a common offset then hides all other directions.
     """
-    return effective_rank_of_spectrum(covariance_spectrum(X, centered))
-
-
-def effective_rank_of_spectrum(squares: Eigenvalues) -> float:
-    """`effective_rank` from the squared singular values, or from a covariance's eigenvalues."""
-    positive = np.sqrt(squares[squares > 0])
+    positive = np.sqrt(eigenvalues[eigenvalues > 0])
     p = positive / positive.sum()
     return float(np.exp(-(p * np.log(p)).sum())) if len(p) else NAN
 
@@ -341,14 +337,11 @@ def nearest_neighbors(X: Embeddings, k: int) -> tuple[Neighbors, Similarities]:
     return found.neighbors, found.similarities
 
 
-def silhouette_samples(X: Embeddings, labels: Labels, metric: str = "euclidean") -> PerImage:
-    """Silhouette of each image in its own class, in [-1, 1]; higher is better.
+def cosine_silhouettes(X: Embeddings, labels: Labels) -> PerImage:
+    """`silhouettes_of_sums` by 1 - cosine similarity, whose sums are linear in the class means.
 
-    See `silhouettes_of_sums`. The metric is "euclidean", or "cosine" for 1 - cosine similarity,
-    whose sums are linear in the class means. NaN where there is one class, or no two images of any.
+    NaN where there is one class, or no two images of any.
     """
-    if metric == "euclidean":
-        return all_pairs(X, labels=labels).silhouettes
     codes, counts = np.unique(labels, return_inverse=True, return_counts=True)[1:]
     if len(counts) < 2 or counts.max() < 2:
         return np.full(len(X), NAN)

@@ -25,7 +25,7 @@ from ijepa.checkpoint import load_checkpoint, load_predictor, read_torch_file, s
 from ijepa.distributed import num_processes
 from ijepa.errors import UserError, counted
 from ijepa.files import write_atomically, write_text
-from ijepa.metrics import effective_rank, nearest_neighbors, precision_at_k
+from ijepa.metrics import covariance_spectrum, effective_rank, nearest_neighbors, precision_at_k
 from ijepa.model import VisionTransformer
 from ijepa.training import TrainConfig, TrainState, check_finite, decay_start
 
@@ -234,7 +234,7 @@ def evaluate(
         precision = float(precision_at_k(nearest_neighbors(embeddings, 5)[0], labels, 5).mean())
     return {
         "heldout_precision_at_5": precision,
-        "effective_rank": effective_rank(embeddings),
+        "effective_rank": effective_rank(covariance_spectrum(embeddings)),
         "target_variance": float(embeddings.var(axis=0).mean()),
     }
 
