@@ -40,7 +40,7 @@ CURVES = {
     "loss": "prediction loss",
     "matching_loss": "matching loss",
     "lr": "learning rate",
-    "precision_at_5": "held-out precision@5",
+    "heldout_precision_at_5": "held-out precision@5",
     "effective_rank": "effective rank",
     "target_variance": "variance of held-out target embeddings",
 }

@@ -285,8 +285,7 @@ def finish(run: Any) -> None:
         return  # this run has not finished an epoch
     title = f"I-JEPA training, {checkpoint.epochs} of {run.config.epochs} epochs"
     caption = Caption(title, f"On training images that were held out; seed {run.config.seed}.")
-    rows = [{**row, "precision_at_5": row["heldout_precision_at_5"]} for row in run.rows]
-    curves = plot_training_curves(rows[: checkpoint.epochs], caption)
+    curves = plot_training_curves(run.rows[: checkpoint.epochs], caption)
     save_figure(run.folder / "training_curves.png", curves)
     export_huggingface(checkpoint, run.folder / "hf")
 

@@ -97,13 +97,6 @@ def test_neighbors_equal_scikit_learn(n):
     assert neighbors.dtype == np.int32
 
 
-def test_ties_of_duplicates_go_to_the_smaller_index_and_never_to_the_image_itself():
-    X = clustered(67, 33)[0]
-    X = np.concatenate([X, X[::2], X[::3]])
-    X = X[np.random.default_rng(1).permutation(len(X))]
-    np.testing.assert_array_equal(metrics.nearest_neighbors(X, 11)[0], naive_neighbors(X, 11))
-
-
 @pytest.mark.parametrize("offset", [0, 40])
 def test_many_wide_duplicates_are_tied_exactly(offset):
     X = np.random.default_rng(0).normal(size=(101, 331)).astype(np.float32) + offset

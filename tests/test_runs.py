@@ -47,9 +47,9 @@ def test_a_collapse_is_noticed_once_when_the_rank_is_low_and_does_not_rise(ranks
 
 def test_training_curves_skip_what_was_not_measured_and_draw_zero():
     rows = [
-        {"epoch": 1, "loss": 0.5, "lr": 0.0, "precision_at_5": None, "seconds": 9.0},
-        {"epoch": 2, "loss": 0.4, "lr": 1e-3, "precision_at_5": 0.3},
-        {"epoch": 3, "loss": float("nan"), "lr": 0.0, "precision_at_5": 0.4},
+        {"epoch": 1, "loss": 0.5, "lr": 0.0, "heldout_precision_at_5": None, "seconds": 9.0},
+        {"epoch": 2, "loss": 0.4, "lr": 1e-3, "heldout_precision_at_5": 0.3},
+        {"epoch": 3, "loss": float("nan"), "lr": 0.0, "heldout_precision_at_5": 0.4},
     ]
     figure = plot_training_curves(rows, Caption("Training", "seed 0"))
     figure.draw_without_rendering()
