@@ -3,6 +3,7 @@
     python benchmarks/extraction.py vit-huge --images 8 --batch-size 4 --against ../older
     python benchmarks/extraction.py local --images 256 --batch-size 32 --against ../older
     python benchmarks/extraction.py jpeg --images 256 --batch-size 32 --against ../older
+    python benchmarks/extraction.py vit-huge --depth 32 --images 2048 --device cuda
 
 `vit-huge` embeds 32 x 32 images with an I-JEPA of random weights and the widths of ViT-H/14 at 224
 pixels, but `--depth` blocks (the real one has 32), against transformers' model as it loads by
@@ -70,36 +71,23 @@ def images_of(work, folder, count):
 
 
 def load(work, folder, device, dtype):
-    """The encoder of a work; version 2979812 had a function for each kind."""
-    from ijepa import encoders
+    """The encoder of a work."""
+    from ijepa.encoders import load_encoder
 
-    role, source = ("hf", str(folder)) if work == "vit-huge" else ("local", CHECKPOINT)
-    if not hasattr(encoders, "load_local_encoder"):
-        name = str(dtype).removeprefix("torch.")
-        return encoders.load_encoder(str(source), role, device=device, dtype=name, offline=True)
-    if role == "hf":
-        return encoders.load_huggingface_encoder(source, device, dtype, offline=True)
-    return encoders.load_local_encoder(source, "target", device, dtype)
-
-
-def extraction(encoder, split, batch_size):
-    """A function that extracts all embeddings; version 2979812 did so for one encoder at a time."""
-    from tqdm import tqdm
-
-    from ijepa import embeddings
-
-    quiet = partial(tqdm, disable=True)
-    if hasattr(embeddings, "embed_chunks"):
-        return lambda: embeddings.extract(encoder, split, batch_size, None, quiet).values
-    settings = {"cache": None, "batch_size": batch_size, "progress": quiet}
-    return lambda: embeddings.extract([encoder], split, **settings)[0][encoder.name].values
+    role, source = ("hf", folder) if work == "vit-huge" else ("local", CHECKPOINT)
+    return load_encoder(str(source), role, device=device, dtype=dtype, offline=True)
 
 
 def ours(work, folder, count, batch_size, device, dtype):
     """This package."""
-    encoder = load(work, folder, torch.device(device), getattr(torch, dtype))
-    extract = extraction(encoder, images_of(work, folder, count), batch_size)
-    return lambda: extract().tolist()
+    from tqdm import tqdm
+
+    from ijepa.embeddings import extract
+
+    encoder, split = load(work, folder, torch.device(device), dtype), images_of(work, folder, count)
+    quiet = partial(tqdm, disable=True)
+    settings = {"cache": None, "batch_size": batch_size, "progress": quiet}
+    return lambda: extract([encoder], split, **settings)[0][encoder.name].values.tolist()
 
 
 def plain_loop(work, folder, count, batch_size, device, **_):
@@ -118,7 +106,7 @@ def plain_loop(work, folder, count, batch_size, device, **_):
             pixels = processor([pictures[row] for row in rows], return_tensors="pt")
             return model(**pixels.to(device)).last_hidden_state.mean(dim=1)
     else:
-        encoder = load(work, folder, device, torch.float32)
+        encoder = load(work, folder, device, "float32")
 
         def embed(rows):
             return encoder.embed([split.images[row] for row in rows])

@@ -45,41 +45,37 @@ class Call:
 TRAP = Call(os.mkdir, "executed")
 
 
-def saved(change, **options):
+def case(make):
+    """Let a case be written without its folder, which comes later."""
+    return lambda *args, **options: lambda folder: make(folder, *args, **options)
+
+
+@case
+def saved(folder, change, **options):
     """The checkpoint with other content."""
-
-    def make(folder):
-        content = torch.load(folder / "tiny.pt", weights_only=True)
-        change(content)
-        torch.save(content, folder / "tiny.pt", **options)
-
-    return make
+    content = torch.load(folder / "tiny.pt", weights_only=True)
+    change(content)
+    torch.save(content, folder / "tiny.pt", **options)
 
 
-def zipped(part, content):
+@case
+def zipped(folder, part, content):
     """The checkpoint with other bytes in one part of its archive."""
-
-    def make(folder):
-        with zipfile.ZipFile(folder / "tiny.pt") as archive:
-            parts = {name: archive.read(name) for name in archive.namelist()}
-        how = zipfile.ZIP_DEFLATED if len(content) > 10**6 else zipfile.ZIP_STORED
-        with zipfile.ZipFile(folder / "tiny.pt", "w", how) as archive:
-            for name, old in parts.items():
-                archive.writestr(name, content if name.endswith(part) else old)
-
-    return make
+    with zipfile.ZipFile(folder / "tiny.pt") as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    how = zipfile.ZIP_DEFLATED if len(content) > 10**6 else zipfile.ZIP_STORED
+    with zipfile.ZipFile(folder / "tiny.pt", "w", how) as archive:
+        for name, old in parts.items():
+            archive.writestr(name, content if name.endswith(part) else old)
 
 
-def put(name, content):
+@case
+def put(folder, name, content):
     """Other bytes in a file, or whatever a function makes in its place."""
-
-    def make(folder):
-        if not callable(content):
-            return (folder / name).write_bytes(content)
-        (folder / name).unlink(missing_ok=True)
-        return content(folder / name)
-
-    return make
+    if not callable(content):
+        return (folder / name).write_bytes(content)
+    (folder / name).unlink(missing_ok=True)
+    return content(folder / name)
 
 
 def link(target):
@@ -87,27 +83,21 @@ def link(target):
     return lambda path: path.symlink_to(target)
 
 
-def settings(name, **values):
+@case
+def settings(folder, name, **values):
     """Other values in a JSON file."""
-
-    def make(folder):
-        content = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps({**content, **values}))
-        (folder / "hf" / "trap.py").write_text("import os\nos.mkdir('executed')\n")
-
-    return make
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**content, **values}))
+    (folder / "hf" / "trap.py").write_text("import os\nos.mkdir('executed')\n")
 
 
-def tensor(value):
+@case
+def tensor(folder, value):
     """Another last norm in the directory, or none."""
-
-    def make(folder):
-        found = load_file(folder / WEIGHTS)
-        found["layernorm.weight"] = value
-        found = {name: one for name, one in found.items() if one is not None}
-        save_file(found, folder / WEIGHTS, metadata={"format": "pt"})
-
-    return make
+    found = load_file(folder / WEIGHTS)
+    found["layernorm.weight"] = value
+    found = {name: one for name, one in found.items() if one is not None}
+    save_file(found, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def png(width, height, extra=b""):
@@ -123,41 +113,29 @@ def png(width, height, extra=b""):
     return b"\x89PNG\r\n\x1a\n" + head + comment + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
-def classes(*names):
+@case
+def classes(folder, *names):
     """Class folders with other names."""
-
-    def make(folder):
-        for name in names:
-            shutil.copytree(folder / "images" / "a", folder / "images" / name)
-
-    return make
+    for name in names:
+        shutil.copytree(folder / "images" / "a", folder / "images" / name)
 
 
-def cache(content):
+@case
+def cache(folder, content):
     """A cache of an earlier run whose files hold something else."""
-
-    def make(folder):
-        shutil.move(folder / "earlier" / "cache", folder / "cache")
-        for path in (folder / "cache").rglob("*.*"):
-            path.write_bytes(content)
-
-    return make
+    shutil.move(folder / "earlier" / "cache", folder / "cache")
+    for path in (folder / "cache").rglob("*.*"):
+        path.write_bytes(content)
 
 
-def earlier(change):
+@case
+def earlier(folder, change):
     """Embeddings of an earlier run with other arrays, instead of a checkpoint."""
-
-    def make(folder):
-        with np.load(folder / "earlier" / "out" / "embeddings_local.npz") as file:
-            arrays = dict(file)
-        change(arrays)
-        with zipfile.ZipFile(folder / "e.npz", "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, array in arrays.items():
-                with archive.open(f"{name}.npy", "w") as part:
-                    np.lib.format.write_array(part, np.asarray(array))
-        return ["--local-checkpoint", "e.npz"]
-
-    return make
+    with np.load(folder / "earlier" / "out" / "embeddings_local.npz") as file:
+        arrays = dict(file)
+    change(arrays)
+    np.savez_compressed(folder / "e.npz", **arrays)
+    return ["--local-checkpoint", "e.npz"]
 
 
 def index_elsewhere(folder):

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ijepa.augmentation import standardize
 from ijepa.checkpoint import load_checkpoint
 from ijepa.data import balanced_sample, load_split
-from ijepa.metrics import effective_rank, nearest_neighbors, precision_at_k, silhouette_samples
+from ijepa.metrics import all_pairs, covariance_spectrum, effective_rank, precision_at_k
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,12 +47,10 @@ def main():
         encoder = load_checkpoint(args.local_checkpoint, weights).build()
         for name, means in layer_means(encoder, pixels):
             X = means.numpy()
-            precision = precision_at_k(nearest_neighbors(X, 5)[0], split.labels, 5).mean()
-            silhouette = silhouette_samples(X, split.labels).mean()
-            print(
-                f"| {weights} | {name} | {precision:.3f} | {silhouette:.3f} "
-                f"| {effective_rank(X):.1f} |"
-            )
+            pairs, rank = all_pairs(X, 5, split.labels), effective_rank(covariance_spectrum(X))
+            precision = precision_at_k(pairs.neighbors, split.labels, 5).mean()
+            silhouette = pairs.silhouettes.mean()
+            print(f"| {weights} | {name} | {precision:.3f} | {silhouette:.3f} | {rank:.1f} |")
 
 
 if __name__ == "__main__":

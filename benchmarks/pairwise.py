@@ -2,6 +2,7 @@
 
     python benchmarks/pairwise.py --sizes 2000 10000 20000 --halves 200 --against ../older
     python benchmarks/pairwise.py --sizes 10000 50000 --against ../older
+    python benchmarks/pairwise.py --device cuda --sizes 50000 --widths 1280 --halves 200
 
 The k most similar images of each, both silhouettes (Euclidean and cosine) and, if asked for, the
 neighbors and silhouettes of half-samples, on synthetic float32 embeddings of ten classes.
@@ -19,34 +20,21 @@ PEER = "scikit-learn"
 
 
 def ours(n, d, num_halves, device):
-    """This package; the function of version 2979812 and before is the second one."""
+    """This package."""
     from ijepa import metrics, uncertainty
 
     X, labels = sample(n, d)
     halves = uncertainty.half_samples(labels, num_halves) if num_halves else None
 
-    def now():
+    def work():
         pairs = metrics.all_pairs(X, NEIGHBORS, labels, halves, device)
-        cosine = metrics.silhouette_samples(X, labels, "cosine")
+        cosine = metrics.cosine_silhouettes(X, labels)
         if num_halves:
             uncertainty.neighbor_halves(pairs.neighbors, pairs.similarities, labels, halves)
         precision = metrics.precision_at_k(pairs.neighbors, labels, 5).mean()
         return [float(precision), float(pairs.silhouettes.mean()), float(cosine.mean())]
 
-    def before():
-        lists = uncertainty.list_neighbors(X, device)
-        silhouettes = [
-            metrics.silhouette_samples(X, labels, metric, device).mean()
-            for metric in ("euclidean", "cosine")
-        ]
-        if num_halves:
-            uncertainty.neighbor_halves(lists, labels, halves)
-            for metric in ("euclidean", "cosine"):
-                metrics.mean_silhouettes(X, labels, halves, metric, device)
-        precision = metrics.precision_at_k(lists.neighbors, labels, 5).mean()
-        return [float(precision), *map(float, silhouettes)]
-
-    return now if hasattr(metrics, "all_pairs") else before
+    return work
 
 
 def peer(n, d, **_):

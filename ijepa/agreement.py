@@ -58,11 +58,9 @@ def linear_cka(X: Embeddings, Y: Other, labels: Labels | None = None) -> float:
     unbiased HSIC estimators of Song et al. 2012, Journal of Machine Learning Research 13, without
     n x n matrices.
     """
-    codes = np.zeros(len(X), np.int64)
-    if labels is not None:
-        codes = np.unique(labels, return_inverse=True)[1]
-    A, B = _residuals(X, codes), _residuals(Y, codes)
-    return _debiased_product(A, B, codes) / _cka_scale(A, B, codes)
+    labels = np.zeros(len(X), np.int64) if labels is None else labels
+    codes = np.unique(labels, return_inverse=True)[1]
+    return _cka(_residuals(X, codes), _residuals(Y, codes), codes)[0]
 
 
 def _residuals(X: Embeddings, codes: Labels) -> Embeddings:
@@ -71,10 +69,11 @@ def _residuals(X: Embeddings, codes: Labels) -> Embeddings:
     return rows / (np.sqrt(np.square(rows).sum() / len(X)) or 1.0)
 
 
-def _cka_scale(A: Embeddings, B: Other, codes: Labels) -> float:
-    """Geometric mean of the self terms; NaN if one is not positive or for fewer than 4 images."""
-    terms = [_debiased_product(Z, Z, codes) for Z in (A, B)]
-    return math.sqrt(terms[0]) * math.sqrt(terms[1]) if len(A) > 3 and min(terms) > 0 else NAN
+def _cka(A: Embeddings, B: Other, codes: Labels) -> tuple[float, float]:
+    """`linear_cka` of residuals, and its denominator, the geometric mean of the self terms."""
+    one, other = (_debiased_product(Z, Z, codes) for Z in (A, B))
+    scale = math.sqrt(one) * math.sqrt(other) if len(A) > 3 and min(one, other) > 0 else NAN
+    return _debiased_product(A, B, codes) / scale, scale
 
 
 def _debiased_product(A: Embeddings, B: Other, codes: Labels) -> float:
@@ -95,16 +94,16 @@ def _bias(r_x: PerImage, r_y: PerImage, codes: Labels) -> float:
     return float(np.where(n > 2, bias, t_x * t_y).sum())
 
 
-def cka_null(
+def cka_and_null(
     X: Embeddings, Y: Other, labels: Labels, num_permutations: int = NUM_PERMUTATIONS, seed: int = 0
-) -> Float[np.ndarray, " p"]:
-    """`linear_cka` after shuffling which image is which inside each class, once per entry.
+) -> tuple[float, Float[np.ndarray, " p"]]:
+    """`linear_cka`, and after shuffling which image is which inside each class, once per entry.
 
-    What two models that share the classes and nothing else would give. NaN as in `linear_cka`.
+    The latter is what two models that share the classes and nothing else would give.
     """
     codes = np.zeros(len(X), np.int64)
     narrow, wide = (_residuals(Z, codes) for Z in ((X, Y) if X.shape[1] < Y.shape[1] else (Y, X)))
-    scale = _cka_scale(narrow, wide, codes)
+    cka, scale = _cka(narrow, wide, codes)
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     generator = np.random.default_rng(seed)
     # Each product feeds d * e squares into one sum: float32 costs it 1e-6 and saves half the time.
@@ -116,7 +115,7 @@ def cka_null(
             order[images] = generator.permutation(images)
         cross = np.square(right @ left[order]).sum(dtype=np.float64)
         values.append((cross - _bias(squares[0][order], squares[1], codes)) / scale)
-    return np.array(values)
+    return cka, np.array(values)
 
 
 def similarity_spearman(X: Embeddings, Y: Other, seed: int = 0) -> float:
@@ -268,7 +267,7 @@ def agreement(local: Analysis, hf: Analysis, seed: int) -> dict[str, float]:
     """How alike the two models see the images, each number next to its chance level."""
     labels, n = local.labels, len(local.labels)
     X, Y = local.embeddings, hf.embeddings
-    cka, null = linear_cka(X, Y), cka_null(X, Y, labels, seed=seed)
+    cka, null = cka_and_null(X, Y, labels, seed=seed)
     reached = (1 + int((null >= cka).sum())) / (1 + len(null))
     same = [a.precisions(MUTUAL_K) for a in (local, hf)]
     return {

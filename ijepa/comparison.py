@@ -38,8 +38,10 @@ METRICS: dict[str, Callable[[Analysis], float]] = {
     "precision_at_10": lambda a: float(a.precisions(10).mean()),
     "precision_at_20": lambda a: float(a.precisions(20).mean()),
     "knn_accuracy": lambda a: float(a.scores["knn_accuracy"].mean()),
-    "effective_rank": lambda a: metrics.effective_rank_of_spectrum(a.eigenvalues),
-    "effective_rank_uncentered": lambda a: metrics.effective_rank(a.embeddings, centered=False),
+    "effective_rank": lambda a: metrics.effective_rank(a.eigenvalues),
+    "effective_rank_uncentered": lambda a: metrics.effective_rank(
+        metrics.covariance_spectrum(a.embeddings, centered=False)
+    ),
     "participation_ratio": lambda a: metrics.participation_ratio(a.eigenvalues, len(a.labels)),
     "hubness_skew": lambda a: metrics.hubness(a.neighbors)["skew"],
     "hubness_maximum": lambda a: metrics.hubness(a.neighbors)["maximum"],
@@ -83,7 +85,7 @@ def analyze(  # noqa: PLR0913
         f"precision_at_{k}": metrics.precision_at_k(lists[0], labels, k)
         for k in uncertainty.PRECISION_KS
     }
-    cosine = metrics.silhouette_samples(X, labels, "cosine")
+    cosine = metrics.cosine_silhouettes(X, labels)
     return Analysis(
         embeddings=X,
         labels=labels,

@@ -26,7 +26,7 @@ NAN = float("nan")
 BLOCK_ENTRIES = 2**24  # pairs in memory at once: 64 MB of similarities and 128 MB of keys
 BLOCK_ROWS = 256  # more would not fit a processor's cache and gain nothing on a GPU
 ROUNDING = 1e6  # similarities are compared in millionths: float32 products are exact to about 2e-7
-GROUP = 16  # the k largest of many numbers are in the k groups with the largest maxima
+GROUP = 8  # the k largest of many numbers are in the k groups with the largest maxima
 KNN_K, TEMPERATURE = 20, 0.07
 
 Embeddings = Float[np.ndarray, "n d"]
@@ -139,19 +139,15 @@ def participation_ratio(eigenvalues: Eigenvalues, n: int) -> float:
     return float(1.0 / (np.square(eigenvalues / total).sum() - 1.0 / n)) if total > 0 else NAN
 
 
-def effective_rank(X: Embeddings, centered: bool = True) -> float:
+def effective_rank(eigenvalues: Eigenvalues) -> float:
     """Effective number of dimensions, exp of the entropy of p = singular values / their sum.
 
-    In [1, min(n - 1, d)] centered and [1, min(n, d)] uncentered; NaN where nothing varies. RankMe,
-    Garrido et al. 2023, https://arxiv.org/abs/2210.02885, without the paper's epsilon, which adds
-    9% at 1280 columns. The paper does not center; a common offset then hides all other directions.
+    The singular values are the roots of the eigenvalues. In [1, min(n - 1, d)] of a centered and
+    [1, min(n, d)] of an uncentered spectrum; NaN where nothing varies. RankMe, Garrido et al. 2023,
+    https://arxiv.org/abs/2210.02885, without the paper's epsilon, which adds 9% at 1280 columns.
+    The paper does not center; a common offset then hides all other directions.
     """
-    return effective_rank_of_spectrum(covariance_spectrum(X, centered))
-
-
-def effective_rank_of_spectrum(squares: Eigenvalues) -> float:
-    """`effective_rank` from the squared singular values, or from a covariance's eigenvalues."""
-    positive = np.sqrt(squares[squares > 0])
+    positive = np.sqrt(eigenvalues[eigenvalues > 0])
     p = positive / positive.sum()
     return float(np.exp(-(p * np.log(p)).sum())) if len(p) else NAN
 
@@ -213,8 +209,9 @@ def all_pairs(
                 part[:, :n, 1] = cosines.round_()
                 part[:, rows, 1].fill_diagonal_(-last)
                 groups = part.view(torch.int64).view(len(part), -1, GROUP)
-                chosen = groups.amax(dim=2).topk(min(k, groups.shape[1])).indices[..., None]
-                found = groups.gather(1, chosen.expand(-1, -1, GROUP)).flatten(1)
+                largest = groups.amax(dim=2).topk(min(k, groups.shape[1]), sorted=False)
+                chosen = largest.indices[..., None].expand(-1, -1, GROUP)
+                found = groups.gather(1, chosen).flatten(1)
                 best = found.topk(k).values.cpu().numpy()
                 neighbors[order[rows]] = last - (best & last)
                 similarities[order[rows]] = (best >> 32) / ROUNDING
@@ -340,14 +337,11 @@ def nearest_neighbors(X: Embeddings, k: int) -> tuple[Neighbors, Similarities]:
     return found.neighbors, found.similarities
 
 
-def silhouette_samples(X: Embeddings, labels: Labels, metric: str = "euclidean") -> PerImage:
-    """Silhouette of each image in its own class, in [-1, 1]; higher is better.
+def cosine_silhouettes(X: Embeddings, labels: Labels) -> PerImage:
+    """`silhouettes_of_sums` by 1 - cosine similarity, whose sums are linear in the class means.
 
-    See `silhouettes_of_sums`. The metric is "euclidean", or "cosine" for 1 - cosine similarity,
-    whose sums are linear in the class means. NaN where there is one class, or no two images of any.
+    NaN where there is one class, or no two images of any.
     """
-    if metric == "euclidean":
-        return all_pairs(X, labels=labels).silhouettes
     codes, counts = np.unique(labels, return_inverse=True, return_counts=True)[1:]
     if len(counts) < 2 or counts.max() < 2:
         return np.full(len(X), NAN)

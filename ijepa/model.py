@@ -54,11 +54,6 @@ class ViTConfig:
         """Patches per side."""
         return self.image_size // self.patch_size
 
-    @property
-    def num_patches(self) -> int:
-        """Patches per image."""
-        return self.grid_size**2
-
 
 @dataclass(frozen=True)
 class PredictorConfig:

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from scipy.optimize import minimize
 from scipy.special import ndtri, stdtr, stdtrit
 from scipy.stats import binomtest
+from sklearn.neighbors import NearestNeighbors
 
 from ijepa.agreement import add_holm, mcnemar_exact_p
 from ijepa.data import balanced_rows
@@ -32,7 +33,7 @@ PIXEL_COMPONENTS = 512
 ENOUGH = 2000  # images of a bank from which on another bank would change less than other queries
 FEW_IMAGES = (1, 10)
 NUM_PAIRS, NUM_DRAWS = 10, 20
-BLOCK = 2**23  # similarities at once
+BLOCK = 2**20  # entries of `cross_entropy` at once
 MEASURES = {"knn": f"knn_{KS[0]}", "linear": "linear"}
 _NORMAL, _BANK_T = float(ndtri(0.975)), float(stdtrit(NUM_PAIRS - 1, 0.975))
 
@@ -196,25 +197,10 @@ def answer(
 
 def knn_answers(X: Bank, codes: BankLabels, Q: Embeddings, ks: Sequence[int]) -> list[Labels]:
     """For each k, `knn_vote` of each query's k nearest by cosine, or of all images if fewer."""
-    bank, most = directions(X), min(max(ks), len(X))
-    answers: list[list[Labels]] = [[] for _ in ks]
-    step = max(1, BLOCK // len(X))
-    for at in range(0, len(Q), step):
-        similarities = directions(Q[at : at + step]) @ bank.T
-        # In the order of the bank before the stable sort by similarity.
-        top = np.sort(np.argpartition(-similarities, most - 1, axis=1)[:, :most], axis=1)
-        found = np.take_along_axis(similarities, top, axis=1)
-        order = np.argsort(-found, axis=1, kind="stable")
-        top, found = (np.take_along_axis(values, order, axis=1) for values in (top, found))
-        for k, blocks in zip(ks, answers, strict=True):
-            blocks.append(knn_vote(codes[top[:, :k]], found[:, :k], int(codes.max()) + 1))
-    return [np.concatenate(blocks) for blocks in answers]
-
-
-def directions(rows: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "m d"]:
-    """Rows of length 1; zeros, which centered pixels may be, stay zeros."""
-    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(lengths > 0, lengths, 1)
+    search = NearestNeighbors(n_neighbors=min(max(ks), len(X)), metric="cosine").fit(X)
+    distances, nearest = search.kneighbors(Q)
+    num_classes = int(codes.max()) + 1
+    return [knn_vote(codes[nearest[:, :k]], 1 - distances[:, :k], num_classes) for k in ks]
 
 
 def principal_components(X: Bank, Q: Embeddings) -> list[Float[np.ndarray, "_ r"]]:
@@ -297,7 +283,7 @@ def cross_entropy(
 ) -> tuple[float, Float[np.ndarray, " p"]]:
     """What `fit` minimizes and its gradient, for weights over their scale in one row."""
     weights = flat.reshape(scale.shape) * scale
-    step = max(1, BLOCK // (8 * sum(scale.shape)))
+    step = max(1, BLOCK // sum(scale.shape))
     slopes, offsets = weights[:-1].astype(np.float32), weights[-1].astype(np.float32)
     loss, gradient = 0.0, np.zeros_like(weights)
     for at in range(0, len(Z), step):

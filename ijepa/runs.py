@@ -25,7 +25,7 @@ from ijepa.checkpoint import load_checkpoint, load_predictor, read_torch_file, s
 from ijepa.distributed import num_processes
 from ijepa.errors import UserError, counted
 from ijepa.files import write_atomically, write_text
-from ijepa.metrics import effective_rank, nearest_neighbors, precision_at_k
+from ijepa.metrics import covariance_spectrum, effective_rank, nearest_neighbors, precision_at_k
 from ijepa.model import VisionTransformer
 from ijepa.training import TrainConfig, TrainState, check_finite, decay_start
 
@@ -40,7 +40,7 @@ CURVES = {
     "loss": "prediction loss",
     "matching_loss": "matching loss",
     "lr": "learning rate",
-    "precision_at_5": "held-out precision@5",
+    "heldout_precision_at_5": "held-out precision@5",
     "effective_rank": "effective rank",
     "target_variance": "variance of held-out target embeddings",
 }
@@ -58,8 +58,7 @@ class Run:
     images: dict[str, Any]
     """`dataset`, `num_images` and `sha256` of the pixels."""
     rows: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0  # of whole epochs
-    epoch_seconds: float = 0.0  # of the epoch that a signal cut off
+    epoch_seconds: float = 0.0  # of the epoch that has begun
     earlier_runs: list[dict[str, Any]] = field(default_factory=list)
     random_rank: float = 0.0
     """Effective rank of the held-out images before training."""
@@ -77,8 +76,8 @@ class Run:
         Raises:
             UserError: If it cannot be read or has other settings or images.
         """
-        paths = [self.folder / name for name in (STATE, PREVIOUS)]
-        if not (paths := [path for path in paths if path.exists()]):
+        paths = [path for name in (STATE, PREVIOUS) if (path := self.folder / name).exists()]
+        if not paths:
             return False
         try:
             saved = read_torch_file(paths[0])
@@ -93,7 +92,7 @@ class Run:
                 hint="repeat the command that began it, or give another --output-dir",
             )
         state.load_state_dict(saved["state"])
-        for name in ("rows", "seconds", "epoch_seconds", "earlier_runs"):
+        for name in ("rows", "epoch_seconds", "earlier_runs"):
             setattr(self, name, saved[name])
         return True
 
@@ -136,29 +135,26 @@ class Run:
                 f"the encoder in {folder} is {target.config}, not {self.config.vit}",
                 hint="give its --embed-dim, --depth and --patch-size",
             )
-        rows = read_log(folder / LOG)
-        if len(rows) != target.epochs:
+        if self.config.epochs <= target.epochs:
             raise UserError(
-                f"{folder / LOG} has {counted(len(rows), 'epoch')}, {CHECKPOINT} {target.epochs}",
-                hint="give the folder of a whole run: both files must be of it",
+                f"the run in {folder} has had {counted(target.epochs, 'epoch')}: nothing is left "
+                "to do",
+                hint=f"give --epochs {target.epochs + 1} or more, the earlier ones included",
             )
-        if self.config.epochs <= len(rows):
-            raise UserError(
-                f"the run in {folder} has had {counted(len(rows), 'epoch')}: nothing is left to do",
-                hint=f"give --epochs {len(rows) + 1} or more, the earlier ones included",
-            )
-        weights = {"target": target.state_dict, "context": context.state_dict}
+        state.target_encoder.load_state_dict(target.state_dict)
+        state.context_encoder.load_state_dict(context.state_dict)
         if predictor := load_predictor(path):
-            weights["predictor"] = predictor
+            state.predictor.load_state_dict(predictor)
         else:
             self.notes.append(f"{path} has no predictor: a new one begins")
-        state.start_from(weights, len(rows) * self.steps_per_epoch)
+        state.step = state.start_step = target.epochs * self.steps_per_epoch
         facts = {k: v for k, v in target.training.items() if isinstance(v, str | int | float)}
-        self.rows, self.earlier_runs = rows, [*target.training.get("earlier_runs", []), facts]
+        self.earlier_runs = [*target.training.get("earlier_runs", []), facts]
+        self.rows = read_log(folder / LOG)[: target.epochs]
 
     def log(self, row: dict[str, Any]) -> None:
         """Add the row of one epoch, with six significant digits."""
-        self.seconds, self.epoch_seconds = self.seconds + row["seconds"], 0.0
+        self.epoch_seconds = 0.0
         whole = (int, type(None))
         self.rows.append(
             {k: v if isinstance(v, whole) else float(f"{v:.6g}") for k, v in row.items()}
@@ -180,7 +176,7 @@ class Run:
     def save(self, state: TrainState) -> None:
         """Write everything that `resume` needs, keeping the state before it."""
         check_finite(state)
-        names = ("settings", "images", "rows", "seconds", "epoch_seconds", "earlier_runs")
+        names = ("settings", "images", "rows", "epoch_seconds", "earlier_runs")
         content = {name: getattr(self, name) for name in names} | {"state": state.state_dict()}
         if (self.folder / STATE).exists():
             (self.folder / STATE).replace(self.folder / PREVIOUS)
@@ -193,8 +189,10 @@ class Run:
         writer.writeheader()
         writer.writerows(self.rows)
         write_text(self.folder / LOG, text.getvalue())
-        names = ("seconds", "settings", "images", "earlier_runs", "random_rank")
+        names = ("settings", "images", "earlier_runs", "random_rank")
+        own = self.rows[state.start_step // self.steps_per_epoch :]
         training = {name: getattr(self, name) for name in names} | {
+            "seconds": sum(row["seconds"] for row in own),
             "epochs": self.rows[-1]["epoch"],
             "planned_epochs": self.config.epochs,
             "recipe": self.settings["recipe"],
@@ -236,7 +234,7 @@ def evaluate(
         precision = float(precision_at_k(nearest_neighbors(embeddings, 5)[0], labels, 5).mean())
     return {
         "heldout_precision_at_5": precision,
-        "effective_rank": effective_rank(embeddings),
+        "effective_rank": effective_rank(covariance_spectrum(embeddings)),
         "target_variance": float(embeddings.var(axis=0).mean()),
     }
 
@@ -255,27 +253,27 @@ def collapses_now(ranks: Sequence[float], random_rank: float) -> bool:
         rank <= min(random_rank, before)
         for before, rank in zip(ranks, ranks[EARLY_EPOCHS:], strict=False)
     ]
-    return collapsed.index(True) == len(collapsed) - 1 if True in collapsed else False
+    return sum(collapsed) == 1 and collapsed[-1]
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The rows that `Run.publish` wrote; values that were not measured are None.
 
     Raises:
-        UserError: If the file cannot be read as such.
+        UserError: If there is no such file.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return [
-                {name: float(value) if value else None for name, value in row.items()}
-                | {"epoch": int(row["epoch"])}
-                for row in csv.DictReader(file)
-            ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        text = path.read_text()
+    except OSError as error:
         raise UserError(
             f"cannot read the log {path} ({error})",
             hint="give the folder that a run of scripts/train_ijepa.py ended in",
         ) from error
+    return [
+        {name: float(value) if value else None for name, value in row.items()}
+        | {"epoch": int(row["epoch"])}
+        for row in csv.DictReader(text.splitlines())
+    ]
 
 
 @matplotlib.rc_context(plots.STYLE)

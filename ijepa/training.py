@@ -9,7 +9,7 @@ resumed at any step equals the uninterrupted run, on a CPU bit for bit.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import permutations
@@ -39,10 +39,7 @@ class TrainConfig:
     """Settings of one run; the defaults are the recipe `matched` (see `RECIPES`).
 
     Only the last `decay_share` of a run depends on `epochs`; until then a run can be made longer or
-    shorter.
-
-    Raises:
-        ValueError: If a number is out of range or the number of views does not fit the terms.
+    shorter. There are at least 2 views with the matching term, and 1 without it.
     """
 
     epochs: int = 300
@@ -68,18 +65,6 @@ class TrainConfig:
     vit: ViTConfig = field(default_factory=ViTConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
-
-    def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "lr", "clip_norm", "temperature", "last_temperature")
-        for name in (*positive, "num_views"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        for name in ("matching_weight", "spread_weight", "weight_decay", "warmup_epochs"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if bool(self.matching_weight) != (self.num_views > 1):
-            need = "at least 2 with the matching term" if self.matching_weight else "1 without it"
-            raise ValueError(f"num_views must be {need}, got {self.num_views}")
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -137,14 +122,6 @@ class TrainState:
             self.graphs.recordings.clear()
         self.step, self.start_step = saved["step"], saved["start_step"]
         self.loss_sums.copy_(saved["loss_sums"])
-
-    def start_from(self, weights: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
-        """Take over `context`, `target` and maybe `predictor` of another run's `step` updates."""
-        self.context_encoder.load_state_dict(weights["context"])
-        self.target_encoder.load_state_dict(weights["target"])
-        if "predictor" in weights:
-            self.predictor.load_state_dict(weights["predictor"])
-        self.step = self.start_step = step
 
 
 def init_state(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> TrainState:
@@ -386,12 +363,9 @@ def train(
     An epoch is one pass in random order without the rest that does not fill a batch.
 
     Raises:
-        ValueError: If not even one batch can be filled.
         FloatingPointError: If the loss is no longer a number; the state is then unusable.
     """
     steps_per_epoch = len(images) // config.batch_size
-    if not steps_per_epoch:
-        raise ValueError(f"batch_size {config.batch_size} exceeds the {len(images)} images")
     while state.step < steps_per_epoch * config.epochs:
         epoch, done = divmod(state.step, steps_per_epoch)
         if not done:

@@ -16,13 +16,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ijepa import __version__
-from ijepa.errors import UserError, counted
+from ijepa.errors import UserError, command_line, counted, git_commit
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; heavy imports come later so that usage errors are instant."""
-    from ijepa.errors import command_line
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -259,7 +257,6 @@ def catch_signals() -> list[int]:
 def end_epoch(args: argparse.Namespace, run: Any, state: Any, row: dict[str, Any]) -> None:
     """Log one epoch; write the checkpoint and the state where it is their turn."""
     from ijepa.distributed import process_rank
-    from ijepa.errors import git_commit
 
     run.log(row)
     due = row["epoch"] % args.save_every == 0 or row["epoch"] == args.epochs
@@ -284,8 +281,7 @@ def finish(run: Any) -> None:
         return  # this run has not finished an epoch
     title = f"I-JEPA training, {checkpoint.epochs} of {run.config.epochs} epochs"
     caption = Caption(title, f"On training images that were held out; seed {run.config.seed}.")
-    rows = [{**row, "precision_at_5": row["heldout_precision_at_5"]} for row in run.rows]
-    curves = plot_training_curves(rows[: checkpoint.epochs], caption)
+    curves = plot_training_curves(run.rows[: checkpoint.epochs], caption)
     save_figure(run.folder / "training_curves.png", curves)
     export_huggingface(checkpoint, run.folder / "hf")
 

@@ -54,7 +54,7 @@ def test_cka_is_nan_where_it_is_not_defined():
     X, Y = pair()
     assert np.isnan(agreement.linear_cka(X, np.full_like(Y, 0.1)))
     assert np.isnan(agreement.linear_cka(X[:3], Y[:3]))
-    null = agreement.cka_null(X, np.full_like(Y, 0.1), np.arange(40) % 2, num_permutations=3)
+    null = agreement.cka_and_null(X, np.full_like(Y, 0.1), np.arange(40) % 2, 3)[1]
     assert np.isnan(null).all()
     assert null.shape == (3,)
 
@@ -110,7 +110,8 @@ def test_two_models_that_share_only_classes_have_the_predicted_neighbors_in_comm
 def test_cka_null_equals_cka_of_the_same_shuffles():
     X, Y = pair()
     labels = np.arange(40) % 3
-    null = agreement.cka_null(X, Y, labels, num_permutations=5, seed=3)
+    cka, null = agreement.cka_and_null(X, Y, labels, num_permutations=5, seed=3)
+    assert cka == pytest.approx(agreement.linear_cka(X, Y))
     generator = np.random.default_rng(3)
     for value in null:
         order = np.empty(40, int)
@@ -118,7 +119,7 @@ def test_cka_null_equals_cka_of_the_same_shuffles():
             images = np.flatnonzero(labels == label)
             order[images] = generator.permutation(images)
         assert value == pytest.approx(agreement.linear_cka(X[order], Y), abs=1e-6)
-    np.testing.assert_array_equal(null, agreement.cka_null(X, Y, labels, 5, seed=3))
+    np.testing.assert_array_equal(null, agreement.cka_and_null(X, Y, labels, 5, seed=3)[1])
 
 
 def test_similarity_spearman_equals_scipy_with_ties():

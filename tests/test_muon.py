@@ -7,11 +7,9 @@ from ijepa.muon import Muon, orthogonalize
 SHAPES = [(12, 5), (5, 12), (8, 8), (12, 5), (1, 6)]
 
 
-def make_weights(dtype=torch.float32):
+def make_weights():
     generator = torch.Generator().manual_seed(0)
-    return [
-        torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in SHAPES
-    ]
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
 
 
 def set_gradients(weights, seed):
@@ -21,40 +19,23 @@ def set_gradients(weights, seed):
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.5}])
-def test_in_bfloat16_it_is_the_optimizer_of_pytorch(options):
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.bfloat16, 5e-7), (torch.float32, 1e-2)])
+def test_it_is_the_optimizer_of_pytorch_but_for_the_dtype_of_products(options, dtype, atol):
     ours, theirs = make_weights(), make_weights()
-    pairs = [
-        (ours, Muon(ours, 0.1, 0.3, torch.bfloat16, **options)),
-        (
-            theirs,
-            torch.optim.Muon(theirs, 0.1, 0.3, **options, adjust_lr_fn="match_rms_adamw"),
-        ),
-    ]
+    optimizer = Muon(ours, 0.1, 0.3, dtype, **options)
+    oracle = torch.optim.Muon(theirs, 0.1, 0.3, **options, adjust_lr_fn="match_rms_adamw")
     for seed in range(4):
-        for weights, optimizer in pairs:
+        for weights, one in ((ours, optimizer), (theirs, oracle)):
             set_gradients(weights, seed)
-            optimizer.step()
+            one.step()
         for one, other in zip(ours, theirs, strict=True):
             # The same directions; a product is rounded before it is subtracted.
-            torch.testing.assert_close(one, other, atol=5e-7, rtol=0)
+            torch.testing.assert_close(one, other, atol=atol, rtol=0)
     for one, other in zip(ours, theirs, strict=True):
-        saved, expected = pairs[0][1].state[one], pairs[1][1].state[other]
+        saved, expected = optimizer.state[one], oracle.state[other]
         assert saved.keys() == expected.keys()
         assert torch.equal(saved["momentum_buffer"], expected["momentum_buffer"])
-
-
-def test_in_float32_it_is_close_to_that():
-    ours, theirs = make_weights(), make_weights()
-    optimizers = [
-        Muon(ours, 0.1, 0.3, torch.float32),
-        torch.optim.Muon(theirs, 0.1, 0.3, adjust_lr_fn="match_rms_adamw"),
-    ]
-    for weights, optimizer in zip((ours, theirs), optimizers, strict=True):
-        set_gradients(weights, 0)
-        optimizer.step()
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, atol=2e-3, rtol=0)
-        assert not torch.equal(one, other)
+        assert dtype == torch.bfloat16 or not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("shape", [(30, 30), (40, 10), (10, 40), (1, 9), (9, 1)])
@@ -70,14 +51,6 @@ def test_the_singular_vectors_stay_and_the_values_come_near_to_1(shape):
     np.testing.assert_allclose(vectors[0] @ inner @ vectors[2], ours, atol=1e-12)
 
 
-def test_the_direction_does_not_depend_on_the_size_of_the_gradient():
-    matrices = torch.tensor(np.random.default_rng(0).normal(size=(3, 6, 9)))
-    scales = torch.tensor([1e-3, 1.0, 50.0])[:, None, None]
-    torch.testing.assert_close(orthogonalize(matrices), orthogonalize(scales * matrices))
-    torch.testing.assert_close(orthogonalize(matrices), -orthogonalize(-matrices))
-    torch.testing.assert_close(orthogonalize(matrices), orthogonalize(matrices.mT).mT)
-
-
 def test_no_gradient_is_no_step_and_a_zero_one_only_decays():
     weights = make_weights()
     before = [weight.detach().clone() for weight in weights]
@@ -89,18 +62,3 @@ def test_no_gradient_is_no_step_and_a_zero_one_only_decays():
     optimizer.step()
     torch.testing.assert_close(weights[1].detach(), before[1] * 0.95)
     assert torch.equal(weights[0], before[0])
-
-
-def test_it_goes_on_from_its_state():
-    straight, other = make_weights(), make_weights()
-    first, second, third = (
-        Muon(weights, 0.1, 0.0, torch.float32) for weights in (straight, other, other)
-    )
-    for weights, optimizer in ((straight, first), (other, second)):
-        set_gradients(weights, 0)
-        optimizer.step()
-    third.load_state_dict(second.state_dict())
-    for weights, optimizer in ((straight, first), (other, third)):
-        set_gradients(weights, 1)
-        optimizer.step()
-    assert all(map(torch.equal, straight, other))

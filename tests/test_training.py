@@ -104,23 +104,6 @@ def test_a_run_that_begins_later_warms_up_again_and_falls_at_the_same_time():
     assert rates[1][20:] == rates[0][20:]
 
 
-def test_a_run_goes_on_from_the_networks_of_another(config, images):
-    saved = trained(config, images).state_dict()
-    later = dataclasses.replace(config, seed=1, epochs=5)
-    begun, fresh = begin(later), begin(later)
-    weights = {"context": saved["context_encoder"], "target": saved["target_encoder"]}
-    begun.start_from(weights, 9)
-    assert_equal_bit_for_bit(begun.predictor.state_dict(), fresh.predictor.state_dict())
-    begun.start_from({**weights, "predictor": saved["predictor"]}, 9)
-    for name in ("context_encoder", "target_encoder", "predictor"):
-        assert_equal_bit_for_bit(begun.state_dict()[name], saved[name])
-    rates = [log_row(begun, later, 10)["lr"] for _ in train(begun, later, images)]
-    assert log_row(begun, later, 10)["epoch"] == 5
-    assert len(rates) == 2 * 3
-    assert rates[0] == learning_rate(later, 9, 3, 9) < learning_rate(later, 9, 3)
-    assert begun.muon.param_groups[0]["lr"] == rates[-1]
-
-
 def test_momentum_has_a_memory_that_is_a_share_of_the_updates_so_far():
     config = TrainConfig(ema_start=0.99, ema_window=0.05)
     values = [ema_momentum(config, step) for step in (0, 1_999, 3_999, 99_999, 10_000_000)]
@@ -324,12 +307,6 @@ def test_the_paper_recipe_is_the_prediction_loss_of_one_view(images):
     assert log_row(state, config, 10)["matching_loss"] is None
 
 
-@pytest.mark.parametrize("settings", [{"num_views": 1}, {"lr": math.nan}, {"batch_size": 0}])
-def test_meaningless_settings_are_refused(settings):
-    with pytest.raises(ValueError, match="must be"):
-        TrainConfig(**settings)
-
-
 def test_a_run_is_a_loop_of_updates_over_shuffled_batches(config, images):
     state, by_hand = begin(config), begin(config)
     ends, rows, losses = [], [], []
@@ -416,11 +393,6 @@ def test_every_setting_changes_the_run(config, name):
 def test_the_target_starts_as_a_copy(config):
     state = begin(config)
     assert_equal_bit_for_bit(state.context_encoder.state_dict(), state.target_encoder.state_dict())
-
-
-def test_a_batch_larger_than_the_data_is_a_value_error(config, images):
-    with pytest.raises(ValueError, match="batch_size 3 exceeds the 2 images"):
-        next(train(begin(config), config, images[:2]))
 
 
 def test_one_image_and_one_step_are_a_run(config, images):

@@ -33,13 +33,6 @@ def test_halves_keep_half_of_every_class_and_are_reproducible():
     assert (halves != uncertainty.half_samples(labels, 50, seed=2)).any()
 
 
-def test_every_image_is_kept_about_half_of_the_time():
-    halves = uncertainty.half_samples(np.arange(63) % 3, 800)
-    assert np.abs(halves[::2].mean(axis=0) - 0.5).max() < 0.12
-    together = halves[::2].T @ halves[::2].astype(float) / 400
-    assert np.abs(together[~np.eye(63, dtype=bool)] - 0.25).max() < 0.12
-
-
 def test_small_classes_are_whole_in_every_half():
     labels = np.repeat([3, 1, 8, 4], [20, 19, 33, 1])
     halves = uncertainty.half_samples(labels, 10)
@@ -77,12 +70,7 @@ def test_without_finite_deviations_there_is_no_interval():
         assert np.isnan([found.se, *found.ci95, uncertainty.student_p(value, deviations)]).all()
 
 
-def test_p_is_below_five_percent_where_the_interval_leaves_out_zero():
-    deviations = np.random.default_rng(0).normal(size=100)
-    for value in np.linspace(-4, 4, 41):
-        low, high = uncertainty.estimate(value, deviations).ci95
-        p = uncertainty.student_p(value, deviations)
-        assert (p < 0.05) == (low > 0 or high < 0)
+def test_p_is_that_of_the_t_test():
     sample = np.random.default_rng(1).normal(0.3, 1, size=50)
     same = (sample - sample.mean()) / np.sqrt(49)
     expected = stats.ttest_1samp(sample, 0).pvalue
@@ -109,15 +97,6 @@ def test_deviations_of_a_mean_weigh_classes_by_their_images_and_small_ones_have_
     whole, parts = uncertainty.mean_deviations(by_class, labels)
     assert whole == pytest.approx([(scores[0] - scores[1]).mean() / 2])
     assert parts[0] == pytest.approx([np.nan, *(by_class[0] - by_class[1])[1:] / 2], nan_ok=True)
-
-
-def test_neighbors_within_a_half_are_those_of_the_kept_images_only():
-    X, _, _ = two_models(60)
-    keep = np.arange(60) % 3 > 0
-    found = uncertainty.neighbors_within(*metrics.nearest_neighbors(X, 59), keep, 5)
-    expected, similarities = metrics.nearest_neighbors(X[keep], 5)
-    np.testing.assert_array_equal(found[0], np.flatnonzero(keep)[expected])
-    np.testing.assert_allclose(found[1], similarities, atol=2e-6)
 
 
 def test_a_list_that_ends_early_repeats_its_last_kept_neighbor():
@@ -174,40 +153,26 @@ def influences(X):
     return uncertainty.spectrum_deviations(*metrics.principal_scores(X))
 
 
-@pytest.mark.parametrize("width", [12, 60, 300])
-def test_spectrum_errors_are_close_to_those_of_the_jackknife(width):
-    X, _, _ = two_models(120, width)
-    X = X * np.arange(1, width + 1, dtype=np.float32) ** -1.5
-    left = []
-    for image in range(120):
-        others = np.delete(X, image, axis=0)
-        spectrum = metrics.covariance_spectrum(others)
-        shares = [spectrum[:k].sum() / spectrum.sum() for k in (10, 50)]
-        left.append([*shares, metrics.effective_rank(others)])
-    expected = np.sqrt(119 * np.var(left, axis=0))
-    ours = influences(X)
-    assert list(ours) == ["variance_10pc", "variance_50pc", "effective_rank"]
-    errors = [uncertainty.estimate(0.0, deviations).se for deviations in ours.values()]
-    assert errors == pytest.approx(expected, rel=0.25, abs=1e-12)
-
-
 def test_each_influence_is_the_derivative_by_the_weight_of_its_image():
-    X = two_models(90, 7)[0].astype(np.float64) * np.arange(1, 8) ** -1.0
-    deviations = influences(X.astype(np.float32))["effective_rank"]
+    X = two_models(90, 60)[0].astype(np.float64) * np.arange(1, 61) ** -1.5
+    deviations = influences(X.astype(np.float32))
+    assert list(deviations) == ["variance_10pc", "variance_50pc", "effective_rank"]
     for image in (0, 17, 89):
-        ranks = []
+        values = []
         for step in (-1e-4, 1e-4):
             weights = np.full(90, (1 - step) / 90)
             weights[image] += step
-            values = np.linalg.eigvalsh(np.cov(X.T, aweights=weights, ddof=0))
-            ranks.append(metrics.effective_rank_of_spectrum(values))
-        derivative = (ranks[1] - ranks[0]) / 2e-4
-        assert deviations[image] * np.sqrt(90) == pytest.approx(derivative, rel=1e-3, abs=1e-5)
+            spectrum = np.linalg.eigvalsh(np.cov(X.T, aweights=weights, ddof=0))[::-1]
+            shares = [metrics.explained_variance(spectrum, k) for k in (10, 50)]
+            values.append([*shares, metrics.effective_rank(spectrum)])
+        derivatives = np.subtract(*values[::-1]) / 2e-4
+        ours = [one[image] * np.sqrt(90) for one in deviations.values()]
+        assert ours == pytest.approx(derivatives, rel=1e-3, abs=1e-5)
 
 
 def test_an_effective_rank_bounded_by_the_number_of_images_has_no_error():
     X, _, _ = two_models(60, 200)
-    assert metrics.effective_rank(X) > 30
+    assert metrics.effective_rank(metrics.covariance_spectrum(X)) > 30
     assert np.isnan(influences(X)["effective_rank"]).all()
     assert np.isfinite(influences(X)["variance_10pc"]).all()
 
