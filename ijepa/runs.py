@@ -141,6 +141,11 @@ class Run:
                 "to do",
                 hint=f"give --epochs {target.epochs + 1} or more, the earlier ones included",
             )
+        if len(rows := read_log(folder / LOG)) < target.epochs:
+            raise UserError(
+                f"{folder / LOG} has {counted(len(rows), 'epoch')}, {CHECKPOINT} {target.epochs}",
+                hint="give the folder of a whole run: both files must be of it",
+            )
         state.target_encoder.load_state_dict(target.state_dict)
         state.context_encoder.load_state_dict(context.state_dict)
         if predictor := load_predictor(path):
@@ -150,7 +155,7 @@ class Run:
         state.step = state.start_step = target.epochs * self.steps_per_epoch
         facts = {k: v for k, v in target.training.items() if isinstance(v, str | int | float)}
         self.earlier_runs = [*target.training.get("earlier_runs", []), facts]
-        self.rows = read_log(folder / LOG)[: target.epochs]
+        self.rows = rows[: target.epochs]
 
     def log(self, row: dict[str, Any]) -> None:
         """Add the row of one epoch, with six significant digits."""
@@ -260,20 +265,19 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """The rows that `Run.publish` wrote; values that were not measured are None.
 
     Raises:
-        UserError: If there is no such file.
+        UserError: If there is no such file, or it cannot be read as such.
     """
     try:
-        text = path.read_text()
-    except OSError as error:
+        return [
+            {name: float(value) if value else None for name, value in row.items()}
+            | {"epoch": int(row["epoch"])}
+            for row in csv.DictReader(path.read_text("utf-8").splitlines())
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"cannot read the log {path} ({error})",
             hint="give the folder that a run of scripts/train_ijepa.py ended in",
         ) from error
-    return [
-        {name: float(value) if value else None for name, value in row.items()}
-        | {"epoch": int(row["epoch"])}
-        for row in csv.DictReader(text.splitlines())
-    ]
 
 
 @matplotlib.rc_context(plots.STYLE)

@@ -39,7 +39,10 @@ class TrainConfig:
     """Settings of one run; the defaults are the recipe `matched` (see `RECIPES`).
 
     Only the last `decay_share` of a run depends on `epochs`; until then a run can be made longer or
-    shorter. There are at least 2 views with the matching term, and 1 without it.
+    shorter.
+
+    Raises:
+        ValueError: If the number of views does not fit the terms of the loss.
     """
 
     epochs: int = 300
@@ -65,6 +68,11 @@ class TrainConfig:
     vit: ViTConfig = field(default_factory=ViTConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
+
+    def __post_init__(self) -> None:
+        if bool(self.matching_weight) != (self.num_views > 1):
+            need = "at least 2 with the matching term" if self.matching_weight else "1 without it"
+            raise ValueError(f"num_views must be {need}, got {self.num_views}")
 
     @property
     def terms(self) -> tuple[str, ...]:

@@ -327,6 +327,8 @@ def test_a_run_goes_on_from_a_finished_one_and_resumes_without_it(train, finishe
     [
         (shutil.rmtree, [], "no checkpoint at "),
         (lambda folder: (folder / "training_log.csv").unlink(), [], "cannot read the log"),
+        (lambda folder: (folder / "training_log.csv").write_text("epoch\nx\n"), [], "cannot read"),
+        (lambda folder: (folder / "training_log.csv").write_text("epoch\n1\n"), [], "has 1 epoch,"),
         (lambda _: None, ["--epochs", str(EPOCHS)], "has had 3 epochs"),
         (lambda _: None, ["--depth", "2"], "depth=1"),
     ],

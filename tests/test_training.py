@@ -415,3 +415,9 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_epoch_is_logged(confi
         check_finite(state)
     with pytest.raises(FloatingPointError, match="no longer a number after 3 updates"):
         next(run)
+
+
+@pytest.mark.parametrize("settings", [{"num_views": 1}, {"matching_weight": 0.0}])
+def test_views_that_do_not_fit_the_terms_are_refused(settings):
+    with pytest.raises(ValueError, match="num_views must be"):
+        TrainConfig(**settings)
