@@ -225,8 +225,10 @@ def linear_answers(
     """Class of each query by multinomial logistic regression on standardized columns.
 
     The answers come from a fit to the whole bank, and with them the penalty `l2` and, by penalty,
-    `held_out_accuracy`. With a part to hold out, the penalty is the one of `L2_GRID` whose fit to
-    the rest is most accurate there; ties go to the stronger one.
+    `held_out_accuracy`. With a part to hold out, fits to the rest choose: the strongest penalty of
+    `L2_GRID` that is there at most one standard error less accurate than the best (Breiman et al.
+    1984, "Classification and Regression Trees", section 3.4). The best by itself would be chance
+    among near ties, and two models that are alike would seem to differ.
     """
     mean = X.mean(axis=0, dtype=np.float64).astype(np.float32)
     Z, W = X - mean, Q - mean
@@ -243,7 +245,9 @@ def linear_answers(
             weights = fit(Z[~held_out], codes[~held_out], l2, weights, variances)
             solutions[l2] = weights
             accuracy[l2] = float((predict(Z[held_out], weights) == codes[held_out]).mean())
-        l2 = max(accuracy, key=accuracy.__getitem__)
+        best = max(accuracy.values())
+        error = (best * (1 - best) / held_out.sum()) ** 0.5
+        l2 = next(l2 for l2 in L2_GRID if accuracy[l2] >= best - error)
     weights = fit(Z, codes, l2, solutions.get(l2, weights), variances)
     return predict(W, weights), {"l2": l2, "held_out_accuracy": accuracy}
 
