@@ -18,7 +18,7 @@ from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
-from ijepa.errors import UserError, counted, printable
+from ijepa.errors import UserError, counted, home_path, printable
 from ijepa.images import FolderImages, check_mode, image_suffixes, read_image
 
 SYSTEM_NAMES = {
@@ -384,8 +384,8 @@ def load_split(dataset: str, data_dir: Path, split: str, offline: bool) -> Split
         UserError: If the name is unknown and no such folder exists, or loading fails.
     """
     if dataset in DATASETS:
-        return DATASETS[dataset](data_dir.expanduser(), split, offline)
-    folder = Path(os.path.expanduser(dataset))  # noqa: PTH111  (that of pathlib raises)
+        return DATASETS[dataset](home_path(data_dir), split, offline)
+    folder = home_path(dataset)
     if folder.is_dir():
         return load_folder(folder, split)
     hint = f"choose from {', '.join(DATASETS)}, or give a folder with one subfolder per class"

@@ -6,7 +6,6 @@ the wrong ones, and `description` records them. `load_encoder` takes any source 
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,7 @@ from torch import Tensor
 from ijepa import huggingface
 from ijepa.checkpoint import load_checkpoint
 from ijepa.devices import choose_dtype, memory_errors
-from ijepa.errors import UserError, counted
+from ijepa.errors import UserError, counted, home_path
 from ijepa.files import read_arrays, sha256, write_text
 from ijepa.model import VisionTransformer
 
@@ -204,7 +203,7 @@ def load_encoder(  # noqa: PLR0913  one argument per flag
         UserError: If the source cannot be found, downloaded, read or used.
     """
     text = str(source)
-    path = Path(os.path.expanduser(text))  # noqa: PTH111  which keeps ~nobody as it is
+    path = home_path(text)
     # A hub id has at most one slash and no file's ending.
     is_path = path.exists() or text.count("/") > 1 or text.startswith((".", "/", "~"))
     if path.suffix == ".npz":

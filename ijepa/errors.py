@@ -1,10 +1,11 @@
-"""What both scripts need before anything heavy: the user's error, and where a result comes from."""
+"""What both scripts need before anything heavy: errors, arguments, the origin of a result."""
 
+import argparse
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -33,6 +34,23 @@ def counted(count: int, noun: str) -> str:
     """A number with its noun: `1 class`, `2,000 classes`."""
     plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
     return f"{count:,} {noun}{plural}"
+
+
+def home_path(text: str | Path) -> Path:
+    """Parse a path; `~` is the home folder, and `~name` stays where there is no such user."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111  that of pathlib raises
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A parser of whole numbers in a range."""
+
+    def parse(text: str) -> int:
+        if text.isdecimal() and int(text) >= low and (high is None or int(text) <= high):
+            return int(text)
+        limit = "" if high is None else f" to {high}"
+        raise argparse.ArgumentTypeError(f"must be a whole number from {low}{limit}, got {text!r}")
+
+    return parse
 
 
 def command_line(script: str, words: Sequence[str]) -> str:

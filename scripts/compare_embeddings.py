@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from ijepa import __version__  # noqa: E402
-from ijepa.errors import UserError, command_line, counted  # noqa: E402
+from ijepa.errors import UserError, command_line, counted, home_path, whole  # noqa: E402
 
 if TYPE_CHECKING:
     from ijepa.data import Split
@@ -56,7 +56,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--hf-revision", metavar="NAME", help="branch, tag or commit of --hf-model; or id@revision")
     add("--hf-pooling", choices=["mean", "cls"], default="mean",
         help="of --hf-model: mean over patch tokens, or class token (default: %(default)s)")
-    add("--output-dir", type=path, default=Path("comparison_results"),
+    add("--output-dir", type=home_path, default=Path("comparison_results"),
         help="for all files (default: %(default)s)")
     add("--max-samples", type=whole(0), default=2000, metavar="N",
         help="class-balanced; 0 = the whole split (default: %(default)s)")
@@ -69,7 +69,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="part of the data set (default: %(default)s)")
     add("--skip-unreadable", action="store_true",
         help="leave unreadable images out and list them; otherwise they are an error")
-    add("--data-dir", type=path, default=Path("data"),
+    add("--data-dir", type=home_path, default=Path("data"),
         help="where CIFAR-10 is or will be put (default: %(default)s)")
     add("--offline", action="store_true", help="open no socket")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
@@ -80,8 +80,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="images per forward pass (default: %(default)s)")
     add("--seed", type=whole(0, 2**32 - 1), default=0,
         help="of the sample, the maps and the intervals (default: %(default)s)")
-    add("--cache-dir", type=path, help="where embeddings and maps are kept between runs (default: "
-        "~/.cache/ijepa-compare)")
+    add("--cache-dir", type=home_path,
+        help="where embeddings and maps are kept between runs (default: ~/.cache/ijepa-compare)")
     add("--no-cache", action="store_true", help="neither read nor keep embeddings and maps")
     add("--json", action="store_true", help="print the summary as JSON instead of the table")
     add("--debug", action="store_true", help="show the traceback behind an error")
@@ -107,23 +107,6 @@ def bundled(name: str) -> str:
     with suppress(FileNotFoundError, ValueError):  # no working directory, or not below it
         path = path.relative_to(Path.cwd())
     return str(path)
-
-
-def path(text: str) -> Path:
-    """Parse a path; `~` is the home folder."""
-    return Path(text).expanduser()
-
-
-def whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """A parser of whole numbers in a range."""
-
-    def parse(text: str) -> int:
-        if text.isdecimal() and int(text) >= low and (high is None or int(text) <= high):
-            return int(text)
-        limit = "" if high is None else f" to {high}"
-        raise argparse.ArgumentTypeError(f"must be a whole number from {low}{limit}, got {text!r}")
-
-    return parse
 
 
 def whole_or_all(text: str) -> int | None:

@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ijepa import __version__
-from ijepa.errors import UserError, command_line, counted, git_commit
+from ijepa.errors import UserError, command_line, counted, git_commit, home_path, whole
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -25,34 +24,35 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    positive, seed, width = (
-        checked(int, lambda n: n >= 1, "at least 1"),
-        checked(int, lambda n: 0 <= n < 2**32, "from 0 to 2**32 - 1"),
-        checked(int, lambda n: n >= 64 and n % 64 == 0, "a multiple of 64"),
-    )
-    rate = checked(float, lambda x: 0 < x < float("inf"), "positive and finite")
     by_recipe = {"default": argparse.SUPPRESS}  # the recipe decides where they are not given
-    add("--output-dir", type=home, default=Path("runs/mine"), help="a run found there is resumed")
+    add(
+        "--output-dir",
+        type=home_path,
+        default=Path("runs/mine"),
+        help="a run found there is resumed",
+    )
     add("--resume", action="store_true", help="fail if there is no run to resume")
-    add("--init-from", type=home, help="begin with the weights and the log of the run there")
-    add("--epochs", type=positive, default=300, help="passes over the images, earlier ones too")
+    add("--init-from", type=home_path, help="begin with the weights and the log of the run there")
+    add("--epochs", type=whole(1), default=300, help="passes over the images, earlier ones too")
     add("--dataset", default="cifar10", help="cifar10, digits, or a folder of images")
-    add("--data-dir", type=home, default=Path("data"), help="where CIFAR-10 is or will be put")
+    add("--data-dir", type=home_path, default=Path("data"), help="where CIFAR-10 is or will be put")
     recipe = "paper: only I-JEPA's loss; matched: with two more terms on the mean token"
     add("--recipe", choices=["matched", "paper"], default="matched", help=recipe)
-    add("--batch-size", type=positive, help="images per update (256; paper 64)", **by_recipe)
+    add("--batch-size", type=whole(1), help="images per update (256; paper 64)", **by_recipe)
     add("--lr", type=rate, help="peak learning rate (4e-3; paper 2e-3)", **by_recipe)
-    add("--num-views", type=positive, help="crops of an image (3; paper 1)", **by_recipe)
-    add("--embed-dim", type=width, default=192, help="encoder width, a multiple of 64")
-    add("--depth", type=positive, default=6, help="encoder blocks")
+    add("--num-views", type=whole(1), help="crops of an image (3; paper 1)", **by_recipe)
+    add("--embed-dim", type=whole(64), default=192, help="encoder width, a multiple of 64")
+    add("--depth", type=whole(1), default=6, help="encoder blocks")
     add("--patch-size", type=int, choices=[1, 2, 4], default=4, help="side of a patch in pixels")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="matrix products")
-    add("--seed", type=seed, default=0, help="of weights, order, crops and masks")
-    add("--save-every", type=positive, default=1, metavar="EPOCHS", help="between checkpoints")
+    add("--seed", type=whole(0, 2**32 - 1), default=0, help="of weights, order, crops and masks")
+    add("--save-every", type=whole(1), default=1, metavar="EPOCHS", help="between checkpoints")
     add("--debug", action="store_true", help="show the traceback of an error")
     add("--version", action="version", version=f"ijepa-compare {__version__}")
     args = parser.parse_args(arguments)
+    if args.embed_dim % 64:
+        parser.error(f"argument --embed-dim: must be a multiple of 64, got {args.embed_dim}")
     if "num_views" in args and (args.num_views > 1) != (args.recipe == "matched"):
         parser.error("argument --num-views: must be at least 2 with --recipe matched, 1 with paper")
     if args.recipe == "matched" and vars(args).get("batch_size") == 1:
@@ -65,21 +65,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def home(path: str) -> Path:
-    """The path, with `~` for the home folder."""
-    return Path(path).expanduser()
-
-
-def checked(kind: type, accepts: Callable[[Any], bool], rule: str) -> Callable[[str], Any]:
-    """A parser of numbers that keep a rule."""
-
-    def number(text: str) -> Any:
-        value = kind(text)
-        if not accepts(value):
-            raise argparse.ArgumentTypeError(f"must be {rule}, got {text}")
-        return value
-
-    return number
+def rate(text: str) -> float:
+    """Parse a positive number."""
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
+    return float(text)
 
 
 def load_images(dataset: str, data_dir: Path, batch_size: int) -> tuple[Any, Any]:
@@ -97,7 +87,7 @@ def load_images(dataset: str, data_dir: Path, batch_size: int) -> tuple[Any, Any
         reasons,
     )
 
-    folder = Path(dataset).expanduser()
+    folder = home_path(dataset)
     labeled = dataset in DATASETS or not folder.is_dir() or has_classes(folder)
     split = load_split(dataset, data_dir, "train", False) if labeled else load_unlabeled(folder)
     count = min(2000, max(len(split) // 10, 10))

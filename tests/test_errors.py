@@ -1,8 +1,10 @@
+from pathlib import Path
+
 import pytest
 import torch
 
 from ijepa.checkpoint import load_checkpoint
-from ijepa.errors import UserError, counted
+from ijepa.errors import UserError, counted, home_path
 
 
 @pytest.mark.parametrize(
@@ -24,6 +26,11 @@ def test_a_problem_and_its_hint_are_one_line_each_that_leaves_a_terminal_alone(t
 def test_what_is_counted_has_its_plural():
     assert [counted(n, "image") for n in (0, 1, 2000)] == ["0 images", "1 image", "2,000 images"]
     assert [counted(n, "class") for n in (1, 2)] == ["1 class", "2 classes"]
+
+
+def test_a_home_folder_is_found_and_that_of_nobody_stays():
+    assert home_path("~/a") == Path.home() / "a"
+    assert home_path("~no-such-user/a") == Path("~no-such-user/a")
 
 
 def test_names_in_a_checkpoint_cannot_write_to_the_terminal(tmp_path):
