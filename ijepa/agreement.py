@@ -38,8 +38,9 @@ def mutual_knn(a: Int[np.ndarray, "n m"], b: Int[np.ndarray, "n l"], k: int = 10
 def mutual_knn_of_classes(same_a: PerImage, same_b: PerImage, labels: Labels, k: int = 10) -> float:
     """Mutual kNN of two models that agree on the classes and on nothing else: mean over images.
 
-    `same_a` and `same_b` are the shares of each image's k neighbors that have its label. Neighbors
-    of the same label are common with probability k / (n_c - 1), all others with k / (n - n_c).
+    `same_a` and `same_b` are the shares of each image's k neighbors that have its label; a and b
+    are their means in a class of n_c images. Its images share a b k / (n_c - 1) neighbors of the
+    class and (1 - a) (1 - b) k / (n - n_c) others.
     """
     codes, counts = np.unique(labels, return_inverse=True, return_counts=True)[1:]
     a, b = class_average(same_a, codes), class_average(same_b, codes)
@@ -50,11 +51,11 @@ def mutual_knn_of_classes(same_a: PerImage, same_b: PerImage, labels: Labels, k:
 
 
 def linear_cka(X: Embeddings, Y: Other, labels: Labels | None = None) -> float:
-    """Debiased linear centered kernel alignment; 1 for equal up to rotation, scale and offset.
+    """Debiased linear centered kernel alignment; 1 if equal up to rotation, scale and offset.
 
     Unrelated embeddings give 0 on average whatever their widths and the number of classes; single
-    values may be slightly negative. With labels, the mean of its class is taken from each row. NaN
-    for fewer than 4 images and where the self term of a model is not positive. The ratio of the
+    values may be slightly negative. With labels, each row's class mean is subtracted. NaN for
+    fewer than 4 images, and unless both models' self terms are positive. The ratio of the
     unbiased HSIC estimators of Song et al. 2012, Journal of Machine Learning Research 13, without
     n x n matrices.
     """
@@ -146,7 +147,7 @@ def mcnemar_exact_p(correct_a: Bool[np.ndarray, " n"], correct_b: Bool[np.ndarra
 
 
 def add_holm(rows: Sequence[dict[str, Any]], test: str, name: str) -> None:
-    """Add to each row its p-value of a test, adjusted for looking at all of them; NaN stays.
+    """Add to each row, under `name`, its p-value `test` adjusted for all rows; NaN stays.
 
     Holm 1979, "A Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of
     Statistics 6.
@@ -191,7 +192,7 @@ def compare_pair(
 
 
 def ratio(local: float, hf: float) -> float:
-    """Local over hf; NaN where that says nothing: below zero more would read as better."""
+    """Ratio local / hf; NaN unless hf > 0 and local >= 0, since a larger one may be worse."""
     return local / hf if hf > 0 and local >= 0 else NAN
 
 
@@ -287,7 +288,7 @@ def class_groups(
     seed: int = 0,
     num_permutations: int = 1000,
 ) -> dict[str, Any]:
-    """Which classes each model holds for alike, and how well two models agree on it.
+    """Which classes each model places close together, and how well two models agree on it.
 
     Average linkage of the class means, less their mean, by 1 - cosine similarity. `merges` of each
     model are the pairs of groups of labels that become one, in this order, with their distance;

@@ -6,6 +6,7 @@ none can run code. What a file does not record is assumed, and `notes` says so.
 """
 
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -127,7 +128,7 @@ def read_torch_file(path: Path) -> Any:
     """
     import safetensors.torch
 
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113  pathlib raises where a name is too long
         hint = "check the path, or train one: scripts/train_ijepa.py"
         raise UserError(f"no checkpoint at {path}", hint=hint)
     try:

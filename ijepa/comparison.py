@@ -2,8 +2,8 @@
 
 `analyze` passes each model's embeddings through all that is computed from them, to one `Analysis`;
 the rest puts these records side by side. `METRICS` is the table of single-model numbers: a new one
-is a function of an `Analysis` and a line. Differences are always hf - local. Where no class has
-enough images for halves there is no interval.
+is a function of an `Analysis` and a line, its interval an entry of `deviations` in `analyze`.
+Differences are always hf - local. Where no class has enough images for halves there is no interval.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -58,9 +58,9 @@ def analyze(  # noqa: PLR0913
     device: str = "cpu",
     progress: Progress = SILENT,
 ) -> Analysis:
-    """All that the numbers of one model, and their intervals on the halves, are made of.
+    """All from which the numbers of one model and their intervals are computed.
 
-    Of a `reference` only precision@k and kNN accuracy have intervals.
+    Of a `reference` only precision@k and kNN accuracy have deviations.
 
     Raises:
         UserError: If a row is not finite or has zero length; names the model and the image.
@@ -132,7 +132,7 @@ class Comparison:
     rankings: dict[str, dict[str, Any]]
     """By model: which classes come first, and how often the halves repeat it."""
     class_groups: dict[str, Any]
-    """Which classes each model holds for alike; empty for fewer than three classes."""
+    """Which classes each model places close together; empty for fewer than three classes."""
     agreement: dict[str, Any]
     mutual: PerImage | None  # share of common 10-NN
     chance_precision: float
@@ -156,23 +156,26 @@ def compare(  # noqa: PLR0913
     """Measure one model or two, and the references, on the same images.
 
     Args:
-        embeddings: `local` and perhaps `hf`, rows in the same order.
+        embeddings: `local` and perhaps `hf`, with their rows in the same order.
         references: Embeddings that show what a number means, such as raw pixels; may be empty.
         labels: Class of each row, a whole number from 0.
-        seed: Of the halves, the permutations and the pairs that are correlated.
+        seed: Of the half-samples, the permutations and the pairs for Spearman's correlation.
         other_seeds: Embeddings by other trainings of the local model.
         device: "cpu", or a CUDA device for all pairs of images.
         names: Short names of the models.
         progress: See `Progress`.
 
     Raises:
-        ValueError: If labels are no whole numbers from 0, or the numbers of rows differ.
-        UserError: If embeddings are not finite or zero.
+        ValueError: If there are other models, labels are not whole numbers from 0, or the numbers
+            of rows differ.
+        UserError: If a row has NaN or infinity, or only zeros.
     """
     labels = np.asarray(labels)
     if labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
         hint = "np.unique(names, return_inverse=True)[1] numbers the classes"
-        raise ValueError(f"labels must be whole numbers from 0, got {labels.dtype}: {hint}")
+        raise ValueError(f"labels must be whole numbers from 0, got {labels[:3]}: {hint}")
+    if "local" not in embeddings or not embeddings.keys() <= MODEL_NAMES.keys():
+        raise ValueError(f"embeddings must be of local, or local and hf, got {list(embeddings)}")
     embeddings = {name: embeddings[name] for name in MODEL_NAMES if name in embeddings}
     seeds = {f"local_{row}": X for row, X in enumerate(other_seeds, start=2)}
     halves, found = uncertainty.half_samples(labels, seed=seed), {}
@@ -269,12 +272,10 @@ def share_of(repeated: Sequence[Any]) -> float:
     return float(np.mean(repeated)) if len(repeated) else NAN
 
 
-def neighbor_confusion(
-    analysis: Analysis, num_classes: int, k: int = 5
-) -> Float[np.ndarray, "C C"]:
-    """Share of the k nearest neighbors of each class (row) that belong to each class (column).
+def neighbor_confusion(analysis: Analysis, num_classes: int) -> Float[np.ndarray, "C C"]:
+    """Share of the five nearest neighbors of each class (row) that belong to each class (column).
 
     Shares lie in [0, 1] and each row sums to 1; the row of a class without images is zero.
     """
-    labels, neighbors = analysis.labels, analysis.neighbors[:, :k]
+    labels, neighbors = analysis.labels, analysis.neighbors[:, :5]
     return confusion(labels, labels[neighbors], num_classes, np.ones(neighbors.shape[1]))

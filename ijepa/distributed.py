@@ -18,9 +18,9 @@ from ijepa.errors import UserError
 def join_processes(
     device: torch.device, backend: str, timeout: timedelta | None = None
 ) -> torch.device:
-    """Join the processes that torchrun started; the device of this one.
+    """Join the processes that torchrun started, and return the device of this one.
 
-    Without torchrun, and on a CPU, that is the given device; otherwise the GPU of its local rank.
+    Under torchrun with CUDA that is the GPU of its local rank, otherwise the given device.
 
     Raises:
         UserError: If there are more processes than GPUs.

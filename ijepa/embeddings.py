@@ -272,7 +272,7 @@ def one_behind(items: Iterator[Item]) -> Iterator[Item]:
 
 
 def read_chunk(file: Path, width: int) -> tuple[list[bytes], Float[np.ndarray, "b d"]] | None:
-    """Keys and embeddings of a file of the cache; None if it is damaged."""
+    """Keys and embeddings of a file of the cache: none if it is gone, None if it is damaged."""
     try:
         arrays = read_arrays(file, "keys", "embeddings")
         keys, values = arrays["keys"], arrays["embeddings"]

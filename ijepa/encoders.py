@@ -41,7 +41,7 @@ TAKES = {
 }
 """Flags that mean something for each kind of source."""
 IDENTITY = ("sha256", "revision", "weights", "num_heads", "preprocessing", "pooling", "dtype")
-"""The entries of a description that decide the embeddings; all others follow from these."""
+"""The entries of a description that decide the embeddings; all others change nothing in them."""
 
 
 @dataclass(frozen=True)
@@ -350,7 +350,7 @@ def huggingface_encoder(
 ) -> FrozenEncoder:
     """A model of a known family with its own image processor; weights are read into `dtype`.
 
-    The network is loaded when it is first used; a cache keeps what `metrics.json` says of it.
+    With its facts in the cache the network is loaded when it is first used, otherwise at once.
     """
     source, use_class_token = description["source"], description["pooling"] == "class token"
     kind, family = huggingface.family_of(folder, source)

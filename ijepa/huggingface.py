@@ -61,7 +61,7 @@ class Family:
 
 
 def keep_order(config: Any, pixels: Tensor) -> dict[str, Tensor]:
-    """Noise by which ViT-MAE sorts the patches: those it has, in their order."""
+    """ViT-MAE sorts the patches by noise; rising noise keeps their order."""
     num_patches = prod(side // config.patch_size for side in pixels.shape[2:])
     noise = torch.arange(num_patches, device=pixels.device, dtype=torch.float32)
     return {"noise": noise.expand(len(pixels), -1)}
@@ -191,7 +191,13 @@ def hash_model(folder: Path) -> str:
 
 
 def stored_parameters(folder: Path, source: str) -> int:
-    """Numbers in the weight files, without text towers, decoders and heads; reads only headers."""
+    """How many numbers the weight files hold, less text towers, decoders and classifiers.
+
+    Reads only headers.
+
+    Raises:
+        UserError: If a file cannot be read.
+    """
     from safetensors import SafetensorError, safe_open
 
     total = 0

@@ -2,7 +2,8 @@
 
 Most functions return a number, or one number per image. Shares and precisions are
 fractions in [0, 1]. What is not defined is NaN. Statistics run in float64 on float32 embeddings,
-because sums of thousands of float32 products lose about three digits. Only `all_pairs` is float32.
+because sums of thousands of float32 products lose about three digits. Only `all_pairs` and the
+scores of `principal_scores` are float32.
 
 Dimension key: n images, d width of an embedding, k or m neighbors of an image, C classes,
 b subsets of the images, t images of one block.
@@ -93,7 +94,7 @@ def principal_scores(X: Embeddings) -> tuple[Eigenvalues, Float[np.ndarray, "n r
 
 
 def _gram(X: Embeddings, centered: bool = True) -> tuple[Embeddings, Float[np.ndarray, "r r"]]:
-    """Float64 embeddings, less their mean, and the smaller one of X^T X and X X^T."""
+    """Float64 embeddings, less their mean if `centered`, and the smaller of X^T X and X X^T."""
     rows = X.astype(np.float64)
     if centered:
         rows -= rows.mean(axis=0)
@@ -118,7 +119,7 @@ def explained_variance(eigenvalues: Eigenvalues, k: int) -> float:
 
 
 def num_components(eigenvalues: Eigenvalues, share: float) -> float:
-    """Smallest number of principal components with this share of the variance, in [0, 1].
+    """Smallest number of principal components that hold a share, from 0 to 1, of the variance.
 
     NaN if nothing varies.
     """
@@ -272,7 +273,7 @@ class _Silhouettes:
         ends = np.cumsum(np.bincount(codes)).tolist()
         self.classes = [slice(*pair) for pair in pairwise([0, *ends])]
         self.codes = torch.tensor(codes, device=device)
-        # Of a pair only the first half is multiplied: the sums of the second one follow.
+        # Only the first half of a pair is multiplied; the second's sums follow from the total.
         everyone = np.ones((1, len(codes)), bool)
         columns = np.vstack([everyone, halves[:2].all(axis=0), halves[::2]])
         self.columns = torch.tensor(columns.T, dtype=torch.float32, device=device)

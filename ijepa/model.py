@@ -57,7 +57,7 @@ class ViTConfig:
 
 @dataclass(frozen=True)
 class PredictorConfig:
-    """Sizes of the predictor: narrower than the encoder, as in the paper's appendix A.1."""
+    """Sizes of the predictor; by default narrower than the encoder, as in the paper's A.1."""
 
     embed_dim: int = 96
     depth: int = 3

@@ -155,7 +155,7 @@ def retrieval_finding(comparison: Comparison) -> str:
 
 
 def efficiency_finding(comparison: Comparison) -> str:
-    """What share of the HF model's retrieval the local dimensions buy; empty for one model."""
+    """Precision@5 and width of the local model as shares of HF's; empty for one model."""
     if undefined(comparison) or not comparison.differences:
         return ""
     found = comparison.differences[P5]["ratio"]

@@ -66,7 +66,7 @@ class Probe:
     """By model and measure, which queries are given their class."""
 
     def record(self) -> dict[str, Any]:
-        """Everything as plain data, without the numbers of single queries."""
+        """Everything as plain data, without the answers to single queries."""
         return asdict(replace(self, correct={}))
 
 
@@ -310,7 +310,7 @@ def cross_entropy(
 
 
 def summary(answers: Answers) -> dict[str, Any]:
-    """The accuracies of one model."""
+    """One model's entry of `Probe.models`."""
     knn = {k: accuracy(answers.scores[f"knn_{k}"]) for k in sorted(KS)}
     linear = accuracy(answers.scores["linear"])
     return {"knn": knn, "linear": linear, **answers.chosen, "few_shot": few_shot(answers)}
@@ -333,12 +333,12 @@ def few_shot(first: Answers, second: Answers | None = None) -> dict[int, dict[st
 
 
 def bank_se(means: Float[np.ndarray, " B"]) -> float:
-    """The bank's part of a standard error: root mean square of half the differences of halves."""
+    """The bank's part of a standard error, from the whole bank's mean and those of its halves."""
     return float(np.sqrt(np.square(half_deviations(means[1:])).mean())) if len(means) > 1 else 0.0
 
 
 def accuracy(scores: Scores) -> Estimate:
-    """With Wilson's interval, each side widened by the bank's part."""
+    """Share of correct answers with the whole bank; Wilson's interval and the bank's part."""
     n, means = scores.shape[1], scores.mean(axis=1)
     value, bank = float(means[0]), bank_se(means)
     wilson = binomtest(int(scores[0].sum()), n).proportion_ci(method="wilson")
@@ -366,7 +366,10 @@ def difference(first: Scores, second: Scores) -> dict[str, Any]:
 
 
 def over_draws(scores: Shaped[np.ndarray, "R n"], share: float) -> dict[str, Any]:
-    """Mean over draws and queries, with the variances of both; drawing a share makes overlap."""
+    """`estimate`, the mean over draws and queries, with the variances of both; `sd` over draws.
+
+    Draws of a share of the bank overlap by this share.
+    """
     num_draws, n = scores.shape
     mean, sd = float(scores.mean()), float(scores.mean(axis=1).std(ddof=1))
     drawn = sd * np.sqrt(1 / num_draws + share / (1 - share))

@@ -1,7 +1,8 @@
 """Write what a run found: figures, tables, `report.md`, and `metrics.json` last.
 
-`metrics.json` has schema version 2: fractions in [0, 1], null where a number is undefined, with an
-entry in `caveats` that names it. Version 1 had `sign_flip_p`, and `holm_p` based on it, for `p`.
+`metrics.json` has schema version 2: shares as fractions, null where a number is undefined. Except
+for errors, intervals and ratios an entry in `caveats` names it. Version 1 had `sign_flip_p`, and
+`holm_p` based on it, for `p`.
 """
 
 import json
@@ -32,7 +33,7 @@ from ijepa.metrics import KNN_K, TEMPERATURE
 from ijepa.page import page
 from ijepa.projections import PERPLEXITY, TSNE_WIDTH, Maps, make_maps
 from ijepa.tables import class_means, summary
-from ijepa.uncertainty import MUTUAL_K, NUM_HALVES
+from ijepa.uncertainty import LEVEL, MUTUAL_K
 
 SCHEMA_VERSION = 2
 PACKAGES = ("torch", "torchvision", "transformers", "numpy", "scipy", "scikit-learn", "matplotlib")
@@ -44,20 +45,21 @@ SHOWN_SIDE = 224
 NUM_DISAGREEMENTS = 4
 """Queries shown in each direction of disagreement."""
 ON_PAGE = ("class_precision.png", "similarity_matrices.png", "variance_explained.png")
-"""Figures that the page shows."""
+"""Figures that `static/page.html` shows, each by a call of its own."""
 NOT_ALWAYS_MADE = ("embeddings_local.npz", "embeddings_hf.npz", "nn_queries.png")
 NOT_ALWAYS_MADE += ("nn_disagreement.png",)
-"""Files that need pictures, or two models that disagree on one."""
+"""Files that need images, a second model, or images on which only one model is right."""
 
 
 def complete(comparison: Comparison, split: Split, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of a run, completed by those that the arrays hold."""
+    halves = comparison.num_halves
     settings = {
         "similarity": "cosine",
         "silhouette": "euclidean, true labels",
         "knn": {"k": KNN_K, "temperature": TEMPERATURE, "leave_one_out": True},
         "mutual_k": MUTUAL_K,
-        "intervals": {"level": 0.95, "halves": NUM_HALVES, "spectrum": "influence functions"},
+        "intervals": {"level": LEVEL, "halves": halves, "spectrum": "influence functions"},
         "tsne": {"pca": TSNE_WIDTH, "perplexity": PERPLEXITY, "seed": comparison.seed},
     }
     data = {
@@ -87,7 +89,7 @@ def complete(comparison: Comparison, split: Split, facts: Mapping[str, Any]) -> 
 def draw(
     comparison: Comparison, maps: Maps, split: Split, seed: int
 ) -> Iterator[tuple[str, Figure]]:
-    """Every figure of the report with its file name; a new one is a line here and in `FILES`."""
+    """Every figure of the report with its file name; `ijepa.markdown.FILES` describes each."""
     labels, classes, names = split.labels, split.classes, comparison.names
     embeddings = {name: a.embeddings for name, a in comparison.analyses.items()}
 

@@ -399,7 +399,7 @@ def check_finite(state: TrainState) -> None:
 def log_row(
     state: TrainState, config: TrainConfig, num_images: int
 ) -> dict[str, int | float | None]:
-    """Mean losses of the current or just finished epoch and the rates of the last update."""
+    """Finished epochs, mean losses of the last epoch so far, and rates of the last update."""
     steps_per_epoch, last = num_images // config.batch_size, state.step - 1
     prediction, matching = (
         total / (last % steps_per_epoch + 1) for total in state.loss_sums.tolist()

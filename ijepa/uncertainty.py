@@ -107,6 +107,9 @@ def estimate(value: float, deviations: Deviations) -> Estimate:
 def student_p(value: float, deviations: Deviations) -> float:
     """Two-sided p-value of no difference, 2 P(T > |value| / SE); NaN without an interval.
 
+    T has Student's distribution with r - 1 degrees of freedom. Where SE is 0 the p-value is 0, or 1
+    for a value of 0.
+
     Scores of single images are not independent, as images share neighbors: a test that shuffles
     their signs raises three times as many false alarms as it claims.
     """
@@ -227,6 +230,7 @@ def neighbor_halves(
             values[f"precision_at_{k}"][half] = class_average(score, own)
         correct = (metrics.knn_vote(others, near, len(classes)) == own).astype(np.float64)
         values["knn_accuracy"][half] = class_average(correct, own)
+        # Half of five neighbors: two, and half of the third.
         shares = confusion(own, others[:, :3], len(classes), np.array([2.0, 2.0, 1.0]))
         found.first.append(nearest[:, : MUTUAL_K // 2])
         found.confused.append({pair[:2] for pair in most_confused(shares)})
@@ -244,8 +248,9 @@ def spectrum_deviations(
     for an effective rank above half of n: so near to its bound it measures the number of images.
     """
     n, total = len(scores), eigenvalues.sum()
-    if total == 0:
-        return {}
+    if total == 0:  # nothing varies
+        names = (*(f"variance_{k}pc" for k in VARIANCE_COMPONENTS), "effective_rank")
+        return dict.fromkeys(names, np.full(n, NAN))
     squares = np.square(scores)
     squares = squares / squares.sum(axis=1, dtype=np.float64).mean()
     lengths = squares.sum(axis=1)

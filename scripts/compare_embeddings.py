@@ -123,7 +123,7 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str, doing: str) -> Iterator[None]:
-        """Time the body of a `with` statement; after two seconds print what it does."""
+        """Keep the seconds of a `with` body under `name`; after two, say on stderr what it does."""
         began = time.perf_counter()
         timer = threading.Timer(SLOW_SECONDS, say, [f"{doing} ..."])
         timer.daemon = True
@@ -383,7 +383,7 @@ def report(args: argparse.Namespace, stages: Stages, inputs: Inputs, cache: Path
     progress = make_progress(stages.talks)
     with stages("compare", "comparing all pairs of images"):
         found = compare(
-            models, references, split.labels, seed, seeds, str(args.device), names, progress
+            models, references, split.labels, seed, seeds, pairs_device(args), names, progress
         )
     probe = None
     with stages("probe", "fitting the probes"):
@@ -409,6 +409,11 @@ def report(args: argparse.Namespace, stages: Stages, inputs: Inputs, cache: Path
     say(f"open {args.output_dir / 'report.html'}")
 
 
+def pairs_device(args: argparse.Namespace) -> str:
+    """Where all pairs of images are compared; Apple's GPUs have no float64."""
+    return str(args.device) if args.device.type == "cuda" else "cpu"
+
+
 def describe_run(args: argparse.Namespace, stages: Stages, inputs: Inputs) -> dict[str, Any]:
     """What metrics.json says of the run, the data and the models, beyond the numbers."""
     import hashlib
@@ -427,7 +432,7 @@ def describe_run(args: argparse.Namespace, stages: Stages, inputs: Inputs) -> di
             "device": args.device.type,
             "dtype": inputs.loaded[0].description.get("dtype"),
             "torch_threads": torch.get_num_threads(),
-            "pairs_device": str(args.device),
+            "pairs_device": pairs_device(args),
         },
         "dataset": {
             "sha256": hashlib.sha256(b"".join(keys)).hexdigest(),

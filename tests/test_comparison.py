@@ -46,6 +46,22 @@ def test_intervals_are_where_the_coverage_study_has_them():
         assert found == WITH_INTERVALS
 
 
+def test_a_model_that_has_collapsed_has_no_intervals_next_to_one_that_has_them():
+    X, labels = cloud(8)
+    found = compare({"local": np.ones_like(X), "hf": X}, {}, labels, seed=0)
+    for metric in ("variance_10pc", "effective_rank"):
+        assert np.isnan(found.metrics["local"][metric].value)
+        assert np.isnan(found.differences[metric]["estimate"].se)
+    assert np.isfinite(found.differences["precision_at_5"]["estimate"].se)
+
+
+@pytest.mark.parametrize("names", [["hf"], ["local", "second"]])
+def test_models_of_other_names_are_a_value_error(names):
+    X, labels = cloud(8)
+    with pytest.raises(ValueError, match="local"):
+        compare(dict.fromkeys(names, X), {}, labels, seed=0)
+
+
 def test_differences_are_hf_less_local_and_ratios_local_over_hf_by_the_delta_method(pair):
     for metric, facts in pair.differences.items():
         expected = pair.metrics["hf"][metric].value - pair.metrics["local"][metric].value

@@ -179,7 +179,7 @@ def test_an_effective_rank_bounded_by_the_number_of_images_has_no_error():
 
 def test_explained_variance_at_full_rank_has_no_error_and_constants_have_none():
     assert np.abs(influences(two_models()[0])["variance_50pc"]).max() < 1e-6
-    assert influences(np.full((200, 4), 0.1, np.float32)) == {}
+    assert np.isnan([*influences(np.full((200, 4), 0.1, np.float32)).values()]).all()
 
 
 def test_standard_errors_match_the_spread_over_fresh_samples():
