@@ -37,7 +37,7 @@ by name or suffix."""
 
 @dataclass(frozen=True)
 class Split:
-    """Labeled images in a fixed order.
+    """Labeled images in a fixed order; `load_split` finds them again by `name`.
 
     `images[i]` is a uint8 tensor of shape (3, height, width); folders decode it on demand, so sizes
     may differ. `images` is None where there are only labels. `indices` are positions in the whole

@@ -146,23 +146,17 @@ def literal(text: str) -> str:
 
 
 def caveats(
-    comparison: Comparison,
-    facts: Mapping[str, Any],
-    maps: Maps,
-    notes: Sequence[str] = (),
-    one_training: bool = False,
+    comparison: Comparison, facts: Mapping[str, Any], maps: Maps, notes: Sequence[str] = ()
 ) -> list[str]:
     """What a reader must know before believing a number, a sentence each.
 
-    `notes` are those of the data, the cache and the figures. `one_training` says that the two sides
-    are the bundled checkpoint and the bundled export.
+    `notes` are those of the data, the cache and the run.
     """
     models, data, n = facts["models"], facts["dataset"], count(comparison)
     dtypes = sorted({str(model.get("dtype")) for model in models.values()})
     sizes = np.unique(comparison.analyses["local"].labels, return_counts=True)[1]
     single, small = int((sizes == 1).sum()), comparison.small_classes
     copies = data.get("duplicates", {"images": 0, "with_two_labels": 0})
-    same = same_weights(comparison, models)
     seeds = "see the training seeds" if comparison.seeds else "one checkpoint is one draw"
     undefined = narrative.undefined(comparison)
     missing = [
@@ -172,11 +166,7 @@ def caveats(
         if math.isnan(values[metric].value)
     ]
     rules = [
-        (same, "Both sides hold the same weights."),
-        (
-            one_training and not same,
-            "This run compares the two encoders of one training; neither is a ViT-Huge.",
-        ),
+        (same_weights(comparison, models), "Both sides hold the same weights."),
         (len(dtypes) > 1, f"The two sides differ in dtype: {listed(dtypes)}."),
         (
             data["split"] == "train",

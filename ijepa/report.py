@@ -294,20 +294,19 @@ def unnamed(comparison: Comparison) -> Split:
     return Split("arrays", "given", classes, None, labels, np.arange(len(labels)))
 
 
-def write_report(  # noqa: PLR0913
+def write_report(
     folder: Path,
     comparison: Comparison,
     split: Split | None = None,
     facts: Mapping[str, Any] | None = None,
-    caveats: Sequence[str] | None = None,
     maps: Maps | None = None,
     probe: Any = None,
 ) -> list[Path]:
     """The written files of a comparison; `metrics.json` comes last.
 
     Only the first two arguments are needed. A split with pictures adds figures of neighbors,
-    `facts` (`run`, `dataset`, `models`, `settings`) what is known of the run. Caveats and maps are
-    made unless they are given. Files of an earlier run that this one does not make are removed.
+    `facts` (`run`, `dataset`, `models`, `settings`) what is known of the run. Maps are made unless
+    they are given. Files of an earlier run that this one does not make are removed.
 
     Raises:
         UserError: If a file cannot be written.
@@ -317,8 +316,8 @@ def write_report(  # noqa: PLR0913
     facts = complete(comparison, split, facts or {})
     X = {role: analysis.embeddings for role, analysis in comparison.analyses.items()}
     maps = maps or make_maps(X, split.labels, comparison.seed)
-    caveats = find_caveats(comparison, facts, maps, split.notes) if caveats is None else caveats
-    caveats = [*caveats, *filter(None, [plots.font_note([split.name, *split.classes])])]
+    notes = [*split.notes, *filter(None, [plots.font_note([split.name, *split.classes])])]
+    caveats = find_caveats(comparison, facts, maps, notes)
     written: list[Path] = []
 
     def write(name: str, how: Callable[..., None], *what: Any) -> None:

@@ -357,6 +357,8 @@ def run(args: argparse.Namespace, talks: bool) -> None:
     if not talks:
         return
     inputs.notes += filter(None, [note])
+    if both_bundled(inputs.loaded):
+        inputs.notes.append("the two encoders are of one training; neither is a ViT-Huge")
     assumed = [text for one in inputs.loaded for text in one.description.get("notes", ())]
     for text in (*assumed, *inputs.notes):
         say(f"note: {text}")
@@ -367,11 +369,11 @@ def report(args: argparse.Namespace, stages: Stages, inputs: Inputs, cache: Path
     """Compare the embeddings, write every file and print the summary."""
     with stages("import_report", "importing the libraries of the report"):
         from ijepa.comparison import compare
-        from ijepa.markdown import caveats, console_table
+        from ijepa.markdown import console_table
         from ijepa.narrative import conclusions
         from ijepa.probe import probe as measure_probe
         from ijepa.projections import make_maps
-        from ijepa.report import complete, summary_json, write_report
+        from ijepa.report import summary_json, write_report
         from ijepa.tables import headline_table
 
     split, loaded, seed = inputs.split, inputs.loaded, args.seed
@@ -396,9 +398,8 @@ def report(args: argparse.Namespace, stages: Stages, inputs: Inputs, cache: Path
     with stages("project", "making the maps"):
         maps = make_maps(models, split.labels, seed, cache and cache / "maps")
     with stages("write", "drawing and writing the report"):
-        facts = complete(found, split, describe_run(args, stages, inputs))
-        notes = caveats(found, facts, maps, inputs.notes, both_bundled(loaded))
-        written = write_report(args.output_dir, found, split, facts, notes, maps, probe)
+        split, facts = replace(split, notes=tuple(inputs.notes)), describe_run(args, stages, inputs)
+        written = write_report(args.output_dir, found, split, facts, maps, probe)
     if args.json:
         say(summary_json(args.output_dir / "metrics.json").rstrip(), sys.stdout)
     else:

@@ -113,6 +113,12 @@ def test_a_run_writes_every_file_and_nothing_temporary(finished):
     assert FILES | {"embeddings_hf.npz", "nn_disagreement.png"} == names
 
 
+def test_the_bundled_pair_is_said_to_be_of_one_training(script, tmp_path):
+    flags = ["--offline", "--dataset", "digits", "--max-samples", "20", "--no-cache"]
+    assert script.main([*flags, "--output-dir", str(tmp_path)]) == 0
+    assert sum("of one training" in caveat for caveat in read(tmp_path)["caveats"]) == 1
+
+
 def test_headline_numbers_equal_scikit_learn_on_the_saved_embeddings(finished):
     summary = read(finished)["summary"]
     for name in ("local", "hf"):

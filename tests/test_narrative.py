@@ -67,11 +67,11 @@ def report(comparison, classes=None, probe=None, **models):
     return markdown(comparison, facts, said_of(comparison), ["report.md"], probe)
 
 
-def said_of(comparison, word="", data=None, maps=None, notes=(), one_training=False, **models):
+def said_of(comparison, word="", data=None, maps=None, notes=(), **models):
     """The caveats that have a word."""
     facts, maps = facts_of(comparison, **models), maps or map_of(50, 30.0)
     facts["dataset"] |= data or {}
-    return [c for c in caveats(comparison, facts, maps, notes, one_training) if word in c]
+    return [c for c in caveats(comparison, facts, maps, notes) if word in c]
 
 
 def records(table):
@@ -413,7 +413,7 @@ def test_columns_are_aligned_and_many_names_are_listed_up_to_a_limit():
 )
 def test_a_report_has_its_sections_no_undefined_number_and_no_long_sentence(arguments):
     comparison = make(**arguments)
-    facts, known = facts_of(comparison), said_of(comparison, one_training=True)
+    facts, known = facts_of(comparison), said_of(comparison)
     precise = np.isfinite(comparison.metrics["local"][P5].value)
     probe = probe_of(comparison) if precise else None
     text = markdown(comparison, facts, known, ["nn_disagreement.png", "metrics.json"], probe)
@@ -481,7 +481,6 @@ FILE = {"sha256": "ab", "weights": "target"}
         ("3 a copy with another label", COPIES),
         ("Maps show 10 of 50", {"maps": map_of(10, 30.0)}),
         ("perplexity is 3.0", {"maps": map_of(50, 3.0)}),
-        ("one training", {"one_training": True}),
         ("same weights", {"local": FILE, "hf": FILE}),
     ],
 )
@@ -493,8 +492,7 @@ def test_what_limits_the_numbers_is_a_caveat_and_only_then(pair, word, arguments
 def test_both_sides_with_the_same_weights_are_named(pair):
     assert not said_of(pair, "same weights", local=FILE, hf=FILE | {"weights": "context"})
     same = replace(pair, analyses=dict.fromkeys(("local", "hf"), pair.analyses["local"]))
-    assert said_of(same, "same weights", one_training=True)
-    assert not said_of(same, "one training", one_training=True)
+    assert said_of(same, "same weights")
 
 
 def test_few_images_small_classes_and_single_images_are_caveats(pair):

@@ -34,7 +34,7 @@ def written(run, tmp_path_factory):
     comparison, split, maps = run
     facts = {"run": {"seconds": {"compare": 1.5}}, "models": {"local": {"losses": "those"}}}
     folder = tmp_path_factory.mktemp("report")
-    return write_report(folder, comparison, split, facts, ["A caveat."], maps)
+    return write_report(folder, comparison, replace(split, notes=("A caveat.",)), facts, maps)
 
 
 def test_artifacts_are_the_files_with_their_hashes_and_sizes(written):
