@@ -7,6 +7,8 @@ RUN := $(VENV)/bin/python
 AXE := axe-core@4.14.1
 AXE_FILE := $(VENV)/npm/node_modules/axe-core/axe.min.js
 
+CHROMIUM ?= chromium
+
 # How long `make fuzz` takes.
 MINUTES ?= 10
 
@@ -22,10 +24,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 compare: setup
 	$(RUN) scripts/compare_embeddings.py --offline --output-dir runs/offline
 
-# The page that is committed: of digits, because a page holds its images.
-example: setup
-	$(RUN) scripts/compare_embeddings.py --offline --dataset digits --max-samples 400 --output-dir runs/example
-	cp runs/example/report.html comparison_results/digits.html
+# The page and its picture that are committed: of digits, because a page holds its images.
+example: compare
+	cp runs/offline/report.html comparison_results/digits.html
+	$(CHROMIUM) --headless --no-sandbox --hide-scrollbars --window-size=1280,1010 \
+		--screenshot=comparison_results/page.png comparison_results/digits.html
 
 # A process per core, each with one thread: together they would take the cores from each other.
 TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
