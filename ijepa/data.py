@@ -231,7 +231,8 @@ def no_classes(folder: Path, root: Path, classes: Sequence[Path], left_out: Left
     loose = left_out.get("file outside the class folders", Counter())
     loose_images = sum(loose[suffix] for suffix in image_suffixes())
     found = counted(len(names), "class folder")
-    problem = f"{str(root)!r} has {found} with images {names[:3]}, need 2"
+    which = f" ({', '.join(names[:3])})" if names else ""
+    problem = f"{str(root)!r} has {found} with images{which}, need 2"
     hint = "sort the images into one folder per class, as FOLDER/CLASS/IMAGE"
     if len(classes) == 1 and len(inner := subfolders(classes[0])) > 1:
         hint = f"if {inner[0].name!r} and {inner[1].name!r} are classes, give {str(classes[0])!r}"

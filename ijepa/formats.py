@@ -37,12 +37,17 @@ def number(metric: str, value: float, sign: str = "", extra: int = 0) -> str:
 
 
 def interval(metric: str, estimate: Estimate, sign: str = "") -> str:
-    """The value and its 95% interval, if any, with up to three more digits for a small error."""
+    """The value and its 95% interval, if any, with up to three more digits for a small error.
+
+    So it is for the bounds of a difference, so that none reads as 0 unless it is 0.
+    """
     if not math.isfinite(estimate.se):
         return number(metric, estimate.value, sign)
     percent = metric in PERCENT
-    usual, scaled = DIGITS.get(metric, 1 if percent else 3), estimate.se * (100 if percent else 1)
-    extra = min(max(math.ceil(-math.log10(scaled)) - usual, 0), 3) if scaled > 0 else 0
+    usual, unit = DIGITS.get(metric, 1 if percent else 3), 100 if percent else 1
+    small = [unit * abs(x) for x in (estimate.se, *(estimate.ci95 if sign else ())) if x]
+    digits = math.ceil(-math.log10(min(small))) if small else 0
+    extra = min(max(digits - usual, 0), 3)
     low, high = (number(metric, bound, sign, extra).rstrip("%") for bound in estimate.ci95)
     return f"{number(metric, estimate.value, sign, extra)} [{low}, {high}]"
 

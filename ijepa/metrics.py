@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ijepa.errors import UserError
 
 NAN = float("nan")
-BLOCK_ENTRIES = 2**24  # pairs in memory at once: 64 MB of similarities and 128 MB of keys
+BLOCK_ENTRIES = 2**22  # pairs at once; with 2**24 all pairs of 50,000 images took 1.2 times as long
 BLOCK_ROWS = 256  # more would not fit a processor's cache and gain nothing on a GPU
 ROUNDING = 1e6  # similarities are compared in millionths: float32 products are exact to about 2e-7
 GROUP = 8  # the k largest of many numbers are in the k groups with the largest maxima

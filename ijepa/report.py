@@ -21,7 +21,7 @@ from jaxtyping import Float, Int, UInt8
 from matplotlib.figure import Figure
 
 from ijepa import plots
-from ijepa.comparison import Comparison, neighbor_confusion
+from ijepa.comparison import HEADLINES, Comparison, neighbor_confusion
 from ijepa.data import Split
 from ijepa.embeddings import save_embeddings
 from ijepa.errors import git_commit
@@ -279,7 +279,10 @@ def summary_json(metrics: Path) -> str:
     """The headline numbers of a written metrics.json, for `--json`."""
     content = json.loads(metrics.read_text(encoding="utf-8"))
     keys = ("schema_version", "names", "summary", "chance_precision", "references", "gains")
-    return json_text({key: content[key] for key in (*keys, "probe", "caveats")})
+    found = {key: content[key] for key in (*keys, "probe", "caveats")}
+    differences = content["comparison"]["differences"]
+    found["differences"] = {name: differences[name] for name in HEADLINES if name in differences}
+    return json_text(found)
 
 
 def artifact(path: Path) -> dict[str, Any]:

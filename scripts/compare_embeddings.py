@@ -358,7 +358,8 @@ def run(args: argparse.Namespace, talks: bool) -> None:
         return
     inputs.notes += filter(None, [note])
     if both_bundled(inputs.loaded):
-        inputs.notes.append("the two encoders are of one training; neither is a ViT-Huge")
+        note = "This run compares the two encoders of one training; neither is a ViT-Huge."
+        inputs.notes.append(note)
     assumed = [text for one in inputs.loaded for text in one.description.get("notes", ())]
     for text in (*assumed, *inputs.notes):
         say(f"note: {text}")
@@ -381,7 +382,7 @@ def report(args: argparse.Namespace, stages: Stages, inputs: Inputs, cache: Path
     models = {name: X[name] for name in ("local", "hf") if name in X}
     references = {name: X[name] for name in ("pixels", "random_weights") if name in X}
     seeds = [X[name] for name in X if name.startswith("local_")]
-    names = {one.name: one.description["short_name"] for one in loaded if one.name in models}
+    names = short_names([one for one in loaded if one.name in models])
     progress = make_progress(stages.talks)
     with stages("compare", "comparing all pairs of images"):
         found = compare(
@@ -408,6 +409,15 @@ def report(args: argparse.Namespace, stages: Stages, inputs: Inputs, cache: Path
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in stages.seconds.items())
     say(f"{len(written)} files in {args.output_dir} ({seconds})")
     say(f"open {args.output_dir / 'report.html'}")
+
+
+def short_names(compared: list[Any]) -> dict[str, str]:
+    """Names of the models for tables; with their folders where two are equal, as of two runs."""
+    names = {one.name: one.description["short_name"] for one in compared}
+    if len(set(names.values())) == len(names):
+        return names
+    folders = [Path(one.description["source"]).absolute().parent.name for one in compared]
+    return {role: f"{folder}/{names[role]}" for role, folder in zip(names, folders, strict=True)}
 
 
 def pairs_device(args: argparse.Namespace) -> str:
@@ -468,18 +478,18 @@ def main(arguments: list[str] | None = None) -> int:
     # torchvision asks for a folder for compiled code when it is imported. Without this it would
     # look up the user's name, over a socket on some systems.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
-    from ijepa.files import own_folder
-
     # Of torchrun's processes the first one holds the folder, speaks and reports.
     first = "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
     try:
+        from ijepa.files import own_folder
+
         with own_folder(args.output_dir) if first else nullcontext():
             run(args, talks=first)
         return 0
     except UserError as error:
         problem = error
     except ModuleNotFoundError as error:
-        hint = "run make setup, then use .venv/bin/python"
+        hint = "run make setup, then use .venv/bin/python or activate it: . .venv/bin/activate"
         problem = UserError(f"the package {error.name} is not installed", hint=hint)
     except MemoryError:
         problem = UserError("out of memory", hint="lower --max-samples or --batch-size")

@@ -282,9 +282,9 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["MPLBACKEND"] = "agg"  # figures need no display, whatever the user's setting
     # Pillow refuses what is twice as large as what it warns of.
     warnings.filterwarnings("ignore", ".*could be decompression bomb")
-    from ijepa.files import own_folder
-
     try:
+        from ijepa.files import own_folder
+
         # Of torchrun's processes the first holds the folder for all.
         first = os.environ.get("RANK", "0") == "0"
         with own_folder(args.output_dir) if first else nullcontext():
@@ -293,6 +293,10 @@ def main(arguments: list[str] | None = None) -> int:
         if args.debug:
             raise
         print(f"error: {error.problem}\nhint: {error.hint}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        print(f"error: the package {error.name} is not installed", file=sys.stderr)
+        print("hint: run make setup, then use .venv/bin/python", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; a state saved before is kept", file=sys.stderr)

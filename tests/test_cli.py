@@ -243,6 +243,10 @@ def test_a_second_run_elsewhere_repairs_the_cache_and_gives_the_same_numbers(
     assert printed.err.splitlines()[-1] == f"open {tmp_path / 'out' / 'report.html'}"
     first, second = read(finished), read(tmp_path / "out")
     assert json.loads(printed.out)["summary"] == second["summary"]
+    differences = second["comparison"]["differences"]
+    headlines = json.loads(printed.out)["differences"]
+    assert "precision_at_5" in headlines
+    assert headlines == {name: differences[name] for name in headlines}
     from_cache = {name: model["from_cache"] for name, model in second["models"].items()}
     assert from_cache == {"local": True, "hf": False, "local_2": False}
     for part in ("summary", "metrics", "comparison", "references", "dataset"):
@@ -257,6 +261,17 @@ def test_a_second_run_elsewhere_repairs_the_cache_and_gives_the_same_numbers(
 
 
 # --- other models
+
+
+def test_two_runs_of_the_trainer_are_named_by_their_folders(run, tiny_models, tmp_path):
+    other = tmp_path / "b" / tiny_models[0].name
+    other.parent.mkdir()
+    shutil.copy(tiny_models[0], other)
+    flags = ["--skip-unreadable", "--hf-model", other]
+    assert run(tmp_path / "out", *flags) == 0
+    names = read(tmp_path / "out")["names"]
+    folders = [name.split("/")[0] for name in names.values()]
+    assert folders == [tiny_models[0].parent.name, "b"]
 
 
 def test_one_model_is_reported_by_itself_and_what_was_assumed_is_said(

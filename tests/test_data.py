@@ -290,7 +290,7 @@ def test_classes_that_may_be_splits_are_noted(tmp_path):
     ("names", "words", "hint"),
     [
         ([], "0 class folders", "FOLDER/CLASS"),
-        (["only/1.png", "only/2.png", "none/x.heic"], r"1 class folder with.*'only'", ".heic"),
+        (["only/1.png", "only/2.png", "none/x.heic"], r"1 class folder with.*only", ".heic"),
         (["1.png", "labels.csv"], "0 class folders", "1 image outside of class folders"),
         (["wrap/a/1.png", "wrap/b/1.png"], "1 class folder ", "if 'a' and 'b' are classes, give"),
         (["images/1.png", "labels/1.txt"], "1 class folder ", "images and labels"),

@@ -349,6 +349,9 @@ def test_an_interval_is_printed_where_there_is_one():
     ):
         estimate = Estimate(0.0042349, se, (0.0042349 - 1.96 * se, 0.0042349 + 1.96 * se))
         assert interval(metric, estimate, "+") == shown
+    # An interval that holds 0 must not read as one above it.
+    close = Estimate(0.0063, 0.0034, (-0.000285, 0.01297))
+    assert gap("silhouette", close) == "+0.0063 [-0.0003, +0.0130]"
 
 
 def test_the_table_names_models_chance_directions_and_references(pair):
