@@ -71,23 +71,36 @@ def images_of(work, folder, count):
 
 
 def load(work, folder, device, dtype):
-    """The encoder of a work."""
-    from ijepa.encoders import load_encoder
+    """The encoder of a work; version 2979812 had a function for each kind."""
+    from ijepa import encoders
 
-    role, source = ("hf", folder) if work == "vit-huge" else ("local", CHECKPOINT)
-    return load_encoder(str(source), role, device=device, dtype=dtype, offline=True)
+    role, source = ("hf", str(folder)) if work == "vit-huge" else ("local", CHECKPOINT)
+    if not hasattr(encoders, "load_local_encoder"):
+        name = str(dtype).removeprefix("torch.")
+        return encoders.load_encoder(str(source), role, device=device, dtype=name, offline=True)
+    if role == "hf":
+        return encoders.load_huggingface_encoder(source, device, dtype, offline=True)
+    return encoders.load_local_encoder(source, "target", device, dtype)
+
+
+def extraction(encoder, split, batch_size):
+    """A function that extracts all embeddings; version 2979812 did so for one encoder at a time."""
+    from tqdm import tqdm
+
+    from ijepa import embeddings
+
+    quiet = partial(tqdm, disable=True)
+    if hasattr(embeddings, "embed_chunks"):
+        return lambda: embeddings.extract(encoder, split, batch_size, None, quiet).values
+    settings = {"cache": None, "batch_size": batch_size, "progress": quiet}
+    return lambda: embeddings.extract([encoder], split, **settings)[0][encoder.name].values
 
 
 def ours(work, folder, count, batch_size, device, dtype):
     """This package."""
-    from tqdm import tqdm
-
-    from ijepa.embeddings import extract
-
-    encoder, split = load(work, folder, torch.device(device), dtype), images_of(work, folder, count)
-    quiet = partial(tqdm, disable=True)
-    settings = {"cache": None, "batch_size": batch_size, "progress": quiet}
-    return lambda: extract([encoder], split, **settings)[0][encoder.name].values.tolist()
+    encoder = load(work, folder, torch.device(device), getattr(torch, dtype))
+    extract = extraction(encoder, images_of(work, folder, count), batch_size)
+    return lambda: extract().tolist()
 
 
 def plain_loop(work, folder, count, batch_size, device, **_):
@@ -106,7 +119,7 @@ def plain_loop(work, folder, count, batch_size, device, **_):
             pixels = processor([pictures[row] for row in rows], return_tensors="pt")
             return model(**pixels.to(device)).last_hidden_state.mean(dim=1)
     else:
-        encoder = load(work, folder, device, "float32")
+        encoder = load(work, folder, device, torch.float32)
 
         def embed(rows):
             return encoder.embed([split.images[row] for row in rows])

@@ -20,13 +20,13 @@ PEER = "scikit-learn"
 
 
 def ours(n, d, num_halves, device):
-    """This package."""
+    """This package; the function of version 2979812 and before is the second one."""
     from ijepa import metrics, uncertainty
 
     X, labels = sample(n, d)
     halves = uncertainty.half_samples(labels, num_halves) if num_halves else None
 
-    def work():
+    def now():
         pairs = metrics.all_pairs(X, NEIGHBORS, labels, halves, device)
         cosine = metrics.cosine_silhouettes(X, labels)
         if num_halves:
@@ -34,7 +34,20 @@ def ours(n, d, num_halves, device):
         precision = metrics.precision_at_k(pairs.neighbors, labels, 5).mean()
         return [float(precision), float(pairs.silhouettes.mean()), float(cosine.mean())]
 
-    return work
+    def before():
+        lists = uncertainty.list_neighbors(X, device)
+        silhouettes = [
+            metrics.silhouette_samples(X, labels, metric, device).mean()
+            for metric in ("euclidean", "cosine")
+        ]
+        if num_halves:
+            uncertainty.neighbor_halves(lists, labels, halves)
+            for metric in ("euclidean", "cosine"):
+                metrics.mean_silhouettes(X, labels, halves, metric, device)
+        precision = metrics.precision_at_k(lists.neighbors, labels, 5).mean()
+        return [float(precision), *map(float, silhouettes)]
+
+    return now if hasattr(metrics, "all_pairs") else before
 
 
 def peer(n, d, **_):

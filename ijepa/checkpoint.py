@@ -174,9 +174,8 @@ def load_checkpoint(
         check_weights(checkpoint)
     except KeyError as error:
         raise UserError(f"{path} lacks the entry {error}", hint=EXPECTED) from error
-    except (AttributeError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot use {path}: {reason}", hint=EXPECTED) from error
+    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"cannot use {path}: {error}", hint=EXPECTED) from error
     return checkpoint
 
 
@@ -285,9 +284,13 @@ def infer_config(state_dict: StateDict, num_heads: int) -> ViTConfig:
 
 
 def check_weights(checkpoint: Checkpoint) -> None:
-    """Raise RuntimeError or ValueError unless exactly the right tensors are there and finite."""
+    """Raise ValueError unless exactly the right tensors are there and finite."""
     with torch.device("meta"):
-        VisionTransformer(checkpoint.config).load_state_dict(checkpoint.state_dict, assign=True)
+        network = VisionTransformer(checkpoint.config)
+    try:
+        network.load_state_dict(checkpoint.state_dict, assign=True)
+    except RuntimeError as error:  # several lines that name all wrong tensors
+        raise ValueError(" ".join(str(error).split())) from error
     for name, value in checkpoint.state_dict.items():
         if not value.float().isfinite().all():
             raise ValueError(f"{name!r} has NaN or infinite values")

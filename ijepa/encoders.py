@@ -305,6 +305,26 @@ def load_file_encoder(
     )
 
 
+def check_seeds(local: Any, seeds: list[Any]) -> None:
+    """Raise UserError unless the checkpoints can be several seeds of one training."""
+    seen = {local.description["sha256"]}
+    for other in seeds:
+        source, sha256 = other.description["source"], other.description["sha256"]
+        if sha256 in seen:
+            raise UserError(
+                f"checkpoint {source} is given twice",
+                hint="every --local-checkpoint must be another seed of the same training",
+            )
+        seen.add(sha256)
+        for key in ("parameters", "input_size", "epochs"):
+            found, expected = other.description.get(key), local.description.get(key)
+            if found != expected:
+                raise UserError(
+                    f"checkpoint {source} has {key} {found}, the first has {expected}",
+                    hint="give checkpoints of the same training that differ in their seed",
+                )
+
+
 def random_encoder(trained: FrozenEncoder, seed: int) -> FrozenEncoder:
     """An encoder of our own before any training: what the shape of the network gives by itself."""
     config, facts = cast(VisionTransformer, trained.network).config, trained.description

@@ -53,6 +53,11 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+def is_first_process() -> bool:
+    """Whether this is the only process, or the first one of torchrun's."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
+
+
 def command_line(script: str, words: Sequence[str]) -> str:
     """The line that runs a script with these arguments, in as many processes as now.
 

@@ -37,9 +37,9 @@ def number(metric: str, value: float, sign: str = "", extra: int = 0) -> str:
 
 
 def interval(metric: str, estimate: Estimate, sign: str = "") -> str:
-    """The value and its 95% interval, if any, with up to three more digits for a small error.
+    """The value and its 95% interval, if any.
 
-    So it is for the bounds of a difference, so that none reads as 0 unless it is 0.
+    A small error gets up to three more digits, and so does a signed bound that would read as 0.
     """
     if not math.isfinite(estimate.se):
         return number(metric, estimate.value, sign)

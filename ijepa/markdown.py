@@ -21,7 +21,6 @@ from ijepa.tables import (
     finding_tables,
     headline_table,
     model_facts,
-    short_names,
 )
 from ijepa.uncertainty import MIN_IMAGES_PER_CLASS
 
@@ -52,7 +51,7 @@ def markdown(
     `facts` are `dataset`, `models`, `run` and `settings` as in metrics.json, `files` the names of
     the written files.
     """
-    names, data, described = short_names(comparison), facts["dataset"], []
+    names, data, described = comparison.names, facts["dataset"], []
     for role, model in facts["models"].items():
         title = ": ".join(filter(None, (capital(label(role)), names.get(role))))
         known = "; ".join(f"{name.lower()} {value}" for name, value in model_facts(model).items())

@@ -9,7 +9,7 @@ Dimension key: N images of the bank, n queries, d width, r principal axes, C cla
 whole one, then both halves of each pair), R draws of a few images.
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from scipy.stats import binomtest
 from sklearn.neighbors import NearestNeighbors
 
 from ijepa.agreement import add_holm, mcnemar_exact_p
-from ijepa.data import balanced_rows
+from ijepa.data import Split, balanced_rows
 from ijepa.errors import counted
 from ijepa.metrics import SILENT, Embeddings, Labels, Progress, knn_vote, validate_embeddings
 from ijepa.uncertainty import Estimate, half_deviations
@@ -397,14 +397,19 @@ def per_class(found: Mapping[str, Answers], labels: Labels) -> list[dict[str, An
     return rows
 
 
-def select_bank(
-    labels: BankLabels, keys: Sequence[bytes], compared: Set[bytes], limit: int, seed: int
-) -> tuple[Int[np.ndarray, " m"], int]:
-    """Rows for a bank with equal shares of the classes, and how many images it must not have.
+def select_bank(train: Split, compared: Split, limit: int, seed: int) -> tuple[Split, int]:
+    """The labeled images for a probe of the compared ones, and how many it must not have.
 
-    Images whose key is among those compared are left out before the draw. Banks of one seed are
+    Classes get equal shares. They are matched by name, and those that are not compared get numbers
+    of their own. Images that are compared too are left out before the draw. Banks of one seed are
     nested: a smaller one is part of every larger one. A limit of 0 keeps all.
     """
-    rows = np.flatnonzero([key not in compared for key in keys])
-    chosen = balanced_rows(labels[rows], int(labels.max()) + 1, limit or len(rows), seed)
-    return rows[chosen], len(keys) - len(rows)
+    number: dict[str, int] = {}
+    for name in (*compared.classes, *train.classes):
+        number.setdefault(name, len(number))
+    labels = np.array([number[name] for name in train.classes])[train.labels]
+    keys = set(compared.image_keys)
+    shared = np.array([key in keys for key in train.image_keys])
+    rows = np.flatnonzero(~shared)
+    rows = rows[balanced_rows(labels[rows], len(number), limit or len(rows), seed)]
+    return replace(train.take(rows), labels=labels[rows]), int(shared.sum())

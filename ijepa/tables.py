@@ -55,14 +55,6 @@ def class_means(comparison: Comparison) -> dict[str, float]:
     return {role: float(np.mean(x)) if x else math.nan for role, x in defined.items()}
 
 
-def short_names(comparison: Comparison) -> dict[str, str]:
-    """The models' short names, with their roles where the names are equal."""
-    names = comparison.names
-    if len(set(names.values())) < len(names):
-        return {role: f"{name} ({capital(label(role))})" for role, name in names.items()}
-    return dict(names)
-
-
 def model_facts(model: Mapping[str, Any]) -> dict[str, str]:
     """What is known of a model: what it is, and what it was trained with."""
     epochs, planned = model.get("epochs"), model.get("planned_epochs")
@@ -82,7 +74,7 @@ def model_facts(model: Mapping[str, Any]) -> dict[str, str]:
 
 def headline_table(comparison: Comparison) -> Rows:
     """The headline numbers of the models, chance and the references."""
-    head, names = summary(comparison), short_names(comparison)
+    head, names = summary(comparison), comparison.names
     paired = "hf" in head
     columns = [*names.values(), *(["local / HF", DIFFERENCE] if paired else []), "Chance"]
     rows = [["Metric", *columns, *(capital(label(name)) for name in comparison.references)]]

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from ijepa import __version__  # noqa: E402
-from ijepa.errors import UserError, command_line, counted, home_path, whole  # noqa: E402
+from ijepa.errors import UserError, command_line, counted, home_path, is_first_process, whole  # noqa: E402
 
 if TYPE_CHECKING:
     from ijepa.data import Split
@@ -200,7 +200,7 @@ def check_size(split: "Split") -> None:
 
 def load_encoders(args: argparse.Namespace, cache: Path | None) -> list[Any]:
     """The models, the references that show what a number is worth, and other training seeds."""
-    from ijepa.encoders import load_encoder, pixel_encoder, random_encoder
+    from ijepa.encoders import check_seeds, load_encoder, pixel_encoder, random_encoder
     from ijepa.model import VisionTransformer
 
     common = {"device": args.device, "dtype": args.dtype, "offline": args.offline, "cache": cache}
@@ -219,26 +219,6 @@ def load_encoders(args: argparse.Namespace, cache: Path | None) -> list[Any]:
     if isinstance(getattr(local, "network", None), VisionTransformer):
         loaded.append(random_encoder(local, args.seed))
     return [*loaded, *seeds]
-
-
-def check_seeds(local: Any, seeds: list[Any]) -> None:
-    """Raise UserError unless the checkpoints can be several seeds of one training."""
-    seen = {local.description["sha256"]}
-    for other in seeds:
-        source, sha256 = other.description["source"], other.description["sha256"]
-        if sha256 in seen:
-            raise UserError(
-                f"checkpoint {source} is given twice",
-                hint="every --local-checkpoint must be another seed of the same training",
-            )
-        seen.add(sha256)
-        for key in ("parameters", "input_size", "epochs"):
-            found, expected = other.description.get(key), local.description.get(key)
-            if found != expected:
-                raise UserError(
-                    f"checkpoint {source} has {key} {found}, the first has {expected}",
-                    hint="give checkpoints of the same training that differ in their seed",
-                )
 
 
 def extract_all(
@@ -274,8 +254,6 @@ def load_bank(args: argparse.Namespace, inputs: Inputs) -> "Split | None":
     """The labeled images for the probe, None where there are none; notes say what to know."""
     if args.probe_samples == 0:
         return None
-    import numpy as np
-
     from ijepa.data import find_unreadable, load_split
     from ijepa.probe import select_bank
 
@@ -288,17 +266,11 @@ def load_bank(args: argparse.Namespace, inputs: Inputs) -> "Split | None":
         inputs.notes.append(f"There is no probe: {error.problem}.")
         return None
     train = train.readable(find_unreadable(train), args.skip_unreadable)
-    # Classes are matched by name; those that are not compared get numbers of their own.
-    number = {name: row for row, name in enumerate((*split.classes, *train.classes))}
-    number |= {name: row for row, name in enumerate(split.classes)}
-    labels = np.array([number[name] for name in train.classes])[train.labels]
-    rows, excluded = select_bank(
-        labels, train.image_keys, set(split.image_keys), args.probe_samples or 0, args.seed
-    )
+    bank, excluded = select_bank(train, split, args.probe_samples or 0, args.seed)
     if excluded:
         left_out = f"{counted(excluded, 'training image')} found among the compared images"
         inputs.notes.append(f"The probe's bank leaves out {left_out}.")
-    return replace(train.take(rows), labels=labels[rows])
+    return bank
 
 
 def embed(args: argparse.Namespace, stages: Stages, cache: Path | None) -> Inputs:
@@ -382,7 +354,7 @@ def report(args: argparse.Namespace, stages: Stages, inputs: Inputs, cache: Path
     models = {name: X[name] for name in ("local", "hf") if name in X}
     references = {name: X[name] for name in ("pixels", "random_weights") if name in X}
     seeds = [X[name] for name in X if name.startswith("local_")]
-    names = short_names([one for one in loaded if one.name in models])
+    names = table_names([one for one in loaded if one.name in models])
     progress = make_progress(stages.talks)
     with stages("compare", "comparing all pairs of images"):
         found = compare(
@@ -411,13 +383,14 @@ def report(args: argparse.Namespace, stages: Stages, inputs: Inputs, cache: Path
     say(f"open {args.output_dir / 'report.html'}")
 
 
-def short_names(compared: list[Any]) -> dict[str, str]:
-    """Names of the models for tables; with their folders where two are equal, as of two runs."""
+def table_names(compared: list[Any]) -> dict[str, str]:
+    """Names of the models for tables; where two are equal, with their folders or their roles."""
     names = {one.name: one.description["short_name"] for one in compared}
     if len(set(names.values())) == len(names):
         return names
     folders = [Path(one.description["source"]).absolute().parent.name for one in compared]
-    return {role: f"{folder}/{names[role]}" for role, folder in zip(names, folders, strict=True)}
+    marks = folders if len(set(folders)) == len(folders) else ["Local", "HF"]
+    return {role: f"{names[role]} ({mark})" for role, mark in zip(names, marks, strict=True)}
 
 
 def pairs_device(args: argparse.Namespace) -> str:
@@ -479,7 +452,7 @@ def main(arguments: list[str] | None = None) -> int:
     # look up the user's name, over a socket on some systems.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir())
     # Of torchrun's processes the first one holds the folder, speaks and reports.
-    first = "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
+    first = is_first_process()
     try:
         from ijepa.files import own_folder
 

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import itertools
 import os
 import signal
 import sys
@@ -15,7 +16,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ijepa import __version__
-from ijepa.errors import UserError, command_line, counted, git_commit, home_path, whole
+from ijepa.errors import (
+    UserError,
+    command_line,
+    counted,
+    git_commit,
+    home_path,
+    is_first_process,
+    whole,
+)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -90,11 +99,12 @@ def load_images(dataset: str, data_dir: Path, batch_size: int) -> tuple[Any, Any
     folder = home_path(dataset)
     labeled = dataset in DATASETS or not folder.is_dir() or has_classes(folder)
     split = load_split(dataset, data_dir, "train", False) if labeled else load_unlabeled(folder)
-    count = min(2000, max(len(split) // 10, 10))
+    count = num_held_out(len(split))
     if len(split) < count + batch_size:
+        enough = next(n for n in itertools.count(batch_size) if n >= num_held_out(n) + batch_size)
         raise UserError(
             f"too few images for batches of {batch_size}: {len(split)}, {count} of them held out",
-            hint=f"use at least {count + batch_size} images, or a smaller --batch-size",
+            hint=f"use at least {enough} images, or a smaller --batch-size",
         )
     bad, pixels = find_unreadable(split), []
     for row in range(len(split)) if not bad and split.paths else ():
@@ -108,6 +118,11 @@ def load_images(dataset: str, data_dir: Path, batch_size: int) -> tuple[Any, Any
     split = replace(split, images=torch.stack(pixels)) if pixels else split
     held_out = balanced_sample(split, count, seed=0)
     return split.take(np.setdiff1d(np.arange(len(split)), held_out.indices)), held_out
+
+
+def num_held_out(num_images: int) -> int:
+    """How many images the run is watched on."""
+    return min(2000, max(num_images // 10, 10))
 
 
 def has_classes(folder: Path) -> bool:
@@ -286,8 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
         from ijepa.files import own_folder
 
         # Of torchrun's processes the first holds the folder for all.
-        first = os.environ.get("RANK", "0") == "0"
-        with own_folder(args.output_dir) if first else nullcontext():
+        with own_folder(args.output_dir) if is_first_process() else nullcontext():
             return train_run(args)
     except UserError as error:
         if args.debug:

@@ -263,15 +263,16 @@ def test_a_second_run_elsewhere_repairs_the_cache_and_gives_the_same_numbers(
 # --- other models
 
 
-def test_two_runs_of_the_trainer_are_named_by_their_folders(run, tiny_models, tmp_path):
+def test_equal_names_have_the_folders_of_the_files_or_their_roles(run, tiny_models, tmp_path):
     other = tmp_path / "b" / tiny_models[0].name
     other.parent.mkdir()
     shutil.copy(tiny_models[0], other)
     flags = ["--skip-unreadable", "--hf-model", other]
     assert run(tmp_path / "out", *flags) == 0
-    names = read(tmp_path / "out")["names"]
-    folders = [name.split("/")[0] for name in names.values()]
-    assert folders == [tiny_models[0].parent.name, "b"]
+    name, folder = f"{other.stem} (target)", tiny_models[0].parent.name
+    assert [*read(tmp_path / "out")["names"].values()] == [f"{name} ({folder})", f"{name} (b)"]
+    assert run(tmp_path / "out", "--skip-unreadable", "--hf-model", tiny_models[0]) == 0
+    assert [*read(tmp_path / "out")["names"].values()] == [f"{name} (Local)", f"{name} (HF)"]
 
 
 def test_one_model_is_reported_by_itself_and_what_was_assumed_is_said(

@@ -362,7 +362,6 @@ def test_the_table_names_models_chance_directions_and_references(pair):
     assert rows[4][4:6] == [gap(P5, pair.differences[P5]["estimate"]), number(P5, 24 / 49)]
     assert {len(row) for row in tables.headline_table(make(1))} == {5}
     assert tables.headline_table(make(references=False))[0][5:] == ["Chance"]
-    assert tables.headline_table(make(names=("vit", "vit")))[0][1:3] == ["vit (Local)", "vit (HF)"]
 
 
 def test_the_mean_over_classes_is_shown_where_classes_differ_in_size(pair):

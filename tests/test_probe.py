@@ -1,9 +1,11 @@
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 from sklearn.datasets import load_digits
 from sklearn.decomposition import PCA
@@ -16,6 +18,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from ijepa import probe as probes
+from ijepa.data import Split
 from ijepa.errors import UserError
 from ijepa.probe import KS, L2_GRID, probe, select_bank
 
@@ -286,16 +289,21 @@ def test_progress_reaches_its_total():
     assert seen == [12, 12]
 
 
-def test_a_bank_is_balanced_nested_and_free_of_compared_images():
+def test_a_bank_is_balanced_nested_matched_by_name_and_free_of_compared_images():
     labels = np.repeat([0, 1, 2], [30, 40, 50])
-    keys = [f"{row:016d}".encode() for row in range(120)]
-    keys[7] = keys[100]
-    compared = {keys[row] for row in (7, 31, 33)} | {b"elsewhere"}
-    small, excluded = select_bank(labels, keys, compared, 30, 4)
-    large, _ = select_bank(labels, keys, compared, 60, 4)
-    everything, _ = select_bank(labels, keys, compared, 0, 4)
+    pixels = torch.arange(120)[:, None, None, None].expand(-1, 3, 2, 2).to(torch.uint8)
+    pixels = torch.where(torch.arange(120)[:, None, None, None] == 7, 100, pixels)
+    train = Split("x", "train", ("c", "b", "a"), pixels, labels, np.arange(120))
+    rows = np.array([7, 31, 33])
+    compared = replace(train.take(rows), classes=("a", "b"), labels=np.array([0, 1, 0]))
+    small, excluded = select_bank(train, compared, 30, 4)
+    large, _ = select_bank(train, compared, 60, 4)
+    everything, _ = select_bank(train, compared, 0, 4)
     assert excluded == 4
-    assert not {7, 100, 31, 33} & set(everything.tolist())
+    assert not {7, 100, 31, 33} & set(everything.indices.tolist())
     assert len(everything) == 116
-    assert np.bincount(labels[small]).tolist() == [10, 10, 10]
-    assert set(small.tolist()) < set(large.tolist()) < set(everything.tolist())
+    # a and b have the numbers of the compared ones; c has one of its own.
+    assert everything.labels.tolist() == [[2, 1, 0][labels[row]] for row in everything.indices]
+    assert np.bincount(small.labels).tolist() == [10, 10, 10]
+    taken = [set(one.indices.tolist()) for one in (small, large, everything)]
+    assert taken[0] < taken[1] < taken[2]

@@ -386,6 +386,11 @@ def test_a_mistake_is_two_lines_and_exit_code_1(train, tmp_path, capsys, change,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_hint_counts_the_images_that_will_be_held_out_of_more(train, tmp_path, capsys):
+    assert train(tmp_path, "--batch-size", "256") == 1
+    assert "use at least 284 images" in capsys.readouterr().err  # 28 of them held out
+
+
 def test_unreadable_images_are_reported_together(train, tmp_path, make_image_folder, capsys):
     folder = make_image_folder({"a": 20, "b": 20})
     for name in ("a", "b"):
