@@ -27,6 +27,8 @@ from ijepa.files import read_arrays, write_atomically
 
 CHUNK = 128
 """Images per cache file: so many are lost by an interruption at most, on a GPU a batch more."""
+CPU_BATCH, GPU_BATCH = 16, 64
+"""Images per forward pass; more would not fit a processor's cache, fewer not fill a GPU."""
 BATCH_VALUES = 2**29
 """Bytes of decoded images at which they are prepared, so that they can be dropped: 0.5 GB."""
 GPU_THREADS = 2
@@ -126,7 +128,7 @@ def extract(
     split: Split,
     *,
     cache: Path | None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     progress: Progress,
 ) -> tuple[dict[str, Embeddings], list[tuple[int, str]]]:
     """Embed every image of the split with every encoder; each image is decoded once at most.
@@ -140,7 +142,8 @@ def extract(
         split: The images.
         cache: Folder that holds one folder per encoder; None keeps nothing. It must exist for
             several processes.
-        batch_size: Images per forward pass; affects results only by rounding.
+        batch_size: Images per forward pass, by default `CPU_BATCH` or `GPU_BATCH`; affects results
+            only by rounding.
         progress: See `Progress`.
 
     Returns:
@@ -193,7 +196,7 @@ def compute(
     tables: Sequence[Table],
     split: Split,
     rows: Sequence[int],
-    batch_size: int,
+    batch_size: int | None,
     progress: Progress,
 ) -> dict[int, str]:
     """Embed what the tables lack of some images; the rows that cannot be decoded, with reasons."""
@@ -204,8 +207,9 @@ def compute(
         if not table.done[missing].all():
             table.encoder.load()
     failures: dict[int, str] = {}
-    batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
-    on_gpu = any(table.encoder.device.type == "cuda" for table in tables)
+    devices = {table.encoder.device.type for table in tables}
+    size, on_gpu = batch_size or (CPU_BATCH if devices == {"cpu"} else GPU_BATCH), "cuda" in devices
+    batches = [missing[start : start + size] for start in range(0, len(missing), size)]
     work = prefetch(
         partial(prepare, tables, split, failures), batches, GPU_THREADS if on_gpu else 1
     )

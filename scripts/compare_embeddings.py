@@ -76,8 +76,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto",
         help="of matrix products; auto: bfloat16 from 100 million parameters on where the hardware "
         "has it, else float32 (default: auto)")
-    add("--batch-size", type=whole(1), default=64, metavar="N",
-        help="images per forward pass (default: %(default)s)")
+    add("--batch-size", type=whole(1), metavar="N",
+        help="images per forward pass (default: 16 on a CPU, else 64)")
     add("--seed", type=whole(0, 2**32 - 1), default=0,
         help="of the sample, the maps and the intervals (default: %(default)s)")
     add("--cache-dir", type=home_path,
