@@ -320,6 +320,12 @@ def export_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
         "layer_norm_eps": LAYER_NORM_EPS,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
+        "ijepa_training": {
+            "recipe": checkpoint.training.get("recipe"),
+            "epochs": checkpoint.epochs,
+            "planned_epochs": checkpoint.training.get("planned_epochs"),
+            "losses": checkpoint.losses,
+        },
     }
     processor = {
         "image_processor_type": "ViTImageProcessor",

@@ -397,6 +397,8 @@ def huggingface_encoder(
     )
     facts = dict(kept_facts(cache and cache / encoder.key / "facts.json", lambda: load()[2]))
     embed_dim = facts.pop("embed_dim")
+    if recipe := facts.get("recipe"):
+        facts["short_name"] = f"{description['short_name']} ({recipe})"
     return replace(encoder, embed_dim=embed_dim, description={**encoder.description, **facts})
 
 

@@ -37,6 +37,8 @@ UNREADABLE = (
     RuntimeError,
     ImportError,
 )
+TRAINING = {"recipe": str, "epochs": int, "planned_epochs": int, "losses": str}
+"""What an export of ours records of its training in config.json."""
 RETRY = "take all files from the same model, or download or export them again"
 
 
@@ -260,6 +262,12 @@ def read_model(
             )
             check_tensors(model, report)
             sides = check_processor(processor, model.config.image_size, family.any_size)
+            recorded = getattr(model.config, "ijepa_training", {})  # of our own exports
+            training = {
+                name: recorded[name]
+                for name, kind in TRAINING.items()
+                if isinstance(recorded.get(name), kind)
+            }
             model = model.to(device)
     except (*UNREADABLE, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"cannot load {source!r}: {first_line(error)}", hint=RETRY) from error
@@ -269,6 +277,7 @@ def read_model(
     parts = ", ".join(f"{part} ({count})" for part, count in sorted(unused.items()))
     facts = {
         **describe_processor(processor),
+        **training,
         "input_size": sides[0] if sides[0] == sides[1] else sides,
         "embed_dim": model.config.hidden_size,
         "parameters": sum(tensor.numel() for tensor in model.state_dict().values()),

@@ -153,6 +153,7 @@ def caveats(
     """
     models, data, n = facts["models"], facts["dataset"], count(comparison)
     dtypes = sorted({str(model.get("dtype")) for model in models.values()})
+    epochs = sorted({model["epochs"] for model in models.values() if model.get("epochs")})
     sizes = np.unique(comparison.analyses["local"].labels, return_counts=True)[1]
     single, small = int((sizes == 1).sum()), comparison.small_classes
     copies = data.get("duplicates", {"images": 0, "with_two_labels": 0})
@@ -167,6 +168,10 @@ def caveats(
     rules = [
         (same_weights(comparison, models), "Both sides hold the same weights."),
         (len(dtypes) > 1, f"The two sides differ in dtype: {listed(dtypes)}."),
+        (
+            len(epochs) > 1,
+            f"The two sides differ in epochs of training: {listed([*map(str, epochs)])}.",
+        ),
         (
             data["split"] == "train",
             "The checkpoint may have been trained on these images (train split): "

@@ -94,7 +94,7 @@ def draw(
     embeddings = {name: a.embeddings for name, a in comparison.analyses.items()}
 
     def caption(title: str, footer: str, shown: Sequence[str] = classes) -> plots.Caption:
-        title = f"{title}: {split.name} {split.split}, n = {len(split)}"
+        title = f"{title}: {split.name} {split.split}, n = {len(split):,}"
         return plots.Caption(title, footer, names, shown)
 
     part = f" {len(maps.rows):,} images shown, equally many of each class."

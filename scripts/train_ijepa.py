@@ -275,13 +275,13 @@ def end_epoch(args: argparse.Namespace, run: Any, state: Any, row: dict[str, Any
 
 
 def finish(run: Any) -> None:
-    """Draw the curves of this run's last checkpoint and export its context encoder."""
+    """Draw the curves of this run's last checkpoint and export its target encoder."""
     from ijepa.checkpoint import export_huggingface, load_checkpoint
     from ijepa.plots import Caption, save_figure
     from ijepa.runs import CHECKPOINT, plot_training_curves
 
     path = run.folder / CHECKPOINT
-    checkpoint = load_checkpoint(path, "context") if path.exists() else None
+    checkpoint = load_checkpoint(path, "target") if path.exists() else None
     if checkpoint is None or checkpoint.training.get("settings") != run.settings:
         return  # this run has not finished an epoch
     title = f"I-JEPA training, {checkpoint.epochs} of {run.config.epochs} epochs"

@@ -92,7 +92,8 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     config = ViTConfig(embed_dim=32, depth=2, num_heads=2, patch_size=8)
     torch.manual_seed(0)
     encoders = {"target": VisionTransformer(config), "context": VisionTransformer(config)}
-    save_checkpoint(path, config, encoders, (0.5, 0.5), {"epochs": 3, "planned_epochs": 9})
+    training = {"epochs": 3, "planned_epochs": 9, "recipe": "paper", "terms": ["one", "two"]}
+    save_checkpoint(path, config, encoders, (0.5, 0.5), training)
     export_huggingface(load_checkpoint(path, "context"), path.with_name("hf"))
     return path, path.with_name("hf")
 

@@ -367,8 +367,10 @@ def test_an_exported_model_loads_in_one_line_in_float32_and_embeds_alike(tiny_mo
     ours = load(exported)
     for found in (theirs, ours.embed(images)):
         torch.testing.assert_close(found, local.embed(images), atol=1e-5, rtol=0)
-    for fact in ("parameters", "resize"):
+    for fact in ("parameters", "resize", "epochs", "planned_epochs", "losses"):
         assert ours.description[fact] == local.description[fact]
+    assert ours.description["losses"] == "one + two"
+    assert ours.description["short_name"].endswith("/hf (paper)")
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

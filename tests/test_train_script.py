@@ -128,7 +128,7 @@ def test_a_run_leaves_its_state_a_log_and_a_checkpoint(finished):
         torch.equal(exported["layernorm.weight"], one.state_dict["norm.weight"])
         for one in both_encoders(finished)
     ]
-    assert same == [False, True]
+    assert same == [True, False]
 
 
 def test_the_log_has_one_row_of_numbers_for_each_epoch(finished):
