@@ -342,7 +342,7 @@ def report(args: argparse.Namespace, stages: Stages, inputs: Inputs, cache: Path
     """Compare the embeddings, write every file and print the summary."""
     with stages("import_report", "importing the libraries of the report"):
         from ijepa.comparison import compare
-        from ijepa.markdown import console_table
+        from ijepa.markdown import console_table, model_caveats
         from ijepa.narrative import conclusions
         from ijepa.probe import probe as measure_probe
         from ijepa.projections import make_maps
@@ -372,6 +372,9 @@ def report(args: argparse.Namespace, stages: Stages, inputs: Inputs, cache: Path
         maps = make_maps(models, split.labels, seed, cache and cache / "maps")
     with stages("write", "drawing and writing the report"):
         split, facts = replace(split, notes=tuple(inputs.notes)), describe_run(args, stages, inputs)
+        for role in models:
+            for caveat in model_caveats(found, role, facts["models"][role]):
+                say(f"note: {caveat}")
         written = write_report(args.output_dir, found, split, facts, maps, probe)
     if args.json:
         say(summary_json(args.output_dir / "metrics.json").rstrip(), sys.stdout)

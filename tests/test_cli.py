@@ -240,6 +240,7 @@ def test_a_second_run_elsewhere_repairs_the_cache_and_gives_the_same_numbers(
     assert run(tmp_path / "out", *flags) == 0
     printed = capsys.readouterr()
     assert "of cached hf embeddings by embedding again: " in printed.err
+    assert "note: The local model had 3 of 9 planned epochs." in printed.err.splitlines()
     assert printed.err.splitlines()[-1] == f"open {tmp_path / 'out' / 'report.html'}"
     first, second = read(finished), read(tmp_path / "out")
     assert json.loads(printed.out)["summary"] == second["summary"]
