@@ -32,8 +32,8 @@ CLAIMS = {
     "variance_10pc": ("variance in 10 PCs", "has more of its variance in 10 PCs than"),
     "effective_rank": ("effective rank", "uses more dimensions than"),
     "silhouette": ("silhouette", "separates the classes better than"),
-    "linear": ("linear-probe accuracy", "classifies better than"),
-    "knn": (f"{KNN_K}-NN accuracy", "classifies better than"),
+    "linear": ("linear-probe accuracy", "has a higher linear-probe accuracy than"),
+    "knn": (f"{KNN_K}-NN accuracy", f"has a higher {KNN_K}-NN accuracy than"),
 }
 """By metric: the measure, and what a higher one means."""
 RETRIEVAL = "Nearest Neighbor Retrieval Quality"
