@@ -330,7 +330,7 @@ def run(args: argparse.Namespace, talks: bool) -> None:
         return
     inputs.notes += filter(None, [note])
     if both_bundled(inputs.loaded):
-        note = "This run compares the two encoders of one training; neither is a ViT-Huge."
+        note = "The second model is bundled, trained with the paper's loss; it is no ViT-Huge."
         inputs.notes.append(note)
     assumed = [text for one in inputs.loaded for text in one.description.get("notes", ())]
     for text in (*assumed, *inputs.notes):

@@ -113,10 +113,14 @@ def test_a_run_writes_every_file_and_nothing_temporary(finished):
     assert FILES | {"embeddings_hf.npz", "nn_disagreement.png"} == names
 
 
-def test_the_bundled_pair_is_said_to_be_of_one_training(script, tmp_path):
+def test_the_bundled_pair_has_the_recipes_that_it_is_said_to_have(script, tmp_path):
     flags = ["--offline", "--dataset", "digits", "--max-samples", "20", "--no-cache"]
     assert script.main([*flags, "--output-dir", str(tmp_path)]) == 0
-    assert sum("of one training" in caveat for caveat in read(tmp_path)["caveats"]) == 1
+    found = read(tmp_path)
+    assert sum("no ViT-Huge" in caveat for caveat in found["caveats"]) == 1
+    losses = {role: model["losses"] for role, model in found["models"].items()}
+    matched = "I-JEPA prediction + view matching (InfoNCE) + variance/covariance"
+    assert losses == {"local": matched, "hf": "I-JEPA prediction"}
 
 
 def test_headline_numbers_equal_scikit_learn_on_the_saved_embeddings(finished):
