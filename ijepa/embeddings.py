@@ -208,7 +208,8 @@ def compute(
             table.encoder.load()
     failures: dict[int, str] = {}
     devices = {table.encoder.device.type for table in tables}
-    size, on_gpu = batch_size or (CPU_BATCH if devices == {"cpu"} else GPU_BATCH), "cuda" in devices
+    on_gpu = "cuda" in devices
+    size = batch_size or (CPU_BATCH if devices == {"cpu"} else GPU_BATCH)
     batches = [missing[start : start + size] for start in range(0, len(missing), size)]
     work = prefetch(
         partial(prepare, tables, split, failures), batches, GPU_THREADS if on_gpu else 1

@@ -121,6 +121,9 @@ def test_no_batch_is_larger_than_asked_for_and_large_images_make_smaller_ones():
     embed(make_split(), None, encoder, batch_size=8)
     assert sizes == [8, 8, 5]
     sizes.clear()
+    embed(make_split(), None, encoder, batch_size=None)
+    assert sizes == [16, 5]
+    sizes.clear()
     large = torch.zeros(1, 3, 10_000, 10_000, dtype=torch.uint8).expand(4, -1, -1, -1)
     keys = [bytes([row]) * 16 for row in range(4)]  # hashing 300 MB four times takes its time
     split = Split("large", "all", ("a", "b"), large, np.arange(4) % 2, np.arange(4))

@@ -373,6 +373,17 @@ def test_an_exported_model_loads_in_one_line_in_float32_and_embeds_alike(tiny_mo
     assert ours.description["short_name"].endswith("/hf (paper)")
 
 
+def test_what_a_configuration_says_of_training_is_taken_only_where_it_makes_sense(folder):
+    change_json(folder / CONFIG, ijepa_training={"epochs": "many", "recipe": None, "losses": "one"})
+    description = load(folder).description
+    assert description["losses"] == "one"
+    assert description["short_name"] == "model"
+    assert not {"epochs", "recipe"} & description.keys()
+    change_json(folder / CONFIG, ijepa_training=["paper"])
+    with pytest.raises(UserError, match="cannot load"):
+        load(folder)
+
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OLDER = "89abcdef0123456789abcdef0123456789abcdef"
 REVISIONS = {"main": COMMIT, "v1": OLDER, COMMIT: COMMIT, OLDER: OLDER}
