@@ -95,11 +95,6 @@ class Panel {
     this.redraw();
   }
 
-  redraw() {
-    this.draw();
-    this.drawOver();
-  }
-
   get scale() {
     return this.view.zoom * 0.92 * Math.min(this.width, this.height);
   }
@@ -124,15 +119,15 @@ class Panel {
     return this.stamps.get(key);
   }
 
-  draw() {
+  redraw() {
+    this.drawOver();
     if (!this.width) return;
     const [kinds, kindOf] = signs(this.model);
     const base = Math.min(7, Math.max(2.6, Math.sqrt((this.width * this.height) / points) / 4));
     const radius = base * Math.min(1.8, this.view.zoom ** 0.35);
     const g = this.base;
     const ratio = this.ratio;
-    g.setTransform(1, 0, 0, 1, 0, 0);
-    g.clearRect(0, 0, g.canvas.width, g.canvas.height);
+    g.reset();
     const shown = [];
     for (const row of this.order) {
       if (!visible(row)) continue;
@@ -147,16 +142,13 @@ class Panel {
     }
     g.setTransform(ratio, 0, 0, ratio, 0, 0);
     // Near enough, the images themselves take the place of their signs.
-    if (this.view.zoom > 3 && shown.length <= 150) this.drawImages(shown.filter((point) => !dim(point)), kinds, kindOf);
-    this.drawNames(shown);
-  }
-
-  drawImages(shown, kinds, kindOf) {
+    const close = this.view.zoom > 3 && shown.length <= 150;
     const half = 13 * this.unit;
-    for (const [row, x, y] of shown) {
-      drawImage(this.base, row, x - half, y - half, 2 * half, kinds[kindOf(row)][1]);
-      drawSign(this.base, kinds[kindOf(row)], x + half, y + half, half / 3);
+    for (const [row, x, y] of close ? shown.filter((point) => !dim(point)) : []) {
+      drawImage(g, row, x - half, y - half, 2 * half, kinds[kindOf(row)][1]);
+      drawSign(g, kinds[kindOf(row)], x + half, y + half, half / 3);
     }
+    this.drawNames(shown);
   }
 
   drawNames(shown) {
@@ -219,11 +211,8 @@ class Panel {
     g.strokeStyle = color("ink");
     outline("o", [x, y], 9, 3);
     if (pointed >= 0) outline("o", this.place(pointed), 15, 3);
-    if (x > 0 && y > 0 && x < this.width && y < this.height) this.drawPicture(g, row, x, y);
-  }
-
-  // Next to the image's mark, on the side with more room.
-  drawPicture(g, row, x, y) {
+    if (x < 0 || y < 0 || x > this.width || y > this.height) return;
+    // The image next to its mark, on the side with more room.
     const side = 48 * this.unit;
     const left = x < this.width / 2 ? x + 14 : x - side - 14;
     const top = Math.min(Math.max(y - side / 2, 3), this.height - side - 3);

@@ -129,18 +129,14 @@ function setUpControls() {
   byId("tools").addEventListener("change", ({ target }) => {
     restrict({ [target.name]: target.type === "checkbox" ? target.checked : target.value });
   });
-  byId("tools").addEventListener("click", ({ target }) => {
-    if (target.dataset.do) view(target.dataset.do, panels);
-  });
+  byId("tools").addEventListener("click", ({ target }) => target.dataset.do && view(target.dataset.do, panels));
   byId("browser").addEventListener("submit", (event) => {
     event.preventDefault();
     const index = byId("browser").elements.index.value.trim();
     if (rowOf(index) >= 0) choose(rowOf(index));
     if (index) goTo(index);
   });
-  byId("browser").elements.sort.addEventListener("change", ({ target }) => {
-    restrict({ sort: target.value });
-  });
+  byId("browser").elements.sort.addEventListener("change", ({ target }) => restrict({ sort: target.value }));
   for (const button of document.querySelectorAll("[data-page]")) {
     button.addEventListener("click", () => {
       state.page += Number(button.dataset.page);
@@ -220,6 +216,7 @@ function setUpPointer(panel) {
 }
 
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+const VIEWS = { "+": "in", "=": "in", "-": "out", 0: "reset" };
 
 function setUpKeys(panel) {
   const go = (row) => {
@@ -233,10 +230,6 @@ function setUpKeys(panel) {
     Enter: () => active() >= 0 && choose(active()),
     " ": () => active() >= 0 && toggle(active()),
     Home: () => go(panel.nearest(panel.width / 2, panel.height / 2, Infinity)),
-    "+": () => view("in", [panel]),
-    "=": () => view("in", [panel]),
-    "-": () => view("out", [panel]),
-    0: () => view("reset", [panel]),
     Escape: () => (hovered >= 0 || state.chosen >= 0 ? choose(-1) : select(null)),
   };
   panel.box.addEventListener("keydown", (event) => {
@@ -244,6 +237,7 @@ function setUpKeys(panel) {
     const arrow = ARROWS[event.key];
     if (arrow && event.shiftKey) panel.panBy(-60 * arrow[0], -60 * arrow[1]);
     else if (arrow) go(panel.next(active(), ...arrow));
+    else if (VIEWS[event.key]) view(VIEWS[event.key], [panel]);
     else if (keys[event.key]) keys[event.key]();
     else return;
     event.preventDefault();

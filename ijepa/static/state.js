@@ -9,15 +9,12 @@ const paired = models.length === 2;
 const rowOfIndex = new Map(data.index.slice(0, points).map((index, row) => [index, row]));
 const byId = (id) => document.getElementById(id);
 
-const SORTS = paired
-  ? {
-      gap: "largest disagreement",
-      hf: "HF better first",
-      local: "local better first",
-      shared: "fewest shared neighbors",
-      index: "image index",
-    }
-  : { worst: "lowest precision@5", best: "highest precision@5", index: "image index" };
+const SORTS = {
+  ...(paired
+    ? { gap: "largest disagreement", hf: "HF better first", local: "local better first", shared: "fewest shared neighbors" }
+    : { worst: "lowest precision@5", best: "highest precision@5" }),
+  index: "image index",
+};
 const CHOICES = {
   projection: ["tsne", "pca"],
   color: paired && data.mutual ? ["class", "hits", "mutual"] : ["class", "hits"],
