@@ -3,8 +3,7 @@
     python benchmarks/cost.py --sizes 2000 10000 --against ../older
 
 Two models of 192 and 1280 dimensions on the same synthetic images of ten classes: `compare` gives
-every metric, interval, paired test and agreement. Seconds are those of the processor, all threads
-together; with `OMP_NUM_THREADS=1` they are the wall time of an idle core. Medians, and for both
+every metric, interval, paired test and agreement. Median seconds of the processor, and for both
 versions the difference of the models in precision@5 with its standard error.
 """
 
@@ -41,20 +40,17 @@ def everything(n):
 def main():
     """Print the table."""
     serve({THIS: everything})
-    args = parse(
-        __doc__, lambda add: add("--sizes", type=int, nargs="+", default=[500, 2000, 10_000])
-    )
+    sizes = {"type": int, "nargs": "+", "default": [500, 2000, 10_000]}
+    args = parse(__doc__, lambda add: add("--sizes", **sizes))
     print("| n | version | s | x the other | difference in P@5 |")
     print("| --- | --- | --- | --- | --- |")
     for n in args.sizes:
         turns = race(args, {"n": n})
         base = median(turns.get(OTHER, turns[THIS]))
         for name, them in turns.items():
-            value, se = them[0]["result"]
-            seconds = median(them)
-            print(
-                f"| {n} | {name} | {seconds:.2f} | {seconds / base:.2f} | {value:+.4f} ± {se:.4f} |"
-            )
+            (value, se), seconds = them[0]["result"], median(them)
+            cells = f"{seconds:.2f} | {seconds / base:.2f} | {value:+.4f} ± {se:.4f}"
+            print(f"| {n} | {name} | {cells} |")
 
 
 if __name__ == "__main__":

@@ -35,8 +35,7 @@ def population(args):
     """Embeddings of all training images by three models, and the labels."""
     split = load_split("cifar10", args.data_dir, "train", True)
     encoder = load_encoder(args.checkpoint, "local", device=torch.device("cpu"))
-    found, _ = extract([encoder], split, cache=args.cache, progress=tqdm)
-    target = found[encoder.name].values
+    target = extract([encoder], split, cache=args.cache, progress=tqdm)[0][encoder.name].values
     generator = np.random.default_rng(args.seed)
     raw = split.images.numpy().reshape(len(split), -1).astype(np.float32) / 255
     pixels = probes.principal_components(raw, raw[:1])[0][:, :192]
@@ -85,15 +84,6 @@ def probed(models, labels, parts, seed):
     return probes.probe(*embeddings, *(labels[part] for part in parts), seed)
 
 
-def given_bank(models, labels, sizes, count, seed):
-    """By number of queries, estimates of each sample of them with one bank of many images."""
-    bank = samples(labels, BANK, 1, seed)[0]
-    parts = bank, np.delete(np.arange(len(labels)), bank)
-    correct, own = probed(models, labels, parts, seed).correct, labels[parts[1]]
-    for n in sizes:
-        yield n, [answered(correct, own, rows) for rows in samples(own, n, count, seed)]
-
-
 def answered(correct, labels, rows):
     """Estimates of one sample of queries, as a probe makes them from what is correct."""
     table, classes = {}, [rows[labels[rows] == c] for c in range(10)]
@@ -111,8 +101,7 @@ def with_small_bank(models, labels, num_images, seed):
     rows = next(partition(labels, num_images + QUERIES, generator)).reshape(10, -1)
     parts = [part.ravel() for part in np.split(rows, [num_images // 10], axis=1)]
     found = probed(models, labels, parts, seed[-1])
-    table = {}
-    local = found.models["local"]
+    table, local = {}, found.models["local"]
     for measure, one in (("knn", local["knn"][probes.KS[0]]), ("linear", local["linear"])):
         table[f"{measure}, one model"] = [one]
         table[f"{measure}, difference"] = [found.differences[measure]["estimate"]]
@@ -124,15 +113,13 @@ def lines(tables, title, population_share=0.0):
     """Rows of the table from the estimates of all samples."""
     for row in tables[0]:
         found = [table[row] for table in tables]
-        values, errors, ends = (
-            np.array([[getattr(e, key) for e in estimates] for estimates in found])
-            for key in ("value", "se", "ci95")
-        )
+        parts = [[(e.value, e.se, *e.ci95) for e in estimates] for estimates in found]
+        values, errors, *ends = np.moveaxis(np.array(parts), -1, 0)
         if np.isnan(errors).mean() > 0.5:  # such as a rank above half of n
             continue
         # A sample without replacement lies nearer to the mean of its population.
         distance = (values - values.mean(axis=0)) / np.sqrt(1 - population_share)
-        covered = (np.diff(ends >= (values - distance)[..., None]) != 0).mean()
+        covered = np.not_equal(*(end >= values - distance for end in ends)).mean()
         spread = np.square(distance).sum(axis=0) / (len(found) - 1)
         ratio = np.sqrt(np.nanmean(np.square(errors)) / spread.mean())
         error = np.sqrt(max(covered * (1 - covered), 0.01) / len(found))
@@ -174,23 +161,28 @@ def main():
     parser.add_argument("--replicates", type=int, default=120, help="per noise and size")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    world, seed = population(args), args.seed
-    labels = world[1]
+    (models, labels), seed = population(args), args.seed
     print("| interval | n | SE / true SD | coverage |\n| --- | --- | --- | --- |")
     for n, count in zip(args.sizes, args.samples, strict=True):
         drawn = enumerate(samples(labels, n, count, seed))
-        tables = [compared(*world, rows, i) for i, rows in drawn]
+        tables = [compared(models, labels, rows, i) for i, rows in drawn]
         print(*lines(tables, n, n / len(labels)), sep="\n", flush=True)
-    for n, tables in given_bank(*world, args.sizes, args.probe_samples, seed):
-        title, share = f"{n}, bank of {BANK}", n / (len(labels) - BANK)
+    bank = samples(labels, BANK, 1, seed)[0]
+    queries = np.delete(np.arange(len(labels)), bank)
+    correct, own = probed(models, labels, (bank, queries), seed).correct, labels[queries]
+    for n in args.sizes:
+        drawn = samples(own, n, args.probe_samples, seed)
+        tables = [answered(correct, own, rows) for rows in drawn]
+        title, share = f"{n}, bank of {BANK}", n / len(queries)
         print(*lines(tables, title, share), sep="\n", flush=True)
     for size in SMALL_BANKS:
-        tables = [with_small_bank(*world, size, (seed, i)) for i in range(args.probe_samples)]
+        seeds = [(seed, i) for i in range(args.probe_samples)]
+        tables = [with_small_bank(models, labels, size, one) for one in seeds]
         print(*lines(tables, f"{QUERIES}, new banks of {size}"), sep="\n", flush=True)
     print("\n| false alarms | n | noise | share |\n| --- | --- | --- | --- |")
     for n, noise in product(args.sizes, NOISES):
-        drawn = samples(labels, n, args.replicates, seed)
-        alarms = [false_alarms(*world, rows, noise, (seed, i)) for i, rows in enumerate(drawn)]
+        drawn = enumerate(samples(labels, n, args.replicates, seed))
+        alarms = [false_alarms(models, labels, rows, noise, (seed, i)) for i, rows in drawn]
         for rule in alarms[0]:
             share = float(np.mean([one[rule] for one in alarms]))
             error = (share * (1 - share) / len(alarms)) ** 0.5

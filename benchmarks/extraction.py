@@ -11,9 +11,8 @@ default, in a loop over batches. `local` takes the bundled checkpoint, against t
 float32 loop; `jpeg` the same from files of 500 x 375 pixels, against a loop that decodes a batch
 and then embeds it. `--dtype` is that of both versions; the loops are in float32.
 
-Seconds are those of the processor, all threads together; with `OMP_NUM_THREADS=1` they are the wall
-time of an idle core. For `jpeg`, where decoding overlaps with the network, and on a GPU they are
-those of the clock. `cosine` is the smallest one of an image's embedding to that of the loop.
+Seconds are those of the processor, but for `jpeg`, where decoding overlaps with the network, and on
+a GPU those of the clock. `cosine` is the smallest one of an image's embedding to that of the loop.
 """
 
 import tempfile
@@ -33,16 +32,9 @@ def write_vit_huge(folder, depth):
     from transformers import IJepaConfig, IJepaModel, ViTImageProcessor
 
     torch.manual_seed(0)
-    config = IJepaConfig(
-        hidden_size=1280,
-        num_hidden_layers=depth,
-        num_attention_heads=16,
-        intermediate_size=5120,
-        image_size=224,
-        patch_size=14,
-        layer_norm_eps=1e-6,
-    )
-    IJepaModel(config).save_pretrained(folder)
+    sizes = {"hidden_size": 1280, "num_hidden_layers": depth, "num_attention_heads": 16}
+    sizes |= {"intermediate_size": 5120, "image_size": 224, "patch_size": 14}
+    IJepaModel(IJepaConfig(**sizes, layer_norm_eps=1e-6)).save_pretrained(folder)
     ViTImageProcessor(size={"height": 224, "width": 224}).save_pretrained(folder)
 
 
@@ -76,31 +68,26 @@ def load(work, folder, device, dtype):
 
     role, source = ("hf", str(folder)) if work == "vit-huge" else ("local", CHECKPOINT)
     if not hasattr(encoders, "load_local_encoder"):
-        name = str(dtype).removeprefix("torch.")
-        return encoders.load_encoder(str(source), role, device=device, dtype=name, offline=True)
+        return encoders.load_encoder(str(source), role, device=device, dtype=dtype, offline=True)
+    dtype = getattr(torch, dtype)
     if role == "hf":
         return encoders.load_huggingface_encoder(source, device, dtype, offline=True)
     return encoders.load_local_encoder(source, "target", device, dtype)
 
 
-def extraction(encoder, split, batch_size):
-    """A function that extracts all embeddings; version 2979812 did so for one encoder at a time."""
+def ours(work, folder, count, batch_size, device, dtype):
+    """This package; version 2979812 extracted the embeddings of one encoder at a time."""
     from tqdm import tqdm
 
     from ijepa import embeddings
 
-    quiet = partial(tqdm, disable=True)
+    encoder = load(work, folder, torch.device(device), dtype)
+    split, quiet = images_of(work, folder, count), partial(tqdm, disable=True)
     if hasattr(embeddings, "embed_chunks"):
-        return lambda: embeddings.extract(encoder, split, batch_size, None, quiet).values
-    settings = {"cache": None, "batch_size": batch_size, "progress": quiet}
-    return lambda: embeddings.extract([encoder], split, **settings)[0][encoder.name].values
-
-
-def ours(work, folder, count, batch_size, device, dtype):
-    """This package."""
-    encoder = load(work, folder, torch.device(device), getattr(torch, dtype))
-    extract = extraction(encoder, images_of(work, folder, count), batch_size)
-    return lambda: extract().tolist()
+        return lambda: embeddings.extract(encoder, split, batch_size, None, quiet).values.tolist()
+    options = {"cache": None, "batch_size": batch_size, "progress": quiet}
+    extract = partial(embeddings.extract, [encoder], split, **options)
+    return lambda: extract()[0][encoder.name].values.tolist()
 
 
 def plain_loop(work, folder, count, batch_size, device, **_):
@@ -110,16 +97,15 @@ def plain_loop(work, folder, count, batch_size, device, **_):
 
     split, device = images_of(work, folder, count), torch.device(device)
     if work == "vit-huge":
-        kinds = (AutoImageProcessor, AutoModel)
-        processor, model = (kind.from_pretrained(folder) for kind in kinds)
-        model.to(device)
+        processor = AutoImageProcessor.from_pretrained(folder)
+        model = AutoModel.from_pretrained(folder).to(device)
         pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in split.images]
 
         def embed(rows):
             pixels = processor([pictures[row] for row in rows], return_tensors="pt")
             return model(**pixels.to(device)).last_hidden_state.mean(dim=1)
     else:
-        encoder = load(work, folder, device, torch.float32)
+        encoder = load(work, folder, device, "float32")
 
         def embed(rows):
             return encoder.embed([split.images[row] for row in rows])
@@ -131,13 +117,6 @@ def plain_loop(work, folder, count, batch_size, device, **_):
         return torch.cat(parts).float().tolist()
 
     return loop
-
-
-def smallest_cosine(X, Y):
-    """Of all rows with their counterparts."""
-    X, Y = np.array(X), np.array(Y)
-    lengths = np.linalg.norm(X, axis=1) * np.linalg.norm(Y, axis=1)
-    return float(((X * Y).sum(axis=1) / lengths).min())
 
 
 def main():
@@ -167,7 +146,8 @@ def main():
     for name, them in turns.items():
         milliseconds = 1000 * median(them, clock) / args.images
         ratio = median(turns[THIS], clock) / median(them, clock)
-        cosine = smallest_cosine(them[0]["result"], turns[LOOP][0]["result"])
+        pair = (torch.tensor(turns[one][0]["result"]).double() for one in (name, LOOP))
+        cosine = torch.cosine_similarity(*pair).min()
         print(f"| {name} | {milliseconds:.3f} | {ratio:.2f} | {cosine:.6f} |")
 
 

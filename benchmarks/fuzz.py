@@ -26,6 +26,7 @@ import warnings
 from collections import Counter
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import hypothesis
@@ -101,10 +102,9 @@ def changed(draw, settings):
     result = dict(settings)
     for _ in range(draw(st.integers(1, 3))):
         key = draw(st.sampled_from(sorted(settings)) | st.text(max_size=12))
+        result.pop(key, None)
         if draw(st.booleans()):
             result[key] = draw(values)
-        else:
-            result.pop(key, None)
     return result
 
 
@@ -150,8 +150,7 @@ def read_folder(folder):
 
 def pixels(cache):
     """Embeddings from the cache, in which what is missing or damaged is computed again."""
-    quiet = partial(tqdm, disable=True)
-    found, _ = extract([pixel_encoder()], SPLIT, cache=cache, progress=quiet)
+    found, _ = extract([pixel_encoder()], SPLIT, cache=cache, progress=partial(tqdm, disable=True))
     return found["pixels"].values
 
 
@@ -231,13 +230,6 @@ def fuzz_arguments(extra):
         assert good, (extra, outcome.text[-3000:])
 
 
-def make_models(folder):
-    """What every example starts from."""
-    some_images(folder / "images", 6, 9)
-    tiny_models(folder)
-    save_embeddings(folder / "old.npz", pixels(folder / "cache"), SPLIT)
-
-
 def flip(times):
     """A table of flipped bits; fails if a number changes."""
     rng, rows = random.Random(0), [("file", "flips", "refused", "same numbers", "other numbers")]
@@ -259,19 +251,15 @@ def flip(times):
 
 def fuzz(ends, turn):
     """Round after round until the time is over."""
-    options = {"deadline": None, "database": None}
-    options["suppress_health_check"] = list(hypothesis.HealthCheck)
-    targets = [(fuzz_file(*parts), number) for *parts, number in file_targets()]
-    targets = [
-        hypothesis.settings(max_examples=number, **options)(target)
-        for target, number in [*targets, (fuzz_names, 15), (fuzz_arguments, 2)]
-    ]
-    while time.monotonic() < ends:
-        for target in targets:
-            turn += 1
-            hypothesis.seed(turn)(target)()
-            if time.monotonic() > ends:
-                break
+    checks = list(hypothesis.HealthCheck)
+    usual = hypothesis.settings(deadline=None, database=None, suppress_health_check=checks)
+    targets = [(fuzz_file(*parts), often) for *parts, often in file_targets()]
+    targets += [(fuzz_names, 15), (fuzz_arguments, 2)]
+    targets = [hypothesis.settings(usual, max_examples=often)(one) for one, often in targets]
+    for number, target in enumerate(cycle(targets), turn + 1):
+        if time.monotonic() > ends:
+            break
+        hypothesis.seed(number)(target)()
     fed = [name for name in counts if ":" not in name]
     rows = [(n, counts[n], counts[f"{n}: loaded"], counts[f"{n}: refused"]) for n in fed]
     print_table([("fed", "examples", "loaded", "refused"), *rows])
@@ -289,7 +277,10 @@ def main():
     signal.signal(signal.SIGALRM, too_late)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        make_models(Path("models"))
+        models = Path("models")
+        some_images(models / "images", 6, 9)
+        tiny_models(models)
+        save_embeddings(models / "old.npz", pixels(models / "cache"), SPLIT)
         if args.flips:
             return flip(args.flips)
         print(f"seed {args.seed}", flush=True)

@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,11 +52,11 @@ def case(make):
 
 
 @case
-def saved(folder, change, **options):
+def saved(folder, change, as_zip=True):
     """The checkpoint with other content."""
     content = torch.load(folder / "tiny.pt", weights_only=True)
     change(content)
-    torch.save(content, folder / "tiny.pt", **options)
+    torch.save(content, folder / "tiny.pt", _use_new_zipfile_serialization=as_zip)
 
 
 @case
@@ -78,11 +79,6 @@ def put(folder, name, content):
     return content(folder / name)
 
 
-def link(target):
-    """For `put`: a symbolic link."""
-    return lambda path: path.symlink_to(target)
-
-
 @case
 def settings(folder, name, **values):
     """Other values in a JSON file."""
@@ -94,8 +90,7 @@ def settings(folder, name, **values):
 @case
 def tensor(folder, value):
     """Another last norm in the directory, or none."""
-    found = load_file(folder / WEIGHTS)
-    found["layernorm.weight"] = value
+    found = {**load_file(folder / WEIGHTS), "layernorm.weight": value}
     found = {name: one for name, one in found.items() if one is not None}
     save_file(found, folder / WEIGHTS, metadata={"format": "pt"})
 
@@ -146,14 +141,13 @@ def index_elsewhere(folder):
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
 
 
+ENDLESS = partial(os.symlink, "/dev/zero")
 NEST = b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b"."
 REMOTE = {"auto_map": dict.fromkeys(("AutoConfig", "AutoModel", "AutoImageProcessor"), "trap.X")}
-PICTURE = "images/a/x.png"
+PICTURE, WIDE = "images/a/x.png", torch.zeros(1).expand(2**20, 2**20)
 CASES = {
     "checkpoint: code in its pickle": saved(lambda c: c.update(training=TRAP)),
-    "the same, PyTorch before 1.6": saved(
-        lambda c: c.update(training=TRAP), _use_new_zipfile_serialization=False
-    ),
+    "the same, PyTorch before 1.6": saved(lambda c: c.update(training=TRAP), as_zip=False),
     "a plain pickle with code": put("tiny.pt", pickle.dumps(TRAP)),
     "code, pickle protocol 0": zipped("data.pkl", pickle.dumps({"a": TRAP}, 0)),
     "a pickle nested 100,000 deep": zipped("data.pkl", NEST),
@@ -161,14 +155,12 @@ CASES = {
     "a zip bomb for weights": zipped("data/0", bytes(10**9)),
     "weights of NaN": saved(lambda c: next(iter(c["weights"]["target"].values())).fill_(np.nan)),
     "a tensor is missing": saved(lambda c: c["weights"]["target"].popitem()),
-    "a tensor repeats one number": saved(
-        lambda c: c["weights"]["target"].update(pos_embed=torch.zeros(1).expand(2**20, 2**20))
-    ),
+    "a tensor repeats one number": saved(lambda c: c["weights"]["target"].update(pos_embed=WIDE)),
     "depth 2^40": saved(lambda c: c["architecture"].update(depth=2**40)),
     "embed_dim -1": saved(lambda c: c["architecture"].update(embed_dim=-1)),
     "cut in half": lambda folder: os.truncate(folder / "tiny.pt", 20_000),
     "empty": put("tiny.pt", b""),
-    "an endless device": put("tiny.pt", link("/dev/zero")),
+    "an endless device": put("tiny.pt", ENDLESS),
     "directory: code by config.json": settings(CONFIG, **REMOTE),
     "code by the processor": settings(PROCESSOR, **REMOTE),
     "code by an unknown family": settings(CONFIG, model_type="trap", **REMOTE),
@@ -184,7 +176,7 @@ CASES = {
     "hidden_size 2^40": settings(CONFIG, hidden_size=2**40),
     "an attention kernel of a stranger": settings(CONFIG, _attn_implementation="someone/kernel"),
     "config.json nested 100,000 deep": put(CONFIG, b"[" * 10**5),
-    "config.json: an endless device": put(CONFIG, link("/dev/zero")),
+    "config.json: an endless device": put(CONFIG, ENDLESS),
     "images of 10^6 x 10^6": settings(PROCESSOR, size={"height": 10**6, "width": 10**6}),
     "std 0": settings(PROCESSOR, image_std=[0] * 3),
     "no processor": lambda folder: (folder / PROCESSOR).unlink(),
@@ -194,8 +186,8 @@ CASES = {
     "a PNG cut short": put(PICTURE, png(400, 400)[:80]),
     "PostScript as PNG": put(PICTURE, b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
     "a pipe as PNG": put(PICTURE, os.mkfifo),
-    "a link to an endless device": put(PICTURE, link("/dev/zero")),
-    "a link to the folder itself": put("images/c", link("../images")),
+    "a link to an endless device": put(PICTURE, ENDLESS),
+    "a link to the folder itself": put("images/c", partial(os.symlink, "../images")),
     "classes of HTML and quotes": classes("<img src=x onerror=alert(1)>", "\"'`$\\x$ & {}%s"),
     "classes with control characters": classes("a\nb\r|c", "\x1b[31m", "\u202egnp.exe", "=1+1"),
     "classes of 255 bytes": classes("x" * 255, "ä" * 127),
@@ -208,7 +200,7 @@ CASES = {
     "cache: zip bombs": cache(zlib.compress(bytes(10**8))),
     "cache: zeros": cache(bytes(5000)),
     "the cache is a file": put("cache", b"x"),
-    "a result is a link elsewhere": put("out/metrics.json", link("../tiny.pt")),
+    "a result is a link elsewhere": put("out/metrics.json", partial(os.symlink, "../tiny.pt")),
 }
 
 
@@ -219,9 +211,8 @@ def pristine(folder):
     os.chdir(folder)
     outcome = run(COMPARE, FLAGS, folder / "log")
     assert outcome.code == 0, outcome.text
-    (folder / "earlier").mkdir()
-    shutil.move("cache", "earlier")
-    shutil.move("out", "earlier")
+    for name in ("cache", "out"):
+        os.renames(name, f"earlier/{name}")
     (folder / "out").mkdir()
 
 

@@ -66,8 +66,7 @@ def result(folder):
     if (path := folder / "checkpoint_latest.pt").exists():
         for which, tensors in torch.load(path, weights_only=True)["weights"].items():
             made |= {f"{which} {name}": value.numpy().tobytes() for name, value in tensors.items()}
-        with (folder / "training_log.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = csv.DictReader((folder / "training_log.csv").read_text().splitlines())
         made["log"] = [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
     return made
 
@@ -81,13 +80,12 @@ class Campaign:
         self.script = COMPARE if what == "compare" else TRAIN
         if what == "compare":
             tiny_models(folder)
-            self.arguments = ["--offline", "--dataset", "digits", "--max-samples", IMAGES]
-            self.arguments += ["--local-checkpoint", "tiny.pt", "--hf-model", "hf"]
-            self.arguments += ["--cache-dir", "cache", "--output-dir", "out"]
+            words = f"--offline --dataset digits --max-samples {IMAGES} --cache-dir cache "
+            words += "--local-checkpoint tiny.pt --hf-model hf"
         else:
             some_images(folder / "images", 120, 32)
-            self.arguments = ["--dataset", "images", "--epochs", 3, "--batch-size", 16]
-            self.arguments += ["--embed-dim", 64, "--depth", 1, "--output-dir", "out"]
+            words = "--dataset images --epochs 3 --batch-size 16 --embed-dim 64 --depth 1"
+        self.arguments = [*words.split(), "--output-dir", "out"]
         began = time.monotonic()
         self.undisturbed()
         assert not self.problems, "an undisturbed run must end well"
@@ -132,9 +130,8 @@ class Campaign:
     def disturb(self, kind):
         """One victim, and what it left."""
         fatal = self.rng.randint(1, self.num_operations * 2 // 3) if kind == KINDS[1] else 0
-        size = (
-            int(20_000 * (self.largest / 20_000) ** self.rng.random()) if kind in KINDS[2:] else 0
-        )
+        share = self.rng.random() if kind in KINDS[2:] else None
+        size = 0 if share is None else int(20_000 * (self.largest / 20_000) ** share)
         prepare = partial(self.prepare, fatal, size, kind != KINDS[3])
         after = self.rng.uniform(0, 2 / 3 * self.seconds) if kind == KINDS[0] else 300
         outcome = run(self.script, self.arguments, self.folder / "log", prepare, after)
@@ -163,9 +160,8 @@ class Campaign:
     def round(self):
         """Some victims in a row, then an undisturbed run; images embedded again per kill."""
         before, fresh = self.embedded(), self.rng.random() < 0.75  # else over finished results
-        if fresh:
-            for name in ("out", "cache"):
-                shutil.rmtree(self.folder / name, ignore_errors=True)
+        for name in ("out", "cache") if fresh else ():
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         victims = self.rng.choices(KINDS, k=self.rng.randint(1, 4))
         for kind in victims:
             self.disturb(kind)

@@ -6,16 +6,16 @@
 
 The k most similar images of each, both silhouettes (Euclidean and cosine) and, if asked for, the
 neighbors and silhouettes of half-samples, on synthetic float32 embeddings of ten classes.
-scikit-learn has no half-samples and takes part without them. Seconds are those of the processor,
-all threads together; with `OMP_NUM_THREADS=1` they are the wall time of an idle core. Medians, the
+scikit-learn has no half-samples and takes part without them. Median seconds of the processor, the
 peak memory of the process, precision@5, and the mean silhouettes.
 """
+
+from itertools import product
 
 from cost import sample
 from versions import THIS, median, parse, race, serve
 
-NEIGHBORS = 64
-"""As many as a comparison lists."""
+NEIGHBORS = 64  # as many as a comparison lists
 PEER = "scikit-learn"
 
 
@@ -35,14 +35,12 @@ def ours(n, d, num_halves, device):
         return [float(precision), float(pairs.silhouettes.mean()), float(cosine.mean())]
 
     def before():
-        lists = uncertainty.list_neighbors(X, device)
-        silhouettes = [
-            metrics.silhouette_samples(X, labels, metric, device).mean()
-            for metric in ("euclidean", "cosine")
-        ]
+        lists, silhouettes = uncertainty.list_neighbors(X, device), []
         if num_halves:
             uncertainty.neighbor_halves(lists, labels, halves)
-            for metric in ("euclidean", "cosine"):
+        for metric in ("euclidean", "cosine"):
+            silhouettes.append(metrics.silhouette_samples(X, labels, metric, device).mean())
+            if num_halves:
                 metrics.mean_silhouettes(X, labels, halves, metric, device)
         precision = metrics.precision_at_k(lists.neighbors, labels, 5).mean()
         return [float(precision), *map(float, silhouettes)]
@@ -60,8 +58,7 @@ def peer(n, d, **_):
     def work():
         found = NearestNeighbors(n_neighbors=NEIGHBORS, metric="cosine").fit(X).kneighbors()[1]
         precision = (labels[found[:, :5]] == labels[:, None]).mean()
-        metrics = ("euclidean", "cosine")
-        silhouettes = [silhouette_score(X, labels, metric=metric) for metric in metrics]
+        silhouettes = [silhouette_score(X, labels, metric=one) for one in ("euclidean", "cosine")]
         return [float(precision), *map(float, silhouettes)]
 
     return work
@@ -81,19 +78,15 @@ def main():
     clock = "cpu" if args.device == "cpu" else "wall"
     print("| n | d | halves | version | s | ours / it | GiB | P@5 | Euclidean | cosine |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for n in args.sizes:
-        for d in args.widths:
-            settings = {"n": n, "d": d, "num_halves": args.halves, "device": args.device}
-            turns = race(args, settings, () if args.halves else (PEER,))
-            for name, them in turns.items():
-                seconds = median(them, clock)
-                ratio = median(turns[THIS], clock) / seconds
-                values = " | ".join(f"{value:.6f}" for value in them[0]["result"])
-                print(
-                    f"| {n} | {d} | {args.halves} | {name} | {seconds:.2f} | {ratio:.2f} "
-                    f"| {them[-1]['peak']:.2f} | {values} |",
-                    flush=True,
-                )
+    for n, d in product(args.sizes, args.widths):
+        settings = {"n": n, "d": d, "num_halves": args.halves, "device": args.device}
+        turns = race(args, settings, () if args.halves else (PEER,))
+        for name, them in turns.items():
+            seconds = median(them, clock)
+            numbers = [seconds, median(turns[THIS], clock) / seconds, them[-1]["peak"]]
+            cells = [f"{number:.2f}" for number in numbers]
+            cells += [f"{value:.6f}" for value in them[0]["result"]]
+            print(f"| {n} | {d} | {args.halves} | {name} |", " | ".join(cells), "|", flush=True)
 
 
 if __name__ == "__main__":

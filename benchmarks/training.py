@@ -32,10 +32,8 @@ def make_update(config, dtype, images, step, peer=False):
     """A function that does the update of a run at `step`."""
     state = init_state(config, CPU, dtype)
     if peer:
-        group = state.muon.param_groups[0]
-        state.muon = torch.optim.Muon(
-            group["params"], weight_decay=group["weight_decay"], adjust_lr_fn="match_rms_adamw"
-        )
+        group, like = state.muon.param_groups[0], {"adjust_lr_fn": "match_rms_adamw"}
+        state.muon = torch.optim.Muon(group["params"], weight_decay=group["weight_decay"], **like)
 
     def update():
         state.step = step
@@ -54,15 +52,13 @@ def main():
     dtype = choose_dtype(args.dtype, CPU)
     size = (config.batch_size, 3, config.vit.image_size, config.vit.image_size)
     images = torch.randint(0, 256, size, dtype=torch.uint8)
-    whole = decay_start(config, STEPS_PER_EPOCH)
+    whole, two = decay_start(config, STEPS_PER_EPOCH), dataclasses.replace(config, num_views=2)
     works = {
         "views of 20 patches": make_update(config, dtype, images, whole - 1),
         "whole views": make_update(config, dtype, images, whole),
-        "whole views, two for three": make_update(
-            dataclasses.replace(config, num_views=2), dtype, images, whole
-        ),
+        "whole views, two for three": make_update(two, dtype, images, whole),
         "views of 20 patches, torch.optim.Muon": make_update(
-            config, dtype, images, whole - 1, peer=True
+            config, dtype, images, whole - 1, True
         ),
     }
     operations = {}

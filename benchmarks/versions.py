@@ -3,6 +3,8 @@
 A script names its works, functions from settings to a function without arguments. `race` starts the
 script again for every contestant, with the package of that contestant's checkout, and asks one
 process after the other for a turn. Other programs on the machine then slow all of them alike.
+Seconds of the processor count all threads; with `OMP_NUM_THREADS=1` they are the wall time of an
+idle core.
 """
 
 import argparse
@@ -13,20 +15,15 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 THIS, OTHER = "this version", "other version"
 
-Turn = dict[str, Any]
-"""Seconds of all threads (`cpu`) and of the clock (`wall`), peak memory in GiB, and the result."""
 
-
-def parse(description: str | None, add: Callable[[Any], object]) -> argparse.Namespace:
+def parse(description, add):
     """The arguments that every race takes, and those that `add` adds; prints the command."""
-    parser = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
     add(parser.add_argument)
     parser.add_argument("--against", type=Path, help="another checkout, such as an older version")
     parser.add_argument("--repeats", type=int, default=5)
@@ -35,20 +32,19 @@ def parse(description: str | None, add: Callable[[Any], object]) -> argparse.Nam
     return args
 
 
-def race(
-    args: argparse.Namespace, settings: Mapping[str, Any], peers: tuple[str, ...] = ()
-) -> dict[str, list[Turn]]:
-    """Turns of this version, of the other one and of peers; the first turn of each warms it up."""
+def race(args, settings, peers=()):
+    """Turns of this version, of the other one and of peers; the first turn of each warms it up.
+
+    A turn has seconds of processor (`cpu`) and clock (`wall`), peak memory in GiB, and the result.
+    """
     checkouts = {THIS: ROOT} | ({OTHER: args.against.resolve()} if args.against else {})
     checkouts |= dict.fromkeys(peers, ROOT)
-    workers = {}
+    workers, pipes = {}, {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     for name, checkout in checkouts.items():
         command = [sys.executable, sys.argv[0], "--work", json.dumps([name, settings])]
         environment = {**os.environ, "PYTHONPATH": str(checkout), "HF_HUB_OFFLINE": "1"}
-        workers[name] = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-    turns: dict[str, list[Turn]] = {name: [] for name in workers}
+        workers[name] = subprocess.Popen(command, env=environment, text=True, **pipes)
+    turns = {name: [] for name in workers}
     for _ in range(args.repeats + 1):
         for name, worker in workers.items():
             print("go", file=worker.stdin, flush=True)
@@ -58,7 +54,7 @@ def race(
     return {name: them[1:] for name, them in turns.items()}
 
 
-def serve(works: Mapping[str, Callable[..., Callable[[], Any]]]) -> None:
+def serve(works):
     """Do the work that `race` asks for; returns at once in the process that was not started by it.
 
     The works of both versions are one function, under `THIS`.
@@ -77,6 +73,6 @@ def serve(works: Mapping[str, Callable[..., Callable[[], Any]]]) -> None:
     sys.exit()
 
 
-def median(turns: list[Turn], clock: str = "cpu") -> float:
+def median(turns, clock="cpu"):
     """Median seconds of the turns."""
     return statistics.median(turn[clock] for turn in turns)

@@ -83,11 +83,9 @@ def run(main, arguments, log, prepare=lambda: None, kill_after=300):
     began = time.monotonic()
     if not (pid := os.fork()):
         _child(main, arguments, log, prepare)
-    killed = False
     while not (ended := os.wait4(pid, os.WNOHANG))[0]:
-        if not killed and time.monotonic() - began > kill_after:
+        if time.monotonic() - began > kill_after:
             os.kill(pid, signal.SIGKILL)
-            killed = True
         time.sleep(0.005)
     text, seconds = log.read_text(errors="replace"), time.monotonic() - began
     return Outcome(os.waitstatus_to_exitcode(ended[1]), text, seconds, ended[2].ru_maxrss / 1024)
@@ -115,7 +113,5 @@ def _child(main, arguments, log, prepare):
 def print_table(rows):
     """The command, and a Markdown table of what was tried."""
     print(f"```bash\npython {' '.join(sys.argv)}\n```\n")
-    for place, row in enumerate(rows):
-        print("| " + " | ".join(map(str, row)) + " |")
-        if not place:
-            print("|" + " --- |" * len(row))
+    head, *others = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    print(head, "|" + " --- |" * len(rows[0]), *others, sep="\n")
