@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import os
 
 # Before any import of transformers or huggingface_hub, which read it once: tests open no socket.
@@ -7,28 +5,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import util
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
 
 import pytest
 
 # What is heavy is imported where it is used: the process that only hands out tests needs none.
-if TYPE_CHECKING:
-    import numpy as np
-
-    from ijepa.comparison import Comparison
-    from ijepa.data import Split
-    from ijepa.model import ViTConfig
-    from ijepa.probe import Probe
-    from ijepa.projections import Maps
 
 
 @pytest.fixture(scope="session", autouse=True)
-def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache_home(tmp_path_factory):
     """Keep what runs cache out of the user's own folder."""
     import torch
 
@@ -38,22 +26,19 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-FolderMaker = Callable[[Mapping[str, int]], Path]
-
-
 @pytest.fixture
-def tiny_vit() -> ViTConfig:
+def tiny_vit():
     from ijepa.model import ViTConfig
 
     return ViTConfig(image_size=32, patch_size=4, embed_dim=16, depth=2, num_heads=2)
 
 
 @pytest.fixture(scope="session")
-def make_image_folder(tmp_path_factory: pytest.TempPathFactory) -> FolderMaker:
+def make_image_folder(tmp_path_factory):
     import numpy as np
     from PIL import Image
 
-    def make(counts: Mapping[str, int]) -> Path:
+    def make(counts):
         folder = tmp_path_factory.mktemp("images")
         rng = np.random.default_rng(0)
         for row, (name, count) in enumerate(counts.items()):
@@ -67,10 +52,10 @@ def make_image_folder(tmp_path_factory: pytest.TempPathFactory) -> FolderMaker:
 
 
 @pytest.fixture(scope="session")
-def load_script() -> Callable[[str], ModuleType]:
+def load_script():
     """Import a script by name, so that its `main` runs without a process of its own."""
 
-    def load(name: str) -> ModuleType:
+    def load(name):
         path = Path(__file__).resolve().parents[1] / "scripts" / f"{name}.py"
         spec = util.spec_from_file_location(name, path)
         module = sys.modules[name] = util.module_from_spec(spec)
@@ -81,7 +66,7 @@ def load_script() -> Callable[[str], ModuleType]:
 
 
 @pytest.fixture(scope="session")
-def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def tiny_models(tmp_path_factory):
     """A checkpoint of tiny random encoders, and its context encoder for Hugging Face."""
     import torch
 
@@ -99,73 +84,50 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
+def torchrun():
     """Run a script in two processes that meet over a socket on loopback."""
 
-    def run(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(script, *arguments):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        return subprocess.run(
-            [*launcher, "--nproc-per-node", "2", str(script), *arguments],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command = [*launcher, "--nproc-per-node", "2", str(script), *arguments]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
     return run
 
 
-@dataclass(frozen=True)
-class Example:
-    comparison: Comparison
-    maps: Maps
-    split: Split
-    metrics: str
-    html: str
-    probe: Probe | None
-
-
-def example_split(n: int, classes: tuple[str, ...], rng: np.random.Generator) -> Split:
-    import numpy as np
-    import torch
-
-    from ijepa.data import Split
-
-    # Smooth like photographs: noise would compress worse than anything a user has.
-    coarse = torch.from_numpy(rng.normal(128, 60, (n, 3, 8, 8)).clip(0, 255))
-    images = torch.nn.functional.interpolate(coarse, size=32, mode="bicubic").clamp(0, 255)
-    indices = rng.permutation(5 * n)[:n]
-    labels = np.arange(n) % len(classes)
-    return Split("example", "test", classes, images.to(torch.uint8), labels, indices)
-
-
 @pytest.fixture(scope="session")
-def make_page() -> Callable[..., Example]:
+def make_page():
     """A page of random points, without encoder or t-SNE; `whole` has figures and a probe."""
     import numpy as np
+    import torch
     from matplotlib.figure import Figure
 
     from ijepa.comparison import compare
+    from ijepa.data import Split
     from ijepa.page import page
     from ijepa.probe import probe as measure_probe
     from ijepa.projections import Maps, TsneProjection, project_pca
     from ijepa.report import ON_PAGE, complete, draw, json_text, metrics_content
 
     def make(
-        n: int = 66,
-        classes: tuple[str, ...] = ("cat", "dog", "ship"),
-        models: tuple[str, ...] = ("local", "hf"),
-        shown: int | None = None,
-        paths: bool = False,
-        whole: bool = False,
-    ) -> Example:
+        n=66,
+        classes=("cat", "dog", "ship"),
+        models=("local", "hf"),
+        shown=None,
+        paths=False,
+        whole=False,
+    ):
         rng = np.random.default_rng(0)
-        split = example_split(n, classes, rng)
-        if paths:
-            object.__setattr__(split, "paths", tuple(f"x/{row:04d}.png" for row in range(n)))
+        # Smooth like photographs: noise would compress worse than anything a user has.
+        coarse = torch.from_numpy(rng.normal(128, 60, (n, 3, 8, 8)).clip(0, 255))
+        images = torch.nn.functional.interpolate(coarse, size=32, mode="bicubic").clamp(0, 255)
+        indices, labels = rng.permutation(5 * n)[:n], np.arange(n) % len(classes)
+        files = tuple(f"x/{row:04d}.png" for row in range(n)) if paths else None
+        split = Split("example", "test", classes, images.to(torch.uint8), labels, indices, files)
         centers = rng.normal(size=(len(classes), 6))
 
-        def cloud(noise: float) -> np.ndarray:
+        def cloud(noise):
             points = centers[split.labels] + noise * rng.normal(size=(n, 6))
             return points.astype(np.float32)
 
@@ -186,6 +148,7 @@ def make_page() -> Callable[..., Example]:
             banks = {name: X[:60] for name, X in embeddings.items()}
             probe = measure_probe(banks, embeddings, split.labels[:60], split.labels, 0)
         html = page(comparison, maps, split, facts, ["one draw"], metrics, figures, probe)
-        return Example(comparison, maps, split, metrics, html, probe)
+        parts = {"comparison": comparison, "maps": maps, "split": split, "probe": probe}
+        return SimpleNamespace(**parts, metrics=metrics, html=html)
 
     return make

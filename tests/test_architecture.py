@@ -12,8 +12,7 @@ import ijepa
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = {path.stem: path for path in (ROOT / "ijepa").glob("*.py") if path.stem != "__init__"}
-SCRIPTS = {path.stem: path for path in (ROOT / "scripts").glob("*.py")}
-FILES = [*MODULES.values(), *SCRIPTS.values()]
+FILES = [*MODULES.values(), *(ROOT / "scripts").glob("*.py")]
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
@@ -28,18 +27,8 @@ def imports(path):
 
 
 def own_imports(path):
-    found = set()
-    for module, name in imports(path):
-        if module == "ijepa" and name in MODULES:
-            found.add(name)
-        elif module.startswith("ijepa."):
-            found.add(module.split(".")[1])
-    return found
-
-
-def third_party(path):
-    roots = {module.partition(".")[0] for module, _ in imports(path)}
-    return roots - sys.stdlib_module_names - {"ijepa"}
+    parts = [f"{module}.{name}".split(".") for module, name in imports(path)]
+    return {second for first, second, *_ in parts if first == "ijepa"} & MODULES.keys()
 
 
 def test_imports_point_one_way_and_at_most_eight_levels_deep():
@@ -54,7 +43,9 @@ def test_imports_point_one_way_and_at_most_eight_levels_deep():
 def test_what_is_imported_is_declared_and_public(path):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.match(r"[\w.-]+", line)[0] for line in project["dependencies"]}
-    assert {DISTRIBUTIONS.get(name, name) for name in third_party(path)} <= declared
+    roots = {module.partition(".")[0] for module, _ in imports(path)}
+    third_party = roots - sys.stdlib_module_names - {"ijepa"}
+    assert {DISTRIBUTIONS.get(name, name) for name in third_party} <= declared
     for module, name in imports(path):
         parts = [*module.split("."), name or ""]
         assert not any(part.startswith("_") and part != "__version__" for part in parts), parts

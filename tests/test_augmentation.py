@@ -7,35 +7,21 @@ import torch
 from ijepa.augmentation import YIQ, color_jitter, random_resized_crop
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture
-def images():
-    return torch.randint(0, 256, (10, 3, 32, 32), generator=generator(), dtype=torch.uint8)
-
-
-def coordinates(count, size=32):
-    """Images whose first channel is the column and whose second is the row."""
-    line = torch.arange(size, dtype=torch.uint8)
-    channels = [line.expand(size, size), line[:, None].expand(size, size), torch.zeros(size, size)]
-    return torch.stack([channel.to(torch.uint8) for channel in channels]).expand(count, -1, -1, -1)
-
-
-def boxes(views, size=32):
-    """Left, right, top, bottom of each view in pixels of the image, from the coordinates shown."""
-    columns, rows = 255 * views[:, 0].double(), 255 * views[:, 1].double()
-    width = (columns[:, 16, 20] - columns[:, 16, 12]) / 8 * size
-    height = (rows[:, 20, 16] - rows[:, 12, 16]) / 8 * size
-    middle_x = (columns[:, 16, 15] + columns[:, 16, 16]) / 2
-    middle_y = (rows[:, 15, 16] + rows[:, 16, 16]) / 2
-    return middle_x, middle_y, width, height
+def generator():
+    return torch.Generator().manual_seed(0)
 
 
 def test_crops_have_the_areas_aspects_and_places_asked_for():
-    views = random_resized_crop(coordinates(4000), 0.25, generator())
-    x, y, width, height = (value.numpy() for value in boxes(views))
+    # The first channel of the images is the column, the second one is the row.
+    line = torch.arange(32, dtype=torch.uint8)
+    coordinates = torch.stack([line.expand(32, 32), line[:, None].expand(32, 32)])
+    images = torch.cat([coordinates, coordinates[:1]]).expand(4000, -1, -1, -1)
+    views = 255 * random_resized_crop(images, 0.25, generator()).double()
+    columns, rows, _ = views.unbind(dim=1)
+    width = (columns[:, 16, 20] - columns[:, 16, 12]).numpy() / 8 * 32
+    height = (rows[:, 20, 16] - rows[:, 12, 16]).numpy() / 8 * 32
+    x = (columns[:, 16, 15] + columns[:, 16, 16]).numpy() / 2
+    y = (rows[:, 15, 16] + rows[:, 16, 16]).numpy() / 2
     flipped = width < 0
     assert abs(flipped.mean() - 0.5) < 0.04
     width = abs(width)
@@ -57,10 +43,10 @@ def test_crops_have_the_areas_aspects_and_places_asked_for():
         assert np.histogram(place, 5, (0, 1))[0] / free.sum() == pytest.approx(0.2, abs=0.04)
 
 
-def test_jitter_equals_a_loop_with_the_same_factors(images):
-    view = images.float() / 255
-    seen = color_jitter(view, 0.4, 0.3, generator(5)).numpy()
-    draws = torch.rand(5, 10, 1, 1, 1, generator=generator(5)).squeeze().numpy().astype(float)
+def test_jitter_equals_a_loop_with_the_same_factors():
+    view = torch.rand(10, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    seen = color_jitter(view, 0.4, 0.3, generator()).numpy()
+    draws = torch.rand(5, 10, generator=generator()).numpy().astype(float)
     to_yiq, greys = np.array(YIQ), 0
     for row in range(10):
         brightness, contrast, saturation = 1 + 0.4 * (2 * draws[:3, row] - 1)
@@ -69,12 +55,9 @@ def test_jitter_equals_a_loop_with_the_same_factors(images):
         grey = expected.mean(axis=0)
         expected = grey + saturation * (expected - grey)
         angle = 2 * math.pi * 0.1 * (2 * draws[3, row] - 1)
-        turn = [
-            [1, 0, 0],
-            [0, math.cos(angle), -math.sin(angle)],
-            [0, math.sin(angle), math.cos(angle)],
-        ]
-        turn = np.linalg.inv(to_yiq) @ np.array(turn) @ to_yiq
+        cos, sin = math.cos(angle), math.sin(angle)
+        turn = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
+        turn = np.linalg.inv(to_yiq) @ turn @ to_yiq
         expected = np.clip(np.einsum("ij,jhw->ihw", turn, expected), 0, 1)
         if draws[4, row] < 0.3:
             expected, greys = np.broadcast_to(expected.mean(axis=0), expected.shape), greys + 1

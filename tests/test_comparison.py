@@ -24,16 +24,13 @@ def cloud(width, per_class=25, seed=0):
     return (centers[labels] + rng.normal(size=(len(labels), width))).astype(np.float32), labels
 
 
+X, LABELS = cloud(8)
+
+
 @pytest.fixture(scope="module")
 def pair():
-    X, labels = cloud(8)
     Y, _ = cloud(12, seed=1)
-    return compare({"local": X, "hf": Y}, {"pixels": X[:, :4]}, labels, seed=0)
-
-
-def test_every_metric_of_the_table_is_there_for_every_model_and_reference(pair):
-    for numbers in [*pair.metrics.values(), *pair.references.values(), pair.differences]:
-        assert [name for name in numbers if name != "embedding_dim"] == list(METRICS)
+    return compare({"local": X, "hf": Y}, {"pixels": X[:, :4]}, LABELS, seed=0)
 
 
 def test_intervals_are_where_the_coverage_study_has_them():
@@ -42,24 +39,35 @@ def test_intervals_are_where_the_coverage_study_has_them():
     wide = compare({"local": X, "hf": Y}, {}, labels, seed=0)
     differences = {name: facts["estimate"] for name, facts in wide.differences.items()}
     for numbers in (*wide.metrics.values(), differences):
+        assert list(numbers) == list(METRICS)
         found = {name for name, estimate in numbers.items() if np.isfinite(estimate.se)}
         assert found == WITH_INTERVALS
 
 
 def test_a_model_that_has_collapsed_has_no_intervals_next_to_one_that_has_them():
-    X, labels = cloud(8)
-    found = compare({"local": np.ones_like(X), "hf": X}, {}, labels, seed=0)
+    found = compare({"local": np.ones_like(X), "hf": X}, {}, LABELS, seed=0)
     for metric in ("variance_10pc", "effective_rank"):
         assert np.isnan(found.metrics["local"][metric].value)
         assert np.isnan(found.differences[metric]["estimate"].se)
     assert np.isfinite(found.differences["precision_at_5"]["estimate"].se)
 
 
-@pytest.mark.parametrize("names", [["hf"], ["local", "second"]])
-def test_models_of_other_names_are_a_value_error(names):
-    X, labels = cloud(8)
-    with pytest.raises(ValueError, match="local"):
-        compare(dict.fromkeys(names, X), {}, labels, seed=0)
+@pytest.mark.parametrize(
+    ("models", "labels", "problem"),
+    [
+        ({"hf": X}, LABELS, r"local, or local and hf, got \['hf'\]"),
+        ({"local": X, "second": X}, LABELS, "second"),
+        ({"local": X, "hf": X[:-1]}, LABELS, "hf has 74 rows for 75 labels"),
+        ({"local": X}, ["a", "b", "c"] * 25, r"np\.unique"),
+        ({"local": X}, [0.0, 1.0, 2.0] * 25, r"np\.unique"),
+        ({"local": X}, [-1, 0, 1] * 25, r"np\.unique"),
+    ],
+)
+def test_other_models_other_images_and_labels_that_number_nothing_are_value_errors(
+    models, labels, problem
+):
+    with pytest.raises(ValueError, match=problem):
+        compare(models, {}, labels, seed=0)
 
 
 def test_differences_are_hf_less_local_and_ratios_local_over_hf_by_the_delta_method(pair):
@@ -78,9 +86,8 @@ def test_differences_are_hf_less_local_and_ratios_local_over_hf_by_the_delta_met
 
 @pytest.mark.parametrize("spread", [30, 6])  # below zero, and an interval that holds zero
 def test_a_ratio_is_not_defined_where_the_denominator_may_be_zero(spread):
-    X, labels = cloud(8)
     noise = np.random.default_rng(1).normal(size=X.shape).astype(np.float32)
-    facts = compare({"local": X, "hf": X + spread * noise}, {}, labels, seed=0)
+    facts = compare({"local": X, "hf": X + spread * noise}, {}, LABELS, seed=0)
     assert facts.metrics["hf"]["silhouette"].ci95[0] < 0
     facts = facts.differences["silhouette"]
     assert np.isfinite(facts["estimate"].se)
@@ -95,20 +102,18 @@ def test_p_values_go_with_the_intervals(pair):
 
 
 def test_gains_are_the_difference_from_each_reference(pair):
-    X, labels = pair.analyses["local"].embeddings, pair.analyses["local"].labels
-    expected = compare({"local": X[:, :4], "hf": X}, {}, labels, seed=0)
+    expected = compare({"local": X[:, :4], "hf": X}, {}, LABELS, seed=0)
     assert pair.gains == {"pixels": expected.differences["precision_at_5"]["estimate"]}
-    assert compare({"local": X}, {"pixels": X}, labels, seed=0).gains["pixels"].ci95 == (0, 0)
+    assert compare({"local": X}, {"pixels": X}, LABELS, seed=0).gains["pixels"].ci95 == (0, 0)
 
 
 def test_a_model_against_itself_differs_by_exactly_nothing():
-    X, labels = cloud(8)
-    same = compare({"local": X, "hf": X.copy()}, {}, labels, seed=0)
+    same = compare({"local": X, "hf": X.copy()}, {}, LABELS, seed=0)
     for facts in same.differences.values():
         assert np.isnan(facts["estimate"].value) or facts["estimate"].value == 0
         assert facts["estimate"].se == 0 or np.isnan(facts["estimate"].se)
         assert facts.get("p", 1) == facts.get("mcnemar_p", 1) == 1
-    assert same.differences["precision_at_5"]["ties"] == len(labels)
+    assert same.differences["precision_at_5"]["ties"] == len(LABELS)
     assert same.differences["precision_at_5"]["ratio"].ci95 == (1, 1)
     assert same.agreement["mutual_knn"].ci95 == (1, 1)
     for key in ("cka", "cka_class_demeaned", "similarity_spearman"):
@@ -125,64 +130,57 @@ def mcnemar(pair, rows):
     return binomtest(only[0], sum(only)).pvalue if sum(only) else 1
 
 
-def test_wins_ties_losses_and_mcnemar_count_images(pair):
+def test_wins_ties_losses_and_mcnemar_count_images_and_are_corrected_over_classes(pair):
     local, hf = (pair.analyses[name].precisions(5) for name in ("local", "hf"))
-    facts = pair.differences["precision_at_5"]
     counts = [(np.sign(hf - local) == sign).sum() for sign in (1, 0, -1)]
-    assert [facts[key] for key in ("wins", "ties", "losses")] == counts
-    expected = mcnemar(pair, slice(None))
-    assert pair.differences["precision_at_1"]["mcnemar_p"] == pytest.approx(expected)
-
-
-def test_classes_are_compared_alone_average_to_the_whole_and_are_corrected_together(pair):
-    lists = [pair.analyses[name].neighbors[:, :10] for name in ("local", "hf")]
-    common = np.array([len({*a} & {*b}) / 10 for a, b in zip(*lists, strict=True)])
     whole, rows = pair.differences["precision_at_5"], pair.per_class
-    for row in rows:
-        own = pair.analyses["local"].labels == row["label"]
-        assert row["mcnemar_p"] == pytest.approx(mcnemar(pair, own))
-        assert row["mutual_knn"].value == pytest.approx(common[own].mean())
-        assert row["mutual_knn"].se > 0
-        assert row["difference"].se > 0
-    expected = pair.metrics["hf"]["precision_at_5"].value
-    assert np.mean([row["hf"] for row in rows]) == pytest.approx(expected)
-    assert pair.agreement["mutual_knn"].value == pytest.approx(common.mean())
-    for key in ("wins", "ties", "losses"):
-        assert sum(row[key] for row in rows) == whole[key]
+    for key, count in zip(("wins", "ties", "losses"), counts, strict=True):
+        assert whole[key] == sum(row[key] for row in rows) == count
+    found = [pair.differences["precision_at_1"], *rows]
+    images = [slice(None), *(row["label"] == LABELS for row in rows)]
+    for facts, own in zip(found, images, strict=True):
+        assert facts["mcnemar_p"] == pytest.approx(mcnemar(pair, own))
     for test, corrected in (("p", "holm_p"), ("mcnemar_p", "mcnemar_holm_p")):
         expected = multipletests([row[test] for row in rows], method="holm")[1]
         assert [row[corrected] for row in rows] == pytest.approx(expected)
 
 
-def test_the_null_of_cka_is_that_of_two_hundred_shuffles(pair):
-    X, Y = (pair.analyses[name].embeddings for name in ("local", "hf"))
-    cka, null = cka_and_null(X, Y, pair.analyses["local"].labels, seed=0)
-    null.sort()
-    assert null[197] <= pair.agreement["cka_null_p99"] <= null[198]
-    assert pair.agreement["cka"] == cka
-    assert pair.agreement["cka_null_p"] == (1 + (null >= cka).sum()) / 201
+def test_classes_are_compared_alone_and_average_to_the_whole(pair):
+    lists = [pair.analyses[name].neighbors[:, :10] for name in ("local", "hf")]
+    common = np.array([len({*a} & {*b}) / 10 for a, b in zip(*lists, strict=True)])
+    for row in pair.per_class:
+        assert row["mutual_knn"].value == pytest.approx(common[row["label"] == LABELS].mean())
+        assert row["mutual_knn"].se > 0
+        assert row["difference"].se > 0
+    expected = pair.metrics["hf"]["precision_at_5"].value
+    assert np.mean([row["hf"] for row in pair.per_class]) == pytest.approx(expected)
+    assert pair.agreement["mutual_knn"].value == pytest.approx(common.mean())
 
 
-def test_chance_levels_follow_from_the_counts(pair):
-    assert pair.agreement["mutual_knn_chance"] == pytest.approx(10 / 74)
+def test_levels_of_chance_follow_from_the_counts_and_from_two_hundred_shuffles(pair):
+    agreement = pair.agreement
     assert pair.chance_precision == pytest.approx(24 / 74)
+    assert agreement["mutual_knn_chance"] == pytest.approx(10 / 74)
     local, hf = (a.precisions(10).reshape(3, 25).mean(axis=1) for a in pair.analyses.values())
     expected = (local * hf * 10 / 24 + (1 - local) * (1 - hf) * 10 / 50).mean()
-    assert pair.agreement["mutual_knn_class_only"] == pytest.approx(expected)
+    assert agreement["mutual_knn_class_only"] == pytest.approx(expected)
+    X, Y = (analysis.embeddings for analysis in pair.analyses.values())
+    cka, null = cka_and_null(X, Y, LABELS, seed=0)
+    null.sort()
+    assert null[197] <= agreement["cka_null_p99"] <= null[198]
+    assert agreement["cka"] == cka
+    assert agreement["cka_null_p"] == (1 + (null >= cka).sum()) / 201
 
 
-@pytest.mark.parametrize("seed", [5, 6])
-def test_random_encoders_agree_by_chance_and_the_interval_says_so(seed):
-    rng = np.random.default_rng(seed)
-    labels = np.repeat(np.arange(4), 100)
+def test_random_encoders_agree_by_chance_and_the_interval_says_so():
+    rng = np.random.default_rng(5)
     X, Y = (rng.normal(size=(400, width)).astype(np.float32) for width in (16, 64))
-    agreement = compare({"local": X, "hf": Y}, {}, labels, seed=0).agreement
-    low, high = agreement["mutual_knn"].ci95
-    assert low <= agreement["mutual_knn_chance"] <= high
-    assert low < agreement["mutual_knn_class_only"]
-    chance = pytest.approx(agreement["mutual_knn_chance"], rel=0.1)
-    assert agreement["mutual_knn_class_only"] == chance
-    assert agreement["cka"] < max(agreement["cka_null_p99"], 0.02)
+    found = compare({"local": X, "hf": Y}, {}, np.repeat(np.arange(4), 100), seed=0).agreement
+    chance, class_only = found["mutual_knn_chance"], found["mutual_knn_class_only"]
+    low, high = found["mutual_knn"].ci95
+    assert low <= min(chance, class_only) <= chance <= high
+    assert class_only == pytest.approx(chance, rel=0.1)
+    assert found["cka"] < max(found["cka_null_p99"], 0.02)
 
 
 def test_without_a_class_of_20_images_there_are_numbers_and_no_interval():
@@ -245,7 +243,6 @@ def test_rankings_name_the_extremes_and_how_often_the_halves_repeat_them(pair):
 
 
 def test_each_model_has_a_progress_bar_over_its_images():
-    X, labels = cloud(8)
     bars = {}
 
     @contextmanager
@@ -254,45 +251,19 @@ def test_each_model_has_a_progress_bar_over_its_images():
         yield SimpleNamespace(update=bars[desc].append)
         assert sum(bars[desc]) == total == 75
 
-    compare({"local": X}, {"pixels": X}, labels, 0, other_seeds=[X], progress=progress)
+    compare({"local": X}, {"pixels": X}, LABELS, 0, other_seeds=[X], progress=progress)
     assert [*bars] == ["pairs local", "pairs pixels", "pairs local_2"]
 
 
-def test_the_order_of_the_images_changes_no_number(pair):
-    labels = pair.analyses["local"].labels
-    order = np.random.default_rng(1).permutation(len(labels))
-    models = {name: a.embeddings[order] for name, a in pair.analyses.items()}
-    shuffled = compare(models, {}, labels[order], seed=0)
-    for name, metrics in shuffled.metrics.items():
+def test_the_order_of_the_images_and_of_the_models_changes_no_number(pair):
+    order = np.random.default_rng(1).permutation(len(LABELS))
+    models = {name: pair.analyses[name].embeddings[order] for name in ("hf", "local")}
+    found = compare(models, {}, LABELS[order], seed=0)
+    assert list(found.analyses) == ["local", "hf"]
+    for name, metrics in found.metrics.items():
         for metric, value in metrics.items():
             expected = pair.metrics[name][metric].value
             assert value.value == pytest.approx(expected, rel=1e-6, nan_ok=True)
-
-
-def test_confusion_is_the_share_of_neighbors_by_class(pair):
-    analysis, expected = pair.analyses["local"], np.zeros((3, 3))
-    for row, neighbors in enumerate(analysis.neighbors[:, :5]):
-        for neighbor in neighbors:
-            expected[analysis.labels[row], analysis.labels[neighbor]] += 1 / (5 * 25)
-    np.testing.assert_allclose(neighbor_confusion(analysis, 3), expected)
-
-
-def test_embeddings_of_other_images_are_refused(pair):
-    X, labels = pair.analyses["local"].embeddings, pair.analyses["local"].labels
-    with pytest.raises(ValueError, match="hf has 74 rows for 75 labels"):
-        compare({"local": X, "hf": X[:-1]}, {}, labels, seed=0)
-
-
-def test_roles_do_not_depend_on_the_order_of_the_mapping(pair):
-    labels, models = pair.analyses["local"].labels, pair.analyses.items()
-    turned = {name: analysis.embeddings for name, analysis in reversed(models)}
-    found = compare(turned, {}, labels, seed=0)
-    assert list(found.analyses) == ["local", "hf"]
-    assert str(found.differences) == str(pair.differences)
-
-
-@pytest.mark.parametrize("labels", [["a", "b"] * 30, [0.0, 1.0] * 30, [-1, 0] * 30])
-def test_labels_that_are_not_numbers_from_0_are_refused_with_what_numbers_them(labels):
-    X = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
-    with pytest.raises(ValueError, match=r"np\.unique"):
-        compare({"local": X}, {}, labels, seed=0)
+            change = found.differences[metric]["estimate"].value
+            expected = pair.differences[metric]["estimate"].value
+            assert change == pytest.approx(expected, abs=1e-6, nan_ok=True)

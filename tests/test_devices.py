@@ -6,19 +6,12 @@ from ijepa.errors import UserError
 
 
 def test_auto_takes_an_accelerator_where_there_is_one():
-    if torch.cuda.is_available():
-        expected = "cuda"
-    elif torch.backends.mps.is_available():
-        expected = "mps"
-    else:
-        expected = "cpu"
-    assert choose_device("auto").type == expected
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    found = choose_device("auto").type
+    assert found == next((name for name, is_here in present.items() if is_here), "cpu")
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["tpu", "", "cpu:", "cpu:1", "cuda:99", "cuda:-1", "CPU", "mps:7"],
-)
+@pytest.mark.parametrize("name", ["tpu", "", "cpu:", "cpu:1", "cuda:99", "cuda:-1", "CPU", "mps:7"])
 def test_a_device_that_is_not_here_is_a_user_error_that_lists_those_that_are(name):
     with pytest.raises(UserError, match="is not available") as caught:
         choose_device(name)
@@ -28,15 +21,10 @@ def test_a_device_that_is_not_here_is_a_user_error_that_lists_those_that_are(nam
 
 def test_float32_is_not_rounded_to_tf32_on_a_gpu():
     products = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [kind.allow_tf32 for kind in products]
-    try:
-        for kind in products:
-            kind.allow_tf32 = True
-        choose_device("cpu")
-        assert not any(kind.allow_tf32 for kind in products)
-    finally:
-        for kind, allowed in zip(products, before, strict=True):
-            kind.allow_tf32 = allowed
+    for kind in products:
+        kind.allow_tf32 = True
+    choose_device("cpu")
+    assert not any(kind.allow_tf32 for kind in products)
 
 
 def test_number_formats_follow_their_names_and_auto_the_hardware():

@@ -5,8 +5,6 @@ from ijepa.distributed import any_process, gather_rows, join_processes, own_part
 from ijepa.errors import UserError
 
 CPU = torch.device("cpu")
-
-
 TOGETHER = """
 import os, time
 from dataclasses import replace

@@ -4,6 +4,7 @@ import re
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -26,6 +27,7 @@ SIZES = TOWER | IMAGE
 DECODER = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1}
 DECODER |= {"decoder_num_attention_heads": 2, "decoder_intermediate_size": 16}
 TEXT = TOWER | {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1}
+REGISTERS = {"num_register_tokens": 3}
 TWO_TOWERS = {"vision_config": SIZES, "text_config": TEXT}
 SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
@@ -43,10 +45,8 @@ MODELS = {
     "vit_msn": ("ViTMSNForImageClassification", SIZES, {}),
     # Trained at another size than the processor makes, as the released ones.
     "dinov2": ("Dinov2ForImageClassification", {**RATIO, "image_size": 32}, CROP),
-    "dinov2_with_registers": (
-        *("Dinov2WithRegistersForImageClassification", {**RATIO, "num_register_tokens": 3}, {}),
-    ),
-    "dinov3_vit": ("DINOv3ViTModel", {**SIZES, "num_register_tokens": 3}, {}),
+    "dinov2_with_registers": ("Dinov2WithRegistersForImageClassification", RATIO | REGISTERS, {}),
+    "dinov3_vit": ("DINOv3ViTModel", SIZES | REGISTERS, {}),
     "beit": ("BeitForImageClassification", SIZES, {}),
     "data2vec-vision": ("Data2VecVisionForImageClassification", SIZES, {}),
     "clip": ("CLIPModel", TWO_TOWERS, CROP),
@@ -84,9 +84,9 @@ def build(kind):
     return model
 
 
-def write(kind, folder, **options):
+def write(kind, folder):
     model = build(kind)
-    model.save_pretrained(folder, **options)
+    model.save_pretrained(folder)
     write_json(folder / PREPROCESSOR, {**PROCESSOR, **MODELS[kind][2]})
     return model
 
@@ -99,21 +99,14 @@ def write_model(folder, processor=PROCESSOR, **sizes):
     return folder
 
 
-@pytest.fixture(scope="session")
-def pristine(tmp_path_factory):
-    return write_model(tmp_path_factory.mktemp("pristine"))
-
-
 @pytest.fixture
-def folder(pristine, tmp_path):
-    return shutil.copytree(pristine, tmp_path / "model")
+def folder(tmp_path):
+    return write_model(tmp_path / "model")
 
 
 def make_images(*sizes):
-    generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes
-    ]
+    torch.manual_seed(0)
+    return [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes]
 
 
 MIXED = make_images((16, 16), (32, 32), (40, 23), (16, 16), (1, 1), (10, 3), (3, 10))
@@ -146,15 +139,15 @@ def mean_tokens(outputs, leading=0):
     return torch.stack([found.last_hidden_state[0, leading:].mean(dim=0) for found in outputs])
 
 
-def relative_error(found, expected):
-    return float((found - expected).norm() / expected.norm())
+def assert_close(found, expected):
+    assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_no_weight_is_left_at_a_random_value_and_unused_ones_are_reported(kind, tmp_path):
     write(kind, tmp_path)
     notes = load(tmp_path).description["notes"]
-    assert all(word in " ".join(notes) for word in {"clip": ["text_model"]}.get(kind, []))
+    assert kind != "clip" or "text_model" in notes[0]
     if "Classification" in MODELS[kind][0]:
         assert "classifier (2)" in notes[0]
     tensors = load_file(tmp_path / "model.safetensors")
@@ -173,7 +166,7 @@ def test_rectangular_images_and_patches_of_another_size_work(tmp_path):
     folder = write_model(tmp_path, {**PROCESSOR, "size": {"height": 16, "width": 24}}, **sizes)
     model = IJepaModel.from_pretrained(folder, add_pooling_layer=False).eval()
     encoder = load(folder)
-    assert relative_error(encoder.embed(MIXED), mean_tokens(features(model, folder, MIXED))) < 1e-5
+    assert_close(encoder.embed(MIXED), mean_tokens(features(model, folder, MIXED)))
     assert encoder.description["input_size"] == [16, 24]
 
 
@@ -237,22 +230,11 @@ def test_an_unknown_family_is_named_with_those_there_are(folder, kind):
     assert ("fixed-size" if kind == "siglip2" else "dinov2") in error.hint
 
 
-NAME = "encoder.layer.1.intermediate.dense.weight"
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [
-        (
-            NAME,
-            torch.ones(47, 24),
-            "'layers.1.mlp.fc1.weight' has shape (47, 24), expected (48, 24)",
-        ),
-        ("layernorm.bias", torch.full((24,), math.nan), "'layernorm.bias' has NaN"),
-    ],
-)
-def test_a_misshapen_infinite_or_cut_tensor_is_named(folder, name, value, words):
-    change_tensors(folder, **{name: value})
+def test_a_misshapen_infinite_or_cut_tensor_is_named(folder):
+    change_tensors(folder, **{"layernorm.bias": torch.full((24,), math.nan)})
+    assert "'layernorm.bias' has NaN" in failure(folder).problem
+    change_tensors(folder, **{"encoder.layer.1.intermediate.dense.weight": torch.ones(47, 24)})
+    words = "'layers.1.mlp.fc1.weight' has shape (47, 24), expected (48, 24)"
     assert words in failure(folder).problem
     path = folder / "model.safetensors"
     for keep in (-1, 100, 0):
@@ -304,11 +286,11 @@ def test_code_of_a_repository_is_never_run_or_asked_about(folder, tmp_path, name
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
-def test_an_attention_kernel_named_by_a_repository_is_not_fetched(folder, key):
+def test_an_attention_kernel_named_by_a_repository_is_not_fetched(folder):
     expected = load(folder).embed(MIXED)
-    change_json(folder / CONFIG, **{key: "someone/their-kernel"})
-    assert torch.equal(load(folder).embed(MIXED), expected)
+    for key in ("attn_implementation", "_attn_implementation"):
+        change_json(folder / CONFIG, **{key: "someone/their-kernel"})
+        assert torch.equal(load(folder).embed(MIXED), expected)
 
 
 def test_loading_writes_nothing_to_the_terminal_and_leaves_its_settings(folder, capfd):
@@ -325,34 +307,27 @@ def test_loading_writes_nothing_to_the_terminal_and_leaves_its_settings(folder, 
 
 
 def test_a_model_whose_facts_are_kept_is_loaded_when_it_is_needed(folder, tmp_path, monkeypatch):
-    first = load(folder, cache=tmp_path / "kept")
+    kept = tmp_path / "kept"
+    first = load(folder, cache=kept)
     expected = first.embed(MIXED)
-    reads, read = [], IJepaModel.from_pretrained
-    monkeypatch.setattr(
-        IJepaModel, "from_pretrained", lambda *args, **more: reads.append(1) or read(*args, **more)
-    )
-    second = load(folder, cache=tmp_path / "kept")
+    watched = Mock(wraps=IJepaModel.from_pretrained)
+    monkeypatch.setattr(IJepaModel, "from_pretrained", watched)
+    second = load(folder, cache=kept)
     for name in ("description", "embed_dim", "key"):
         assert getattr(second, name) == getattr(first, name)
-    assert not reads
-    torch.testing.assert_close(second.embed(MIXED), expected, atol=0, rtol=0)
-    assert len(reads) == 1
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == [first.key]
-    change_json(folder / PREPROCESSOR, image_mean=[0.3, 0.2, 0.1])
-    assert load(folder, cache=tmp_path / "kept").description["mean"] == [0.3, 0.2, 0.1]
-
-
-@pytest.mark.parametrize(
-    "damage", [lambda text: text.replace(b"24", b"25"), lambda text: text[:-9]]
-)
-def test_damaged_facts_are_found_again(folder, tmp_path, damage):
-    expected = load(folder, cache=tmp_path).description
-    (file,) = tmp_path.glob("*/facts.json")
+    assert not watched.called
+    assert torch.equal(second.embed(MIXED), expected)
+    assert watched.call_count == 1
+    file = kept / first.key / "facts.json"
+    assert [path for path in kept.rglob("*") if path.is_file()] == [file]
     whole = file.read_bytes()
-    file.write_bytes(damage(whole))
-    assert file.read_bytes() != whole
-    assert load(folder, cache=tmp_path).description == expected
-    assert file.read_bytes() == whole
+    for damaged in (whole.replace(b"24", b"25"), whole[:-9]):
+        assert damaged != whole
+        file.write_bytes(damaged)
+        assert load(folder, cache=kept).description == first.description
+        assert file.read_bytes() == whole
+    change_json(folder / PREPROCESSOR, image_mean=[0.3, 0.2, 0.1])
+    assert load(folder, cache=kept).description["mean"] == [0.3, 0.2, 0.1]
 
 
 def test_an_exported_model_loads_in_one_line_in_float32_and_embeds_alike(tiny_models):
@@ -388,8 +363,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OLDER = "89abcdef0123456789abcdef0123456789abcdef"
 REVISIONS = {"main": COMMIT, "v1": OLDER, COMMIT: COMMIT, OLDER: OLDER}
 STATUS = {"unknown": (404, "RepoNotFound"), "private": (401, "RepoNotFound")}
-STATUS |= {"unauthorized": (401, None), "gated": (403, "GatedRepo")}
-STATUS |= {"broken": (500, None), "busy": (503, None)}
+STATUS |= {"unauthorized": (401, None), "gated": (403, "GatedRepo"), "broken": (500, None)}
 
 
 class Hub(ThreadingHTTPServer):
@@ -397,24 +371,17 @@ class Hub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, kind, folder):
+    def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), HubHandler)
-        self.kind = kind
         self.files = {path.name: path.read_bytes() for path in folder.iterdir()}
         self.files |= {"pytorch_model.bin": b"pickled", "trap.py": b"raise SystemExit('ran')"}
         self.files["onnx/model.safetensors"] = b"of a subfolder"
         self.breaks = False  # connections, in the middle of a file
         self.downloads = []
 
-    def handle_error(self, request, client_address):
-        pass  # clients that hang up are what these tests are about
-
 
 class HubHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
 
     def answer(self, status, body=b"", **headers):
         self.send_response(status)
@@ -423,9 +390,6 @@ class HubHandler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)
-
-    def do_HEAD(self):
-        self.do_GET()
 
     def do_GET(self):
         path, files = self.path.split("?")[0], self.server.files
@@ -443,6 +407,9 @@ class HubHandler(BaseHTTPRequestHandler):
             return self.file(*path.split("/resolve/")[1].split("/", 1))
         return self.answer(404, X_Error_Code="RevisionNotFound" if revision else "EntryNotFound")
 
+    def do_HEAD(self):
+        self.do_GET()
+
     def json(self, content):
         self.answer(200, json.dumps(content).encode(), Content_Type="application/json")
 
@@ -457,11 +424,10 @@ class HubHandler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(request, tmp_path, monkeypatch):
+def hub(tmp_path, monkeypatch):
     """A loopback hub that this process's client, which read its environment long ago, uses."""
-    kind = getattr(request, "param", "vit")
-    write(kind, tmp_path / "served")
-    server = Hub(kind, tmp_path / "served")
+    write("vit", tmp_path / "served")
+    server = Hub(tmp_path / "served")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     address = f"http://127.0.0.1:{server.server_port}"
@@ -484,35 +450,35 @@ LEADING = dict.fromkeys(("ijepa", "siglip", "siglip_vision_model", "swin"), 0)
 LEADING |= dict.fromkeys(("dinov2_with_registers", "dinov3_vit"), 4)
 
 
-@pytest.mark.parametrize("hub", FAMILIES, indirect=True)
-def test_embeddings_of_every_family_are_those_of_transformers(hub, tmp_path):
-    kind, model = hub.kind, build(hub.kind)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_embeddings_of_every_family_are_those_of_transformers(kind, tmp_path):
+    folder, shards = tmp_path / "whole", tmp_path / "shards"
+    model = write(kind, folder)
     if kind == "vit_mae":
         model.config.mask_ratio = model.vit.embeddings.config.mask_ratio = 0.0
     images = [image for image in MIXED if min(image.shape[1:]) > 2]
-    outputs, leading = features(model, tmp_path / "served", images), LEADING.get(kind, 1)
+    outputs, leading = features(model, folder, images), LEADING.get(kind, 1)
     expected = mean_tokens(outputs, leading)
-    encoder = load("someone/vit")
-    assert relative_error(encoder.embed(images), expected) < 1e-5
+    encoder = load(folder)
+    assert_close(encoder.embed(images), expected)
     assert encoder.embed_dim == expected.shape[1]
     assert encoder.description["family"] == kind
-    bicubic = MODELS[kind][2].get("resample") == 3
-    assert encoder.description["resize"] == ("bicubic" if bicubic else "bilinear") + ", antialiased"
-    shards, half = tmp_path / "shards", build(hub.kind).bfloat16()
+    resample = "bicubic" if MODELS[kind][2].get("resample") == 3 else "bilinear"
+    assert encoder.description["resize"] == f"{resample}, antialiased"
+    half = build(kind).bfloat16()
     half.save_pretrained(shards, max_shard_size="10KB")
-    model.load_state_dict(half.state_dict())  # in float32, but rounded
-    expected = mean_tokens(features(model, tmp_path / "served", images), leading)
-    (shards / PREPROCESSOR).write_bytes((tmp_path / "served" / PREPROCESSOR).read_bytes())
+    shutil.copy(folder / PREPROCESSOR, shards)
     assert (shards / "model.safetensors.index.json").exists()
-    assert relative_error(load(str(shards)).embed(images), expected) < 1e-5
+    model.load_state_dict(half.state_dict())  # in float32, but rounded
+    assert_close(load(shards).embed(images), mean_tokens(features(model, folder, images), leading))
     if not leading:
         with pytest.raises(UserError, match="no class token"):
-            load("someone/vit", pooling="cls")
+            load(folder, pooling="cls")
         return
     name = "pooler_output" if kind.startswith("clip") else "last_hidden_state"
     tokens = torch.cat([found[name].reshape(-1, encoder.embed_dim)[:1] for found in outputs])
-    found = load("someone/vit", pooling="cls")
-    assert relative_error(found.embed(images), tokens) < 1e-5
+    found = load(folder, pooling="cls")
+    assert_close(found.embed(images), tokens)
     assert found.description["pooling"] == "class token"
     assert found.key != encoder.key
 
@@ -524,7 +490,7 @@ def test_a_hub_model_is_downloaded_once_and_found_again_without_a_network(hub, t
     first = load("someone/vit")
     assert sorted(hub.downloads) == WANTED
     expected = load(tmp_path / "served").embed(MIXED)
-    torch.testing.assert_close(first.embed(MIXED), expected, atol=0, rtol=0)
+    assert torch.equal(first.embed(MIXED), expected)
     assert first.description["revision"] == COMMIT
     assert first.description["short_name"] == "vit"
     for options in ({}, {"offline": True}, {"revision": COMMIT}):
@@ -533,6 +499,7 @@ def test_a_hub_model_is_downloaded_once_and_found_again_without_a_network(hub, t
     hub.shutdown()
     hub.server_close()
     assert load("someone/vit").key == first.key
+    assert load("someone/vit", pooling="cls").key != first.key
 
 
 @pytest.mark.usefixtures("hub")
@@ -552,7 +519,6 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit():
         ("private", "not on the hub", "HF_TOKEN"),
         ("unauthorized", "could not be downloaded", "HF_TOKEN"),
         ("broken", "could not be downloaded", "run again"),
-        ("busy", "could not be downloaded", "run again"),
         ("with a space", "not a file, a directory or a hub id", "looks like"),
     ],
 )
@@ -562,20 +528,14 @@ def test_what_the_hub_refuses_is_said_in_words(name, problem, hint):
     assert hint in error.hint
 
 
-def test_a_model_that_is_not_in_the_cache_needs_a_network(hub, monkeypatch):
+def test_a_model_that_is_not_in_the_cache_needs_a_network_that_works(hub, monkeypatch):
     assert "local cache" in failure("someone/vit", offline=True).problem
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in failure("someone/vit").hint
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    hub.breaks = True
+    assert "could not be downloaded" in failure("someone/vit").problem
+    assert hub.downloads
     hub.shutdown()
     hub.server_close()
     assert "could not be downloaded" in failure("someone/vit").problem
-
-
-def test_a_broken_connection_is_a_clear_error_until_it_is_there_again(hub, tmp_path):
-    hub.breaks = True
-    assert "could not be downloaded" in failure("someone/vit").problem
-    hub.breaks = False
-    shutil.rmtree(tmp_path / "cache")
-    expected = load(tmp_path / "served").embed(MIXED)
-    assert torch.equal(load("someone/vit").embed(MIXED), expected)

@@ -36,32 +36,26 @@ def all_blocks(height, width, grid_size):
     }
 
 
-def assert_disjoint(masks):
-    """Contexts are sorted, without repeats, and hold no patch of a target."""
+def assert_disjoint(masks, num_patches):
+    """Contexts are sorted patches of the grid, without repeats, and none of a target."""
     for context, blocks in zip(masks.context.tolist(), masks.targets.tolist(), strict=True):
-        assert sorted(set(context)) == context
+        assert sorted({*context} & {*range(num_patches)}) == context
         assert not set(context) & {patch for block in blocks for patch in block}
 
 
 @pytest.mark.parametrize(("config", "grid_size"), [(SMALL, 4), (DEFAULT, 8)])
-def test_every_target_is_a_block_inside_the_grid_and_every_block_occurs(config, grid_size):
+def test_every_block_occurs_as_a_target_and_no_context_touches_its_own(config, grid_size):
     shapes = possible_shapes(config.target_scale, config.target_aspect, grid_size)
     allowed = {block for shape in shapes for block in all_blocks(*shape, grid_size)}
     seen = set()
     for seed in range(500):  # 4 x 4 blocks come once in a hundred batches
-        for image in draw(config, grid_size, 32, seed).targets.tolist():
+        masks = draw(config, grid_size, 32, seed)
+        assert masks.context.shape == (32, config.context_patches)
+        assert masks.targets.shape[:2] == (32, config.num_targets)
+        assert_disjoint(masks, grid_size**2)
+        for image in masks.targets.tolist():
             seen.update(map(tuple, image))
     assert seen == allowed
-
-
-@pytest.mark.parametrize(("config", "grid_size"), [(SMALL, 4), (DEFAULT, 8)])
-@pytest.mark.parametrize("seed", range(2))
-def test_context_is_sorted_without_repeats_and_never_touches_a_target(config, grid_size, seed):
-    masks = draw(config, grid_size, 128, seed)
-    assert masks.context.shape == (128, config.context_patches)
-    assert masks.targets.shape[:2] == (128, config.num_targets)
-    assert set(masks.context.flatten().tolist()) <= set(range(grid_size**2))
-    assert_disjoint(masks)
 
 
 def test_context_stays_in_its_large_block_while_enough_patches_are_left_there():
@@ -97,23 +91,18 @@ def test_positions_differ_between_images_and_blocks_but_the_shape_is_shared():
     assert (relative == relative[0, 0]).all()
 
 
-def test_crowded_images_stack_their_blocks_until_the_context_fits():
-    # Four blocks of 4 x 4 cover far more than the 64 - 40 patches that may go; two may overlap.
-    config = MaskConfig(4, (0.25, 0.25), (1.0, 1.0), (1.0, 1.0), 40)
-    masks = draw(config, 8, 500)
-    distinct = [len({tuple(block) for block in image}) for image in masks.targets.tolist()]
-    assert set(distinct) >= {1, 2, 3}
-    assert_disjoint(masks)
-
-
-def test_images_with_room_keep_all_their_blocks_when_others_are_crowded():
-    # The same draws with a context that always fits show where the blocks were before any move.
+def test_crowded_images_alone_stack_their_blocks_until_the_context_fits():
     sizes = ((0.25, 0.25), (1.0, 1.0), (1.0, 1.0))
-    moved = draw(MaskConfig(4, *sizes, 25), 8, 500).targets
+    # Four blocks of 4 x 4 cover up to 64 patches; some images have room for their context.
+    masks = draw(MaskConfig(4, *sizes, 36), 8, 500)
+    # The same draws with a context that always fits show where the blocks were before any move.
     original = draw(MaskConfig(4, *sizes, 1), 8, 500).targets
-    for after, before in zip(moved.tolist(), original.tolist(), strict=True):
+    for after, before in zip(masks.targets.tolist(), original.tolist(), strict=True):
         covered = {patch for block in before for patch in block}
-        assert (after == before) == (64 - len(covered) >= 25)
+        assert (after == before) == (64 - len(covered) >= 36)
+    distinct = {len({tuple(block) for block in image}) for image in masks.targets.tolist()}
+    assert distinct == {1, 2, 3, 4}
+    assert_disjoint(masks, 64)
 
 
 @pytest.mark.parametrize("seed", range(2))

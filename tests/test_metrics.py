@@ -16,14 +16,9 @@ def clustered(n=120, d=7, num_classes=4, seed=0):
     return (centers[labels] + generator.normal(size=(n, d)) + 3).astype(np.float32), labels
 
 
-def naive_neighbors(X, k):
-    Z = X.astype(np.float64) / np.linalg.norm(X.astype(np.float64), axis=1, keepdims=True)
-    lists = []
-    for i in range(len(Z)):
-        # Rounded, so that the oracle does not order exact ties by their last bit.
-        others = [(-round(float(Z[i] @ Z[j]), 6), j) for j in range(len(Z)) if j != i]
-        lists.append([j for _, j in sorted(others)[:k]])
-    return np.array(lists)
+def neighbors_of_scikit_learn(X, k):
+    search = NearestNeighbors(n_neighbors=k, metric="cosine").fit(X.astype(np.float64))
+    return search.kneighbors()
 
 
 @pytest.mark.parametrize(("n", "d"), [(60, 12), (30, 50)])
@@ -89,12 +84,17 @@ def test_effective_rank_is_the_exponential_entropy_of_the_singular_values(shape,
 def test_neighbors_equal_scikit_learn(n):
     X = clustered(n)[0]
     neighbors, similarities = metrics.nearest_neighbors(X, 9)
-    search = NearestNeighbors(n_neighbors=9, metric="cosine").fit(X.astype(np.float64))
-    distances, expected = search.kneighbors()
+    distances, expected = neighbors_of_scikit_learn(X, 9)
     assert (neighbors == expected).mean() > 0.998  # but for similarities within a millionth
     np.testing.assert_allclose(similarities, 1 - distances, atol=1e-6)
-    assert similarities.dtype == np.float32
-    assert neighbors.dtype == np.int32
+    assert (neighbors.dtype, similarities.dtype) == (np.int32, np.float32)
+
+
+def test_rows_small_next_to_the_others_keep_their_direction():
+    X = clustered(90, 12)[0] + 5
+    X[::9] = np.random.default_rng(3).normal(size=(10, 12)).astype(np.float32) * 1e-6
+    expected = neighbors_of_scikit_learn(X, 7)[1]
+    np.testing.assert_array_equal(metrics.nearest_neighbors(X, 7)[0], expected)
 
 
 @pytest.mark.parametrize("offset", [0, 40])
@@ -124,29 +124,6 @@ def test_neighbors_equal_a_sort_by_exact_similarity_and_index(k):
     np.testing.assert_allclose(similarities, similar, atol=1e-7)
 
 
-def test_rows_small_next_to_the_others_keep_their_direction():
-    X = clustered(90, 12)[0] + 5
-    X[::9] = np.random.default_rng(3).normal(size=(10, 12)).astype(np.float32) * 1e-6
-    np.testing.assert_array_equal(metrics.nearest_neighbors(X, 7)[0], naive_neighbors(X, 7))
-
-
-@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-@pytest.mark.parametrize("n", [120, 700])
-def test_mean_silhouettes_of_halves_equal_scikit_learn(metric, n):
-    X, labels = clustered(n)
-    rare = np.arange(n) < 3
-    labels[rare], X[5] = 9, X[6]
-    first = np.random.default_rng(4).random((3, n)) < 0.5
-    halves = np.stack([first, ~first], axis=1).reshape(6, n) | rare  # one class is always whole
-    expected = [
-        sklearn_metrics.silhouette_score(X[keep].astype(float), labels[keep], metric=metric)
-        for keep in halves
-    ]
-    name = {"euclidean": "silhouette", "cosine": "silhouette_cosine"}[metric]
-    ours = metrics.all_pairs(X, 0, labels, halves).half_silhouettes[name]
-    np.testing.assert_allclose(ours, expected, atol=2e-6)
-
-
 SILHOUETTES = {
     "euclidean": lambda X, labels: metrics.all_pairs(X, labels=labels).silhouettes,
     "cosine": metrics.cosine_silhouettes,
@@ -159,6 +136,28 @@ def test_silhouettes_are_nan_for_one_class_or_single_images_and_0_for_equal_imag
         assert np.isnan(SILHOUETTES[metric](clustered(6)[0], labels)).all()
     X, labels = np.full((8, 5), 0.3, np.float32), np.arange(8) % 2
     assert (SILHOUETTES[metric](X, labels) == 0).all()
+
+
+@pytest.mark.parametrize("metric", SILHOUETTES)
+@pytest.mark.parametrize("n", [120, 700])
+def test_silhouettes_and_their_means_on_halves_equal_scikit_learn(metric, n):
+    X, labels = clustered(n)
+    labels[:3], X[5] = [99, 9, 9], X[6]  # 99 is a class of one image
+    ours = SILHOUETTES[metric](X, labels)
+    theirs = sklearn_metrics.silhouette_samples(X.astype(np.float64), labels, metric=metric)
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    assert ours.mean() == pytest.approx(theirs.mean(), abs=1e-7)
+    assert ours[0] == 0
+    first = np.random.default_rng(4).random((3, n)) < 0.5
+    whole = np.arange(n) < 3  # small classes are in both halves
+    halves = np.stack([first, ~first], axis=1).reshape(6, n) | whole
+    expected = [
+        sklearn_metrics.silhouette_score(X[keep].astype(float), labels[keep], metric=metric)
+        for keep in halves
+    ]
+    name = {"euclidean": "silhouette", "cosine": "silhouette_cosine"}[metric]
+    found = metrics.all_pairs(X, 0, labels, halves).half_silhouettes[name]
+    np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
 def test_precision_counts_equal_labels_among_the_first_k():
@@ -179,7 +178,7 @@ def test_chance_precision_is_the_precision_of_all_other_images():
     assert np.isnan(metrics.chance_precision(np.arange(5)))
 
 
-def test_knn_vote_equals_a_naive_loop():
+def test_knn_vote_equals_a_naive_loop_and_ties_go_to_the_lowest_label():
     X, labels = clustered(90, 3, seed=3)
     labels = labels * 10 - 5
     neighbors, similarities = metrics.nearest_neighbors(X, 20)
@@ -192,25 +191,9 @@ def test_knn_vote_equals_a_naive_loop():
     correct = metrics.knn_correct(neighbors, similarities, labels)
     assert correct.tolist() == expected
     assert 0 < correct.mean() < 1
-
-
-def test_ties_of_a_vote_go_to_the_lowest_label():
-    neighbors, labels = np.array([[1, 2]] * 4), np.array([3, 3, 8, 8])
     level = np.full((4, 2), 0.5, np.float32)
-    assert metrics.knn_correct(neighbors, level, labels).tolist() == [1, 1, 0, 0]
-
-
-@pytest.mark.parametrize("metric", SILHOUETTES)
-@pytest.mark.parametrize("n", [120, 700])
-def test_silhouettes_equal_scikit_learn(metric, n):
-    X, labels = clustered(n)
-    labels[0] = 99  # a class of one image
-    X[5] = X[6]
-    ours = SILHOUETTES[metric](X, labels * 3)
-    theirs = sklearn_metrics.silhouette_samples(X.astype(np.float64), labels, metric=metric)
-    np.testing.assert_allclose(ours, theirs, atol=1e-6)
-    assert ours.mean() == pytest.approx(theirs.mean(), abs=1e-7)
-    assert ours[0] == 0
+    tied = metrics.knn_correct(np.array([[1, 2]] * 4), level, np.array([3, 3, 8, 8]))
+    assert tied.tolist() == [1, 1, 0, 0]
 
 
 def test_hubness_equals_scipy_skew_of_the_counts():

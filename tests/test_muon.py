@@ -1,21 +1,14 @@
-import numpy as np
 import pytest
 import torch
 
-from ijepa.muon import Muon, orthogonalize
+from ijepa.muon import Muon
 
-SHAPES = [(12, 5), (5, 12), (8, 8), (12, 5), (1, 6)]
+SHAPES = [(12, 5), (5, 12), (8, 8), (12, 5), (1, 6), (6, 1)]
 
 
 def make_weights():
     generator = torch.Generator().manual_seed(0)
     return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
-
-
-def set_gradients(weights, seed):
-    generator = torch.Generator().manual_seed(seed)
-    for weight in weights:
-        weight.grad = torch.randn(weight.shape, generator=generator)
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.5}])
@@ -24,10 +17,12 @@ def test_it_is_the_optimizer_of_pytorch_but_for_the_dtype_of_products(options, d
     ours, theirs = make_weights(), make_weights()
     optimizer = Muon(ours, 0.1, 0.3, dtype, **options)
     oracle = torch.optim.Muon(theirs, 0.1, 0.3, **options, adjust_lr_fn="match_rms_adamw")
-    for seed in range(4):
-        for weights, one in ((ours, optimizer), (theirs, oracle)):
-            set_gradients(weights, seed)
-            one.step()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = other.grad = torch.randn(one.shape, generator=generator)
+        optimizer.step()
+        oracle.step()
         for one, other in zip(ours, theirs, strict=True):
             # The same directions; a product is rounded before it is subtracted.
             torch.testing.assert_close(one, other, atol=atol, rtol=0)
@@ -36,19 +31,6 @@ def test_it_is_the_optimizer_of_pytorch_but_for_the_dtype_of_products(options, d
         assert saved.keys() == expected.keys()
         assert torch.equal(saved["momentum_buffer"], expected["momentum_buffer"])
         assert dtype == torch.bfloat16 or not torch.equal(one, other)
-
-
-@pytest.mark.parametrize("shape", [(30, 30), (40, 10), (10, 40), (1, 9), (9, 1)])
-def test_the_singular_vectors_stay_and_the_values_come_near_to_1(shape):
-    rng = np.random.default_rng(0)
-    vectors = np.linalg.svd(rng.normal(size=shape), full_matrices=False)
-    values = np.geomspace(1, 0.02, min(shape))  # at least a hundredth of their norm
-    matrix = vectors[0] * values @ vectors[2]
-    ours = orthogonalize(torch.tensor(matrix)[None])[0].numpy()
-    inner = vectors[0].T @ ours @ vectors[2].T
-    np.testing.assert_allclose(inner, np.diag(np.diag(inner)), atol=1e-12)
-    assert 0.68 < np.diag(inner).min() <= np.diag(inner).max() < 1.21
-    np.testing.assert_allclose(vectors[0] @ inner @ vectors[2], ours, atol=1e-12)
 
 
 def test_no_gradient_is_no_step_and_a_zero_one_only_decays():

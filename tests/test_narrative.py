@@ -21,23 +21,20 @@ UNCLEAR = Estimate(0.01, 0.02, (-0.03, 0.05))
 UNKNOWN = Estimate(0.1, NAN, (NAN, NAN))
 UNDEFINED = Estimate(NAN, NAN, (NAN, NAN))
 CLASSES = ["cat", "dog"]
-SINGLES = (1,) * 8
-"""No class has two images: precision is not defined."""
+SINGLES = (1,) * 8  # no class has two images: precision is not defined
 
 
 @cache
 def make(num_models=2, sizes=(25, 25), references=True, names=("tiny (target)", "huge_14")):
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(len(sizes)), sizes)
-    widths = {"local": 16, "hf": 24, "pixels": 6, "random_weights": 16}
     clouds = {
         name: (rng.normal(size=(len(labels), width)) + labels[:, None]).astype(np.float32)
-        for name, width in widths.items()
+        for name, width in {"local": 16, "hf": 24, "pixels": 6, "random_weights": 16}.items()
     }
-    models = {name: clouds[name] for name in list(widths)[:num_models]}
-    others = {name: clouds[name] for name in list(widths)[2:] if references}
-    names = dict(zip(("local", "hf"), names, strict=True))
-    return compare(models, others, labels, seed=0, names=names)
+    models = {name: clouds[name] for name in ("local", "hf")[:num_models]}
+    others = {name: clouds[name] for name in ("pixels", "random_weights") if references}
+    return compare(models, others, labels, 0, names=dict(zip(("local", "hf"), names, strict=True)))
 
 
 @pytest.fixture(scope="module")
@@ -80,20 +77,19 @@ def records(table):
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
-def probe_of(comparison, *references):
+def probe_of(comparison):
     rng = np.random.default_rng(1)
     labels = comparison.analyses["local"].labels
     queries = {role: a.embeddings for role, a in comparison.analyses.items()}
-    queries |= {name: rng.normal(size=(len(labels), 4)).astype(np.float32) for name in references}
-    banks = {
-        role: X + rng.normal(size=X.shape).astype(np.float32) / 9 for role, X in queries.items()
-    }
+    queries["pixels"] = rng.normal(size=(len(labels), 4)).astype(np.float32)
+    noise = {role: rng.normal(size=X.shape).astype(np.float32) / 9 for role, X in queries.items()}
+    banks = {role: X + noise[role] for role, X in queries.items()}
     return measure_probe(banks, queries, labels, labels, 0)
 
 
 @pytest.fixture(scope="module")
 def probe(pair):
-    return probe_of(pair, "pixels")
+    return probe_of(pair)
 
 
 @pytest.mark.parametrize("bounds", [(0.0, 0.0), (0.0, 0.2), (-0.2, 0.0)])
@@ -121,24 +117,23 @@ def test_a_finding_claims_what_its_interval_allows(pair, finding, metric, claim,
     assert ("no verdict" in said) == (estimate is UNKNOWN)
 
 
-@pytest.mark.parametrize(
-    ("estimate", "words"),
-    [(LOWER, "baseline retrieves better than the local model"), (UNCLEAR, "No difference in")],
-)
-def test_better_than_a_reference_needs_an_interval_too(pair, estimate, words):
-    changed = replace(pair, gains={"random_weights": estimate})
-    text = narrative.retrieval_finding(changed)
-    assert words in text
-    assert f"local - random weights {gap(P5, estimate)}" in text
-    assert words in " ".join(narrative.conclusions(changed))
+def test_better_than_a_reference_needs_an_interval_too(pair):
+    for estimate, words in (
+        (LOWER, "baseline retrieves better than the local model"),
+        (UNCLEAR, "No difference in"),
+    ):
+        changed = replace(pair, gains={"random_weights": estimate})
+        text = narrative.retrieval_finding(changed)
+        assert words in text
+        assert f"local - random weights {gap(P5, estimate)}" in text
+        assert words in " ".join(narrative.conclusions(changed))
 
 
-def test_nothing_is_said_twice(pair, probe):
+def test_nothing_is_said_twice_and_conclusions_have_no_numbers(pair, probe):
     text = report(pair, probe=probe)
     said = [part for part in re.split(r"(?<=[.)])\s", text) if len(part.split()) > 6]
     # A verdict without its numbers is a conclusion, or that of agreement, which has none.
-    repeated = {part for part in said if said.count(part) > 1}
-    assert repeated <= {narrative.agreement_ruling(pair)}
+    assert {part for part in said if said.count(part) > 1} <= {narrative.agreement_ruling(pair)}
     lower = {name: probe.differences[name] | {"estimate": LOWER} for name in ("linear", "knn")}
     sure = replace(probe, differences=probe.differences | lower)
     conclusions = narrative.conclusions(pair, sure)
@@ -217,7 +212,6 @@ def test_agreement_is_claimed_only_above_its_levels(pair, mutual, words):
     text = narrative.agreement_finding(changed)
     assert words in text
     assert (interval("mutual_knn", mutual) in text) == np.isfinite(mutual.value)
-    assert ("more nearest neighbors than" in text) == (mutual.ci95[0] > 0.4)
 
 
 @pytest.mark.parametrize(("cka", "more"), [(0.5, True), (0.4, False)])
@@ -242,10 +236,7 @@ def test_common_geometry_is_claimed_only_above_the_permutations(pair, cka, more)
     ],
 )
 def test_a_class_counts_by_interval_and_corrected_test(pair, rows, hf, local, unclear):
-    found = [
-        {"label": label, "difference": estimate, "holm_p": p}
-        for label, (estimate, p) in enumerate(rows)
-    ]
+    found = [{"label": i, "difference": one, "holm_p": p} for i, (one, p) in enumerate(rows)]
     text = narrative.classes_finding(replace(pair, per_class=found), CLASSES)
     assert re.findall(r"HF model retrieves better on (\w+)", text) == hf
     assert re.findall(r"local model retrieves better on (\w+)", text) == local
@@ -265,17 +256,15 @@ def test_confusion_names_the_class_that_neighbors_stray_to():
 
 
 def test_groups_of_classes_are_named_once_where_the_models_agree(pair):
-    names = ["airplane", "cat", "dog", "ship"]
     tree = {"merges": [[[1], [2], 0.1], [[0], [3], 0.2]], "top": [[1, 2], [3, 0]]}
     other = {"merges": [[[3], [0], 0.1], [[1], [2], 0.2]], "top": [[0, 3], [2, 1]]}
     groups = {"local": tree, "hf": tree, "cophenetic": 0.87, "p": 0.004}
-    same, differ, none = (
-        narrative.class_groups_finding(replace(pair, class_groups=found), names)
-        for found in (groups, groups | {"hf": other}, {})
-    )
-    assert same.count("airplane and ship from cat and dog") == 1
-    for words in ("cat and dog merge first", "0.870", "p = 0.004"):
-        assert words in same
+    found = (replace(pair, class_groups=one) for one in (groups, groups | {"hf": other}, {}))
+    names = ["airplane", "cat", "dog", "ship"]
+    same, differ, none = (narrative.class_groups_finding(one, names) for one in found)
+    assert same.count("airplane and ship from cat and dog; cat and dog merge first") == 1
+    assert "0.870" in same
+    assert "p = 0.004" in same
     assert differ.count("airplane and ship from cat and dog") == 2
     assert "airplane and ship merge first" in differ
     assert none == ""
@@ -295,13 +284,19 @@ def test_the_spread_over_seeds_is_next_to_the_error_over_images(pair, trainings,
 
 
 def test_the_probe_names_measure_bank_and_all_models(pair, probe):
-    text = narrative.probe_finding(probe)
+    text, alone = narrative.probe_finding(probe), probe_of(make(1))
     for measure, words in (("linear", "linear-probe accuracy"), ("knn", "20-NN accuracy")):
         assert words in text
         assert gap(measure, probe.differences[measure]["estimate"]) in text
     assert "50 labeled images" in text
     assert "other banks" in text
     assert "given this bank" in narrative.probe_finding(replace(probe, bank_in_intervals=False))
+    assert text in report(pair, probe=probe)
+    assert "Probe" not in report(pair)
+    assert "HF" not in str([narrative.probe_finding(alone), tables.probe_table(alone)])
+
+
+def test_the_probe_has_tables_of_all_accuracies_and_of_the_classes(pair, probe):
     header, *rows = tables.probe_table(probe)
     assert header[1:] == ["Local", "HF", "Pixels", "HF - local [95%]"]
     shown = {row[0]: row for row in rows}
@@ -309,46 +304,31 @@ def test_the_probe_names_measure_bank_and_all_models(pair, probe):
     assert shown["Linear"][4] == gap("linear", probe.differences["linear"]["estimate"])
     few = interval("knn", probe.models["hf"]["few_shot"][10]["knn"]["estimate"])
     assert shown["kNN, k = 20, images per class: 10"][2].startswith(few)
-    one = probe_of(make(1))
-    assert "HF" not in str([narrative.probe_finding(one), tables.probe_table(one)])
-    assert "Probe" not in report(pair)
-    assert text in report(pair, probe=probe)
+    for measure in ("linear", "knn"):
+        table = tables.probe_class_table(probe, measure, CLASSES)
+        for cell, facts in zip(records(table), probe.per_class, strict=True):
+            found = facts[measure]
+            assert cell["Class"] == CLASSES[facts["label"]]
+            assert cell["HF [95%]"] == interval(measure, found["hf"])
+            assert cell["HF - local [95%]"] == gap(measure, found["difference"]["estimate"])
+        assert table[1][2] in report(pair, probe=probe)
 
 
-@pytest.mark.parametrize("measure", ["linear", "knn"])
-def test_the_probe_has_a_table_of_classes(pair, probe, measure):
-    table = tables.probe_class_table(probe, measure, CLASSES)
-    for cell, found in zip(records(table), probe.per_class, strict=True):
-        assert cell["Class"] == CLASSES[found["label"]]
-        assert cell["HF [95%]"] == interval(measure, found[measure]["hf"])
-        assert cell["HF - local [95%]"] == gap(measure, found[measure]["difference"]["estimate"])
-    assert table[1][2] in report(pair, probe=probe)
-
-
-@pytest.mark.parametrize(
-    ("metric", "value", "shown"),
-    [
-        *((P5, 0.4983, "49.8%"), (P5, 0.7285, "72.9%"), (P5, -0.00001, "0.0%")),
-        *(("silhouette", -0.00004, "0.000"), ("embedding_dim", 1280.0, "1,280")),
-        *(
-            ("effective_rank", 87.04, "87.0"),
-            ("ratio", 0.727, "73%"),
-            ("variance_10pc", NAN, "n/a"),
-        ),
-    ],
-)
-def test_numbers_are_printed_without_negative_zeros_or_nan(metric, value, shown):
-    assert number(metric, value) == shown
-
-
-def test_an_interval_is_printed_where_there_is_one():
+def test_numbers_are_printed_without_negative_zeros_or_nan_and_with_an_interval_if_any():
+    percent = [number(P5, value) for value in (0.4983, 0.7285, -0.00001, NAN)]
+    assert percent == ["49.8%", "72.9%", "0.0%", "n/a"]
+    assert [number("silhouette", -0.00004), number("ratio", 0.727)] == ["0.000", "73%"]
+    assert [number("embedding_dim", 1280.0), number("effective_rank", 87.04)] == ["1,280", "87.0"]
     assert interval(P5, HIGHER, "+") == "+10.0% [+6.0, +14.0]"
     assert interval(P5, UNKNOWN) == "10.0%"
     assert gap(P5, HIGHER) == "+10.0 points [+6.0, +14.0]"
     assert gap("silhouette", Estimate(0.0, 0.0, (0.0, 0.0))) == "+0.000 [+0.000, +0.000]"
+
+
+def test_a_small_error_and_a_bound_near_zero_get_more_digits():
     for metric, se, shown in (
         (P5, 0.001, "+0.4% [+0.2, +0.6]"),
-        (P5, 0.0009, "+0.42% [+0.25, +0.60]"),  # digits that show a small error
+        (P5, 0.0009, "+0.42% [+0.25, +0.60]"),
         ("silhouette", 1e-12, "+0.004235 [+0.004235, +0.004235]"),
     ):
         estimate = Estimate(0.0042349, se, (0.0042349 - 1.96 * se, 0.0042349 + 1.96 * se))
@@ -366,37 +346,30 @@ def test_the_table_names_models_chance_directions_and_references(pair):
     assert rows[4][4:6] == [gap(P5, pair.differences[P5]["estimate"]), number(P5, 24 / 49)]
     assert {len(row) for row in tables.headline_table(make(1))} == {5}
     assert tables.headline_table(make(references=False))[0][5:] == ["Chance"]
-
-
-def test_the_mean_over_classes_is_shown_where_classes_differ_in_size(pair):
+    # Where classes differ in size, the mean over them is a row.
     uneven = make(sizes=(40, 22))
     hits = np.split(uneven.analyses["hf"].precisions(5), [40])
     assert tables.headline_table(uneven)[-1][2] == number(P5, np.mean([one.mean() for one in hits]))
-    assert "over classes" not in str(tables.headline_table(pair))
+    assert "over classes" not in str(rows)
 
 
 def test_the_confusion_table_is_the_confusion_of_both_models(pair):
     header, *rows = tables.confusion_table(pair, ["a", "b"])
     assert header == ["Image", "a", "b"]
     local, hf = (100 * neighbor_confusion(pair.analyses[name], 2) for name in ("local", "hf"))
-    for name, shown, *shares in zip("ab", rows, local, hf, strict=True):
-        assert shown == [
-            name,
-            *(f"{one:.0f} / {two:.0f}" for one, two in zip(*shares, strict=True)),
-        ]
+    shares = [
+        [f"{x:.0f} / {y:.0f}" for x, y in zip(*row, strict=True)]
+        for row in zip(local, hf, strict=True)
+    ]
+    assert rows == [["a", *shares[0]], ["b", *shares[1]]]
     assert "/" not in str(tables.confusion_table(make(1), ["a", "b"]))
     assert "| Image |" in report(pair, [*"abcdefghijkl"])
     assert "| Image |" not in report(pair, [*"abcdefghijklm"])
 
 
 def test_the_table_of_classes_has_intervals_tests_and_agreement(pair):
-    found = zip(
-        records(tables.class_table(pair, CLASSES)),
-        pair.per_class,
-        pair.class_precision["local"],
-        strict=True,
-    )
-    for cell, row, precision in found:
+    shown, precisions = records(tables.class_table(pair, CLASSES)), pair.class_precision["local"]
+    for cell, row, precision in zip(shown, pair.per_class, precisions, strict=True):
         assert cell["n"] == "25"
         assert cell["Local [95%]"] == interval(P5, precision)
         assert cell["HF - local [95%]"] == gap(P5, row["difference"])
@@ -440,11 +413,10 @@ def test_a_report_has_its_sections_no_undefined_number_and_no_long_sentence(argu
 
 
 def test_the_overview_says_what_was_trained_and_the_protocol_what_was_done(pair):
-    losses = "I-JEPA prediction + view matching (InfoNCE)"
-    known = {"losses": losses, "parameters": 2_700_000, "epochs": 3, "planned_epochs": 9}
-    text = report(pair, local=known | {"pooling": "mean over patch tokens"}).split("## Quant")[0]
-    overview, protocol = text.split("*Protocol.*")
-    for said in (losses, "2.7 million", "3 of 9 planned"):
+    known = {"losses": "view matching (InfoNCE)", "epochs": 3, "planned_epochs": 9}
+    known |= {"parameters": 2_700_000, "pooling": "mean over patch tokens"}
+    overview, protocol = report(pair, local=known).split("## Quant")[0].split("*Protocol.*")
+    for said in ("view matching (InfoNCE)", "2.7 million", "3 of 9 planned"):
         assert said in overview
     assert "not recorded" in report(pair).split("*Protocol.*")[0]
     for said in ("mean over patch tokens", "cosine", "25 images of each of 2", "seed 0", "scipy"):
@@ -496,16 +468,13 @@ def test_what_limits_the_numbers_is_a_caveat_and_only_then(pair, word, arguments
     assert said_of(pair, word) == []
 
 
-def test_both_sides_with_the_same_weights_are_named(pair):
+def test_same_weights_few_images_small_classes_and_single_images_are_caveats(pair):
     assert not said_of(pair, "same weights", local=FILE, hf=FILE | {"weights": "context"})
-    same = replace(pair, analyses=dict.fromkeys(("local", "hf"), pair.analyses["local"]))
-    assert said_of(same, "same weights")
-
-
-def test_few_images_small_classes_and_single_images_are_caveats(pair):
     few = make(sizes=(8, 8))
+    same = replace(pair, analyses=dict.fromkeys(("local", "hf"), pair.analyses["local"]))
     seeds = replace(pair, seeds={P5: SeedSpread([0.5], 0.5, 0.0)})
     for comparison, words, said in (
+        (same, "same weights", True),
         (few, "no intervals and no verdicts", True),
         (pair, "no intervals", False),
         (replace(pair, small_classes=3), "within 3 classes of fewer than 20 images", True),

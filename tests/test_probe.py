@@ -1,6 +1,7 @@
 import json
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,25 +24,19 @@ from ijepa.errors import UserError
 from ijepa.probe import KS, L2_GRID, probe, select_bank
 
 
-def clouds(n, d=12, num_classes=3, noise=1.6, seed=0, offset=2.0):
-    generator = np.random.default_rng(seed)
-    centers = np.random.default_rng(99).normal(size=(num_classes, d))
-    labels = np.arange(n) % num_classes
-    points = offset + centers[labels] + noise * generator.normal(size=(n, d))
-    return points.astype(np.float32), labels
-
-
 def two_models(num_bank, num_queries, num_classes=3):
     """Banks and queries of both models, then the labels of each."""
-    sizes, noises = (num_bank, num_queries), {"local": 1.6, "hf": 2.0}
+    generator = np.random.default_rng(0)
+    centers = 2 + generator.normal(size=(num_classes, 12))
+    labels = [np.arange(n) % num_classes for n in (num_bank, num_queries)]
     points = [
         {
-            name: clouds(n, num_classes=num_classes, noise=noise, seed=10 * part + row)[0]
-            for row, (name, noise) in enumerate(noises.items())
+            name: (centers[own] + noise * generator.normal(size=(len(own), 12))).astype(np.float32)
+            for name, noise in (("local", 1.6), ("hf", 2.0))
         }
-        for part, n in enumerate(sizes)
+        for own in labels
     ]
-    return *points, *(np.arange(n) % num_classes for n in sizes)
+    return *points, *labels
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +52,7 @@ def large():
 
 @pytest.fixture(scope="module")
 def digits():
-    """Scans with offsets and unequal scales, as embeddings have them."""
+    """Scans with offsets and unequal scales, as embeddings have them: X, Q, y, q."""
     X, y = load_digits(return_X_y=True)
     generator = np.random.default_rng(0)
     X = X @ (generator.normal(size=(64, 48)) * np.logspace(0, -2, 48)) + generator.normal(size=48)
@@ -66,18 +61,15 @@ def digits():
 
 @pytest.fixture(scope="module")
 def digits_probe(digits):
-    X, Q, y, q = digits
-    return probe({"local": X}, {"local": Q}, y, q, 0)
-
-
-def votes(distances):
-    return np.exp((1 - distances) / 0.07)
+    X, Q, *labels = digits
+    return probe({"local": X}, {"local": Q}, *labels, 0)
 
 
 @pytest.mark.parametrize("k", KS)
 def test_knn_accuracy_is_that_of_scikit_learn(digits, digits_probe, k):
     X, Q, y, q = digits
-    neighbors = KNeighborsClassifier(k, weights=votes, metric="cosine", algorithm="brute")
+    look = {"metric": "cosine", "algorithm": "brute"}
+    neighbors = KNeighborsClassifier(k, weights=lambda d: np.exp((1 - d) / 0.07), **look)
     expected = neighbors.fit(X, y).predict(Q)
     assert digits_probe.models["local"]["knn"][k].value == pytest.approx((expected == q).mean())
     if k == KS[0]:
@@ -97,31 +89,27 @@ def test_linear_accuracy_is_that_of_scikit_learn_at_the_same_penalty(digits, l2)
 
 def test_the_penalty_is_chosen_on_a_tenth_of_the_bank(digits, digits_probe):
     X, _, y, _ = digits
-    held_out = probes.draw_parts(y, 0)[0]
-    counts = np.bincount(y)
-    np.testing.assert_array_equal(np.bincount(y[held_out]), counts // 10)
-    scaler, found = StandardScaler().fit(X), digits_probe.models["local"]
-    Z = scaler.transform(X)
-    for l2, accuracy in found["held_out_accuracy"].items():
+    held_out, found = probes.draw_parts(y, 0)[0], digits_probe.models["local"]
+    np.testing.assert_array_equal(np.bincount(y[held_out]), np.bincount(y) // 10)
+    Z, accuracies = StandardScaler().fit_transform(X), found["held_out_accuracy"]
+    for l2, accuracy in accuracies.items():
         regression = LogisticRegression(C=1 / (l2 * (~held_out).sum()), max_iter=5000)
         expected = regression.fit(Z[~held_out], y[~held_out]).score(Z[held_out], y[held_out])
         # One of the hundred images held out.
         assert accuracy == pytest.approx(expected, abs=1.01 / held_out.sum())
     # The strongest within a standard error of the best.
-    accuracies = found["held_out_accuracy"]
     best = max(accuracies.values())
     limit = best - np.sqrt(best * (1 - best) / held_out.sum())
     assert found["l2"] == max(l2 for l2, accuracy in accuracies.items() if accuracy >= limit)
     assert found["l2"] > max(l2 for l2, accuracy in accuracies.items() if accuracy == best)
 
 
-def test_scale_offset_rotation_and_constant_columns_change_no_linear_answer(digits):
+def test_scale_offset_and_constant_columns_change_no_linear_answer(digits):
     X, Q, y, _ = digits
     expected = probes.linear_answers(X, y, Q, l2=1e-3)[0]
-    scale = np.logspace(-1, 1, X.shape[1])
-    constant = [np.hstack([scale * Z + 3, np.full((len(Z), 1), 7.1)]) for Z in (X, Q)]
-    X2, Q2 = (Z.astype(np.float32) for Z in constant)
-    assert (probes.linear_answers(X2, y, Q2, l2=1e-3)[0] == expected).mean() > 0.997
+    scaled = [Z * np.logspace(-1, 1, X.shape[1]) + 3 for Z in (X, Q)]
+    X, Q = (np.pad(Z, ((0, 0), (0, 1)), constant_values=7.1).astype(np.float32) for Z in scaled)
+    assert (probes.linear_answers(X, y, Q, l2=1e-3)[0] == expected).mean() > 0.997
 
 
 def test_pixels_are_reduced_on_the_bank_alone(digits):
@@ -132,7 +120,7 @@ def test_pixels_are_reduced_on_the_bank_alone(digits):
         expected = pca.transform(Z)
         signs = np.sign((found * expected).sum(axis=0))
         np.testing.assert_allclose(found[:, :20] * signs[:20], expected[:, :20], atol=1e-2)
-    wide = clouds(30, d=700)[0]
+    wide = np.random.default_rng(0).normal(size=(30, 700)).astype(np.float32)
     assert probes.principal_components(wide, wide[:4])[1].shape == (4, 30)
 
 
@@ -148,7 +136,6 @@ def test_wilson_intervals_and_paired_tests_of_a_large_bank(large):
     # With one disagreement more than was seen.
     variance = (np.square(gains).sum() + 1) / n - gains.mean() ** 2
     assert change["estimate"].se == pytest.approx(np.sqrt(variance / n))
-    assert change["estimate"].se == pytest.approx(gains.std() / np.sqrt(n), rel=0.05)
     assert (change["wins"], change["losses"]) == ((gains > 0).sum(), (gains < 0).sum())
     table = [[0, change["wins"]], [change["losses"], 0]]
     assert change["p"] == change["mcnemar_p"] == pytest.approx(mcnemar(table, exact=True).pvalue)
@@ -160,10 +147,11 @@ def test_a_small_bank_widens_the_intervals(small):
     found, correct = probed.models["local"]["linear"], probed.correct["local"]["linear"]
     wilson = proportion_confint(correct.sum(), 300, method="wilson")
     assert found.ci95[0] < wilson[0] < wilson[1] < found.ci95[1]
-    pairs, l2, accuracies = probes.draw_parts(bank_labels, 5)[1], probed.models["local"]["l2"], []
+    pairs, accuracies = probes.draw_parts(bank_labels, 5)[1], []
     for keep in pairs:
         part = banks["local"][keep], bank_labels[keep], queries["local"]
-        accuracies.append((probes.linear_answers(*part, l2=l2)[0] == labels).mean())
+        answers = probes.linear_answers(*part, l2=probed.models["local"]["l2"])[0]
+        accuracies.append((answers == labels).mean())
     halves = np.subtract(accuracies[::2], accuracies[1::2]) / 2
     image = correct.mean() * (1 - correct.mean()) / 300
     assert found.se == pytest.approx(np.sqrt(image + np.square(halves).mean()))
@@ -177,8 +165,7 @@ def test_a_small_bank_widens_the_intervals(small):
 
 def test_each_class_has_its_accuracy_and_the_tests_are_corrected(large):
     labels = np.arange(299) % 4
-    assert [row["label"] for row in large.per_class] == [0, 1, 2, 3]
-    assert sum(row["n"] for row in large.per_class) == 299
+    assert [row["n"] for row in large.per_class] == [75, 75, 75, 74]
     for measure in ("knn", "linear"):
         for row in large.per_class:
             correct = large.correct["hf"][measure][labels == row["label"]]
@@ -192,17 +179,15 @@ def test_each_class_has_its_accuracy_and_the_tests_are_corrected(large):
 
 def test_few_images_are_drawn_alike_for_all_models():
     banks, queries, *labels = two_models(90, 200)
-    banks["twin"], queries["twin"] = banks["local"].copy(), queries["local"].copy()
+    banks["twin"], queries["twin"] = banks["local"], queries["local"]
     probed = probe(banks, queries, *labels, 3)
     few = {name: model["few_shot"] for name, model in probed.models.items()}
     assert few["twin"] == few["local"]
-    same = probed.gains["twin"]
-    for size in probes.FEW_IMAGES:
-        for measure in ("knn", "linear"):
-            assert same["few_shot"][size][measure]["estimate"].ci95 == (0, 0)
-            paired = probed.differences["few_shot"][size][measure]["estimate"].value
-            one, other = (few[name][size][measure]["estimate"].value for name in ("hf", "local"))
-            assert paired == pytest.approx(one - other)
+    gains, changes = probed.gains["twin"]["few_shot"], probed.differences["few_shot"]
+    for size, measure in product(probes.FEW_IMAGES, ("knn", "linear")):
+        assert gains[size][measure]["estimate"].ci95 == (0, 0)
+        one, other = (few[name][size][measure]["estimate"].value for name in ("hf", "local"))
+        assert changes[size][measure]["estimate"].value == pytest.approx(one - other)
     draws = probes.draw_parts(labels[0], 3)[2]
     assert {size: len(kept) for size, kept in draws.items()} == {1: 20, 10: 20}
     parts = [(banks["hf"][keep], labels[0][keep], queries["hf"]) for keep in draws[10]]
@@ -216,38 +201,26 @@ def test_few_images_are_drawn_alike_for_all_models():
     assert found["estimate"].se == pytest.approx(np.sqrt(drawn + image))
 
 
-def test_nothing_is_chosen_on_the_queries(small):
-    (*data, labels), right = small
-    wrong = probe(*data, (labels + 1) % 3, 5)
-    for name in ("local", "hf"):
-        for key in ("l2", "held_out_accuracy"):
-            assert wrong.models[name][key] == right.models[name][key]
-
-
-def test_the_order_of_the_queries_does_not_matter_and_the_seed_repeats(small):
+def test_neither_labels_nor_order_of_the_queries_matter_and_the_seed_repeats(small):
     (banks, queries, bank_labels, labels), expected = small
+    assert probe(*small[0], 5).record() == expected.record()
     order = np.random.default_rng(0).permutation(300)
     shuffled = {name: Q[order] for name, Q in queries.items()}
     found = probe(banks, shuffled, bank_labels, labels[order], 5)
     np.testing.assert_array_equal(found.correct["hf"]["knn"], expected.correct["hf"]["knn"][order])
-    assert probe(*small[0], 5).record() == expected.record()
-
-
-def test_models_that_never_differ_have_an_interval_all_the_same():
-    right = np.ones((1, 50), bool)
-    found = probes.difference(right, right)
-    low, high = found["estimate"].ci95
-    assert low < 0 < high
-    assert found["p"] == 1
+    wrong = probe(banks, queries, bank_labels, (labels + 1) % 3, 5)
+    for name, model in wrong.models.items():
+        for chosen in ("l2", "held_out_accuracy"):
+            assert model[chosen] == expected.models[name][chosen]
 
 
 def test_queries_of_a_class_that_the_bank_lacks_count_as_wrong():
-    banks, queries, bank_labels, query_labels = two_models(90, 60)
+    banks, queries, bank_labels, labels = two_models(90, 60)
     kept = bank_labels != 1
     banks = {name: X[kept] for name, X in banks.items()}
-    probed = probe(banks, queries, bank_labels[kept], query_labels, 0)
+    probed = probe(banks, queries, bank_labels[kept], labels, 0)
     assert probed.per_class[1]["linear"]["local"].value == 0
-    assert not probed.correct["hf"]["knn"][query_labels == 1].any()
+    assert not probed.correct["hf"]["knn"][labels == 1].any()
     assert any("20 compared images" in note and "lacks" in note for note in probed.notes)
 
 
@@ -270,14 +243,8 @@ def test_tiny_banks_give_numbers_and_say_what_is_left_out(counts):
     json.dumps(probed.record(), allow_nan=False)
 
 
-def test_what_is_no_number_is_refused():
+def test_what_is_no_number_is_refused_and_progress_reaches_its_total():
     banks, queries, *labels = two_models(30, 12)
-    broken = {**banks, "hf": np.where(np.arange(30)[:, None] == 4, np.nan, banks["hf"])}
-    with pytest.raises(UserError, match="NaN"):
-        probe(broken, queries, *labels, 0)
-
-
-def test_progress_reaches_its_total():
     seen = []
 
     @contextmanager
@@ -285,25 +252,27 @@ def test_progress_reaches_its_total():
         yield SimpleNamespace(update=seen.append)
         assert (sum(seen), desc) == (total, "probe")
 
-    probe(*two_models(30, 12), 0, progress)
+    probe(banks, queries, *labels, 0, progress)
     assert seen == [12, 12]
+    banks["hf"][4] = np.nan
+    with pytest.raises(UserError, match="NaN"):
+        probe(banks, queries, *labels, 0)
 
 
 def test_a_bank_is_balanced_nested_matched_by_name_and_free_of_compared_images():
     labels = np.repeat([0, 1, 2], [30, 40, 50])
-    pixels = torch.arange(120)[:, None, None, None].expand(-1, 3, 2, 2).to(torch.uint8)
-    pixels = torch.where(torch.arange(120)[:, None, None, None] == 7, 100, pixels)
+    shades = np.arange(120)
+    shades[7] = 100  # a copy
+    pixels = torch.from_numpy(shades)[:, None, None, None].expand(-1, 3, 2, 2).to(torch.uint8)
     train = Split("x", "train", ("c", "b", "a"), pixels, labels, np.arange(120))
-    rows = np.array([7, 31, 33])
-    compared = replace(train.take(rows), classes=("a", "b"), labels=np.array([0, 1, 0]))
-    small, excluded = select_bank(train, compared, 30, 4)
-    large, _ = select_bank(train, compared, 60, 4)
-    everything, _ = select_bank(train, compared, 0, 4)
+    compared = train.take(np.array([7, 31, 33]))
+    compared = replace(compared, classes=("a", "b"), labels=np.array([0, 1, 0]))
+    (small, excluded), (large, _), (everything, _) = (
+        select_bank(train, compared, limit, 4) for limit in (30, 60, 0)
+    )
     assert excluded == 4
-    assert not {7, 100, 31, 33} & set(everything.indices.tolist())
-    assert len(everything) == 116
+    taken = [set(one.indices.tolist()) for one in (small, large, everything)]
+    assert taken[0] < taken[1] < taken[2] == set(range(120)) - {7, 100, 31, 33}
     # a and b have the numbers of the compared ones; c has one of its own.
     assert everything.labels.tolist() == [[2, 1, 0][labels[row]] for row in everything.indices]
     assert np.bincount(small.labels).tolist() == [10, 10, 10]
-    taken = [set(one.indices.tolist()) for one in (small, large, everything)]
-    assert taken[0] < taken[1] < taken[2]

@@ -33,22 +33,15 @@ def test_the_table_of_flags_is_the_usage():
     assert set(documented) == offered
 
 
-def test_every_row_of_the_results_is_in_the_committed_report():
+def test_the_results_and_the_command_beside_them_are_those_of_the_committed_report():
     rows = re.findall(r"^\| (?:Metric|Embedding|Variance in|Silh|NN ).*$", README, re.MULTILINE)
     assert len(rows) == 6
     for row in rows:
         assert row in REPORT
-
-
-def test_the_probe_of_the_results_is_in_the_committed_report():
     for name, of_report in (("Linear probe", "Linear"), ("kNN, k = 20", "kNN, k = 20")):
         (cells,) = re.findall(rf"^\| {name} \| (.*) \|$", README, re.MULTILINE)
         assert f"| {of_report} | {cells} |" in REPORT
-
-
-def test_the_command_beside_the_results_made_them():
-    command = REPORT.split("```bash\n")[1].split("\n```")[0]
-    assert command in README
+    assert REPORT.split("```bash\n")[1].split("\n```")[0] in README
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
@@ -76,17 +69,16 @@ def test_the_printed_output_is_that_of_the_committed_page():
 
 
 def test_nothing_committed_holds_a_path_of_the_machine_that_made_it():
-    texts = [README, REPORT, (ROOT / "comparison_results" / "metrics.json").read_text()]
-    texts.append((ROOT / "checkpoints_300ep" / "README.md").read_text())
-    texts.append(EXAMPLE)
-    assert not any(str(Path.home()) in text or "/tmp/" in text for text in texts)
+    others = ("comparison_results/metrics.json", "checkpoints_300ep/README.md")
+    for text in (README, REPORT, EXAMPLE, *((ROOT / name).read_text() for name in others)):
+        assert str(Path.home()) not in text
+        assert "/tmp/" not in text
 
 
 def test_the_committed_page_is_small_and_of_the_checkpoint_that_ships():
     assert len(EXAMPLE.encode()) < 2_400_000
-    metrics = json.loads(
-        html.unescape(re.search(r'<pre id="metrics"[^>]*>(.*?)</pre>', EXAMPLE, re.DOTALL)[1])
-    )
+    shown = re.search(r'<pre id="metrics"[^>]*>(.*?)</pre>', EXAMPLE, re.DOTALL)[1]
+    metrics = json.loads(html.unescape(shown))
     assert metrics["dataset"]["name"] == "digits"
     shipped = sha256(ROOT / "checkpoints_300ep" / "checkpoint_latest.pt")
     assert metrics["models"]["local"]["sha256"] == shipped, "make example"

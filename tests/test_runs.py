@@ -13,9 +13,8 @@ FLOAT = torch.float32
 
 def test_a_run_is_monitored_by_the_mean_tokens_of_plain_images(tiny_vit):
     encoder = VisionTransformer(tiny_vit)
-    images = torch.randint(
-        0, 256, (258, 3, 32, 32), dtype=torch.uint8
-    )  # one batch of 256 and a rest
+    size = (258, 3, 32, 32)  # one batch of 256 and a rest
+    images = torch.randint(0, 256, size, dtype=torch.uint8)
     images[::2] //= 8  # a dark and a bright class
     tokens = encoder(images.float() / 127.5 - 1)
     embeddings = tokens.mean(dim=1).detach().numpy()

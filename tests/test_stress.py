@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
-from ijepa.comparison import Comparison, compare
+from ijepa.comparison import compare
 from ijepa.errors import UserError
 
 
@@ -23,12 +23,6 @@ def with_row(factor):
     return X, labels
 
 
-def skewed():
-    labels = np.zeros(301, dtype=np.int64)
-    labels[150] = 1
-    return clusters(301)[0], labels
-
-
 X, LABELS = clusters(120)
 CASES = {
     "ordinary": (X, LABELS),
@@ -41,7 +35,7 @@ CASES = {
     "two classes": clusters(60, num_classes=2),
     "one image per class": (X, np.arange(120)),
     "a thousand classes": clusters(1500, num_classes=1000),
-    "300 to 1": skewed(),
+    "300 to 1": (clusters(301)[0], (np.arange(301) == 150).astype(int)),
     "four images": (X[:4], LABELS[:4] % 2),
     "two images of each class": clusters(20, num_classes=10),
 }
@@ -85,7 +79,6 @@ NO_CKA = {"all equal", "four images", "one row huge"}
 def test_numbers_at_their_limits_equal_the_float64_oracle(name):
     X, labels = CASES[name]
     found = compare({"local": X, "hf": X[::-1].copy()}, {}, labels, 0)
-    assert isinstance(found, Comparison)
     for metric, value in oracle(X, labels).items():
         ours = found.metrics["local"][metric].value
         assert ours == pytest.approx(value, abs=1e-6, nan_ok=True), metric
@@ -100,9 +93,8 @@ def test_a_power_of_two_changes_no_bit_of_any_number():
     assert small.agreement == same.agreement == large.agreement
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_what_is_no_number_is_refused_with_the_image(bad):
+def test_what_is_no_number_is_refused_with_the_image():
     broken = X.copy()
-    broken[7, 2] = bad
+    broken[7, 2] = -np.inf
     with pytest.raises(UserError, match="image 7"):
         compare({"local": X, "hf": broken}, {"pixels": X}, LABELS, 0)
