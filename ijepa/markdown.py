@@ -152,8 +152,7 @@ def caveats(
     `notes` are those of the data, the cache and the run.
     """
     models, data, n = facts["models"], facts["dataset"], count(comparison)
-    dtypes = sorted({str(model.get("dtype")) for model in models.values()})
-    epochs = sorted({model["epochs"] for model in models.values() if model.get("epochs")})
+    dtypes, epochs = (unlike(comparison, models, key) for key in ("dtype", "epochs"))
     sizes = np.unique(comparison.analyses["local"].labels, return_counts=True)[1]
     single, small = int((sizes == 1).sum()), comparison.small_classes
     copies = data.get("duplicates", {"images": 0, "with_two_labels": 0})
@@ -167,11 +166,8 @@ def caveats(
     ]
     rules = [
         (same_weights(comparison, models), "Both sides hold the same weights."),
-        (len(dtypes) > 1, f"The two sides differ in dtype: {listed(dtypes)}."),
-        (
-            len(epochs) > 1,
-            f"The two sides differ in epochs of training: {listed([*map(str, epochs)])}.",
-        ),
+        (dtypes, f"The two sides differ in dtype: {dtypes}."),
+        (epochs, f"The two sides differ in epochs of training: {epochs}."),
         (
             data["split"] == "train",
             "The checkpoint may have been trained on these images (train split): "
@@ -211,6 +207,14 @@ def caveats(
     if (used := next(iter(maps.tsne.values())).perplexity) < PERPLEXITY:
         found.append(f"The t-SNE perplexity is {used:.1f}, not {PERPLEXITY:.0f}.")
     return list(dict.fromkeys(found))
+
+
+def unlike(comparison: Comparison, models: Mapping[str, Any], key: str) -> str:
+    """Each model with its value, such as "local 300 and HF 47"; nothing if they have the same."""
+    values = {role: models[role].get(key) for role in comparison.names}
+    if None in values.values() or len(set(values.values())) == 1:
+        return ""
+    return listed([f"{label(role)} {value}" for role, value in values.items()])
 
 
 def same_weights(comparison: Comparison, models: Mapping[str, Any]) -> bool:

@@ -451,7 +451,7 @@ FILE = {"sha256": "ab", "weights": "target"}
     ("word", "arguments"),
     [
         ("dtype", {"local": {"dtype": "bfloat16"}, "hf": {"dtype": "float32"}}),
-        ("epochs of training: 3 and 9", {"local": {"epochs": 9}, "hf": {"epochs": 3}}),
+        ("epochs of training: local 9 and HF 3", {"local": {"epochs": 9}, "hf": {"epochs": 3}}),
         ("9 planned", {"local": {"epochs": 3, "planned_epochs": 9}}),
         ("heads are assumed", {"local": {"notes": ["64 heads are assumed."]}}),
         ("two files", {"notes": ["two files were left out."]}),
