@@ -170,7 +170,7 @@ def compare_pair(
     """All numbers of two models, by field of `Comparison`.
 
     From their metrics `values`, and mutual kNN on the halves. The seed is that of the permutations
-    and of the pairs of images that are correlated.
+    and of the images whose similarities are correlated.
     """
     labels, mutual = local.labels, None
     if local.neighbors.shape[1] >= MUTUAL_K:

@@ -116,7 +116,7 @@ class SeedSpread:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All numbers of a run. Keys of the mappings are `local` and, if it was given, `hf`."""
+    """All numbers of a run but a probe's. Keys of the mappings are `local` and, if given, `hf`."""
 
     analyses: dict[str, Analysis]
     names: dict[str, str]  # short, for tables and sentences
@@ -159,7 +159,7 @@ def compare(  # noqa: PLR0913
         embeddings: `local` and perhaps `hf`, with their rows in the same order.
         references: Embeddings that show what a number means, such as raw pixels; may be empty.
         labels: Class of each row, a whole number from 0.
-        seed: Of the half-samples, the permutations and the pairs for Spearman's correlation.
+        seed: Of the half-samples, the permutations and the images for Spearman's correlation.
         other_seeds: Embeddings by other trainings of the local model.
         device: "cpu", or a CUDA device for all pairs of images.
         names: Short names of the models.

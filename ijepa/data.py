@@ -190,7 +190,8 @@ def load_folder(folder: Path, split: str) -> Split:
     A folder of splits (see `choose_split`) is read at the chosen one.
 
     Raises:
-        UserError: If there are fewer than two classes with images, or the split is missing.
+        UserError: If there are fewer than two classes with images, all of their names are those of
+            a layout, such as images and labels, or the split is missing.
     """
     left_out: LeftOut = defaultdict(Counter)
     root = choose_split(folder, split, left_out)

@@ -1,6 +1,6 @@
 """Several processes that work as one: they share the rows of a batch and combine the results.
 
-Without a process group every function is the identity, and a run is one process.
+Without a process group there is one process, and every function leaves its input as it is.
 """
 
 import os

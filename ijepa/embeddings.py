@@ -151,7 +151,8 @@ def extract(
         be decoded, with the reasons.
 
     Raises:
-        UserError: If the cache cannot be written, memory runs out, or another process ended.
+        UserError: If the cache cannot be written, memory runs out, another process ended, or stored
+            embeddings lack an image.
     """
     keep_freed_memory()
     keys = split.image_keys

@@ -133,8 +133,8 @@ def participation_ratio(eigenvalues: Eigenvalues, n: int) -> float:
     """Participation ratio (sum l)^2 / sum l^2 of a covariance from n images, at least 1.
 
     A finite sample spreads its eigenvalues, which lowers the plain ratio. To correct for that, 1/n
-    is subtracted from its inverse. The estimate may slightly exceed the width d. NaN if nothing
-    varies.
+    is subtracted from its inverse. The estimate may exceed the width d, by far where n is near d.
+    NaN if nothing varies.
     """
     total = eigenvalues.sum()
     return float(1.0 / (np.square(eigenvalues / total).sum() - 1.0 / n)) if total > 0 else NAN
@@ -406,7 +406,7 @@ def knn_correct(
 def hubness(neighbors: Neighbors, k: int = 10) -> dict[str, float]:
     """How unevenly images serve as neighbors: statistics of the number of k-NN lists each is in.
 
-    `skew` is 0 for even counts and NaN if all are equal, `maximum` the largest count and
+    `skew` is 0 for symmetric counts and NaN if all are equal, `maximum` the largest count and
     `anti_hub_share` the share of images in no list; all are NaN for fewer than k neighbors.
     Radovanović et al. 2010, "Hubs in Space", Journal of Machine Learning Research 11.
     """

@@ -91,7 +91,7 @@ def orthogonalize(matrices: Float[Tensor, "b m n"]) -> Float[Tensor, "b m n"]:
 def make_optimizers(
     parameters: Sequence[nn.Parameter], lr: float, weight_decay: float, dtype: torch.dtype
 ) -> tuple[Muon, torch.optim.AdamW]:
-    """Muon for matrices; AdamW for patch projection, mask token and vectors, which do not decay."""
+    """Muon for matrices; AdamW for patch projection, mask token and, without decay, vectors."""
     muon = Muon([p for p in parameters if p.ndim == 2], lr, weight_decay, dtype)
     groups = [
         {"params": [p for p in parameters if p.ndim > 2], "weight_decay": weight_decay},

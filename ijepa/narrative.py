@@ -124,11 +124,11 @@ def answer(comparison: Comparison) -> str:
     """Which model retrieves better, how well, and whether a reference does better than both."""
     if why := undefined(comparison):
         return why
-    best = max(values[P5].value for values in comparison.metrics.values())
+    highs = [values[P5].ci95[1] for values in comparison.metrics.values()]
     above = [
         f"{called(name)} ({number(P5, values[P5])})"
         for name, values in comparison.references.items()
-        if best < values[P5]
+        if all(high < values[P5] for high in highs)
     ]
     return paragraph(
         models_ruling(comparison.differences, P5, count(comparison)),
@@ -366,14 +366,12 @@ def findings(comparison: Comparison, classes: Sequence[str], probe: Any = None) 
 
 def conclusions(comparison: Comparison, probe: Any = None) -> list[str]:
     """The verdicts without their numbers, or why there are none."""
-    if not comparison.num_halves:
-        return [undefined(comparison) or NO_INTERVALS]
-    found = [
-        undefined(comparison) or models_ruling(comparison.differences, P5, count(comparison)),
-        *reference_rulings(comparison),
-        *probe_rulings(probe),
-        separability_ruling(comparison),
-        agreement_ruling(comparison) if comparison.agreement else "",
-    ]
+    first, rest = undefined(comparison) or NO_INTERVALS, []
+    if comparison.num_halves:
+        ruling_on_models = models_ruling(comparison.differences, P5, count(comparison))
+        first = undefined(comparison) or ruling_on_models
+        agreed = agreement_ruling(comparison) if comparison.agreement else ""
+        rest = [*reference_rulings(comparison), separability_ruling(comparison), agreed]
+    found = [first, *rest, *probe_rulings(probe)]
     # The numbers are the parentheses at the end.
     return [re.sub(r" \([^()]*\)\.$", ".", sentence) for sentence in found if sentence]

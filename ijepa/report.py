@@ -1,8 +1,8 @@
 """Write what a run found: figures, tables, `report.md`, and `metrics.json` last.
 
 `metrics.json` has schema version 2: shares as fractions, null where a number is undefined. Except
-for errors, intervals and ratios an entry in `caveats` names it. Version 1 had `sign_flip_p`, and
-`holm_p` based on it, for `p`.
+for errors, intervals and the ratios of `differences` an entry in `caveats` names it. Version 1 had
+`sign_flip_p`, and `holm_p` based on it, for `p`.
 """
 
 import json

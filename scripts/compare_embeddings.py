@@ -49,7 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--local-weights", choices=["target", "context"], default="target",
         help="which encoder of that file (default: %(default)s)")
     add("--local-num-heads", type=whole(1), metavar="N",
-        help="attention heads, for files that do not record them (default: 64 channels each)")
+        help="attention heads, for files that do not record them (default: by the width)")
     add("--hf-model", metavar="SOURCE",
         help="second model, of the same kinds; none reports the first model only (default: "
         f"{HUB_MODEL}; with --offline the bundled {BUNDLED.name}/hf)")

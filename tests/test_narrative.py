@@ -138,15 +138,17 @@ def test_nothing_is_said_twice_and_conclusions_have_no_numbers(pair, probe):
     sure = replace(probe, differences=probe.differences | lower)
     conclusions = narrative.conclusions(pair, sure)
     assert len(set(conclusions)) == len(conclusions)
+    assert narrative.conclusions(make(sizes=(8, 8)), sure)[1:] == conclusions[-2:]
     assert "[" not in " ".join(conclusions)
 
 
-@pytest.mark.parametrize(("pixels", "both_below"), [(0.99, True), (0.01, False)])
-def test_two_models_below_pixels_are_said_to_be(pair, pixels, both_below):
-    references = {"pixels": {P5: pixels}, "random_weights": {P5: 0.0}}
-    said = narrative.answer(replace(pair, references=references))
-    assert ("Both models are below the pixels baseline (99.0%)" in said) == both_below
-    assert "random weights" not in said
+def test_two_models_are_below_pixels_that_are_above_their_intervals(pair):
+    best = max(values[P5].value for values in pair.metrics.values())
+    for pixels, both_below in ((0.99, True), (best + 1e-6, False), (0.01, False)):
+        references = {"pixels": {P5: pixels}, "random_weights": {P5: 0.0}}
+        said = narrative.answer(replace(pair, references=references))
+        assert ("Both models are below the pixels baseline (99.0%)" in said) == both_below
+        assert "random weights" not in said
 
 
 def test_findings_of_one_model_compare_nothing():
