@@ -19,6 +19,8 @@ from ijepa.agreement import class_groups, compare_pair
 from ijepa.metrics import NAN, SILENT, Embeddings, Labels, PerImage, Progress
 from ijepa.uncertainty import Analysis, Estimate, Halves, class_average, confusion, estimate
 
+MAX_GAP = 1000
+"""Labels without images are named in reports; with many more, labels are ids and no numbering."""
 MODEL_NAMES = {"local": "Local model", "hf": "HF model"}
 """What the models are called where no other name is given."""
 HEADLINES = ("variance_10pc", "variance_50pc", "silhouette", "precision_at_5")
@@ -166,39 +168,36 @@ def compare(  # noqa: PLR0913
         progress: See `Progress`.
 
     Raises:
-        ValueError: If there are other models, labels are not whole numbers from 0, or the numbers
-            of rows differ.
+        ValueError: If there are other models, labels do not number classes from 0, or embeddings
+            are no rows of real numbers, one for each label.
         UserError: If a row has NaN or infinity, or only zeros.
     """
-    labels = np.asarray(labels)
-    if labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
-        hint = "np.unique(names, return_inverse=True)[1] numbers the classes"
-        raise ValueError(f"labels must be whole numbers from 0, got {labels[:3]}: {hint}")
+    labels = as_labels(labels)
     if "local" not in embeddings or not embeddings.keys() <= MODEL_NAMES.keys():
         raise ValueError(f"embeddings must be of local, or local and hf, got {list(embeddings)}")
-    embeddings = {name: embeddings[name] for name in MODEL_NAMES if name in embeddings}
     seeds = {f"local_{row}": X for row, X in enumerate(other_seeds, start=2)}
+    given = {name: embeddings[name] for name in MODEL_NAMES if name in embeddings}
+    given |= {**references, **seeds}
+    arrays = {name: as_rows(X, name, len(labels)) for name, X in given.items()}
     halves, found = uncertainty.half_samples(labels, seed=seed), {}
-    for name, X in {**embeddings, **references, **seeds}.items():
-        if len(X) != len(labels):
-            raise ValueError(f"{name} has {len(X)} rows for {len(labels)} labels")
+    for name, X in arrays.items():
         own = halves[:0] if name in seeds else halves
         found[name] = analyze(X, labels, name, own, name in references, device, progress)
     values = {name: measure(a) for name, a in found.items()}
-    analyses = {name: found[name] for name in embeddings}
+    analyses = {name: found[name] for name in found if name in embeddings}
     pair = {"differences": {}, "per_class": [], "agreement": {}, "mutual": None}
     if "hf" in analyses:
         pair = compare_pair(analyses["local"], analyses["hf"], values, halves, seed)
     classes, codes = np.unique(labels, return_inverse=True)
-    means = {name: metrics.class_means(X, codes) for name, X in embeddings.items()}
+    means = {name: metrics.class_means(X, codes) for name, X in arrays.items() if name in analyses}
     return Comparison(
         analyses=analyses,
-        names={name: names[name] for name in analyses},
+        names={name: names.get(name, MODEL_NAMES[name]) for name in analyses},
         metrics={name: values[name] for name in analyses},
         references={
-            name: {"embedding_dim": float(X.shape[1])}
+            name: {"embedding_dim": float(arrays[name].shape[1])}
             | {metric: one.value for metric, one in values[name].items()}
-            for name, X in references.items()
+            for name in references
         },
         gains={name: gain(found["local"], found[name]) for name in references},
         class_precision={name: class_precision(a) for name, a in analyses.items()},
@@ -211,6 +210,34 @@ def compare(  # noqa: PLR0913
         seed=seed,
         **pair,
     )
+
+
+def as_labels(labels: Sequence[Any] | np.ndarray) -> Labels:
+    """Labels as an array; ValueError unless they are whole numbers that number classes."""
+    labels = np.asarray(labels)
+    hint = "np.unique(names, return_inverse=True)[1] numbers the classes"
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or labels.min(initial=0) < 0:
+        got = f"{labels.dtype} of shape {labels.shape}"
+        raise ValueError(f"labels must be whole numbers from 0 in one dimension, got {got}: {hint}")
+    if len(labels) < 2:
+        raise ValueError(f"there must be labels of at least 2 images, got {len(labels)}")
+    if labels.max() >= MAX_GAP + 10 * len(np.unique(labels)):
+        raise ValueError(f"labels are far apart, up to {labels.max():,}: {hint}")
+    return labels
+
+
+def as_rows(X: Any, name: str, n: int) -> Embeddings:
+    """Embeddings as an array of float32 or float64; ValueError unless they are n rows of numbers.
+
+    Float16 has too small a range for the products of rows.
+    """
+    X = np.asarray(X)
+    if X.ndim != 2 or X.dtype.kind not in "fiu":
+        got = f"{X.dtype} of shape {X.shape}"
+        raise ValueError(f"{name} must be rows of real numbers, one for each label, got {got}")
+    if len(X) != n:
+        raise ValueError(f"{name} has {len(X)} rows for {n} labels")
+    return X if X.dtype in (np.float32, np.float64) else X.astype(np.float32)
 
 
 def seed_spread(trainings: Sequence[Mapping[str, Estimate]]) -> dict[str, SeedSpread]:

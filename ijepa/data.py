@@ -25,6 +25,8 @@ SYSTEM_NAMES = {
     *("__macosx", "@eadir", "lost+found", "#recycle", "$recycle.bin"),
     *("system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"),
 }
+REPORT_FILES = ("metrics.json", "per_image.csv")
+"""A folder with these holds a report, whose figures are no images to compare."""
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
 LAYOUT_NAMES = {"images", "imgs", "labels", "masks", "annotations"}
@@ -201,7 +203,7 @@ def load_folder(folder: Path, split: str) -> Split:
             left_out["file outside the class folders"][path.suffix.lower()] += 1
         elif files := find_images(path, left_out, (root.resolve(),)):
             classes[path] = files
-        else:
+        elif path.name not in left_out.get("link to a folder above", ()):
             left_out["folder without images"][path.name] += 1
     if len(classes) < 2 or {path.name.lower() for path in classes} <= LAYOUT_NAMES:
         raise no_classes(folder, root, list(classes), left_out)
@@ -324,7 +326,8 @@ def holds_classes(folder: Path) -> bool:
 def entries(folder: Path, left_out: LeftOut) -> list[tuple[str, Path]]:
     """What a folder holds in the order of names, each a `folder`, an `image` or a `file`.
 
-    An image is known by its suffix. Hidden and system files are counted in `left_out`.
+    An image is known by its suffix. Hidden and system files and our own reports are counted in
+    `left_out`.
     """
     try:
         found = sorted(folder.iterdir())
@@ -334,7 +337,9 @@ def entries(folder: Path, left_out: LeftOut) -> list[tuple[str, Path]]:
     seen = []
     for path in found:
         is_folder = path.is_dir()
-        if path.name.startswith(".") or path.name.lower() in SYSTEM_NAMES:
+        if is_folder and all((path / name).is_file() for name in REPORT_FILES):
+            left_out["file of an earlier report"][path.name] += len(list(path.iterdir()))
+        elif path.name.startswith(".") or path.name.lower() in SYSTEM_NAMES:
             inside = sum(len(files) for _, _, files in os.walk(path)) if is_folder else 1
             left_out["file hidden or made by the operating system"][path.name] += inside
         else:
@@ -348,17 +353,18 @@ def find_images(folder: Path, left_out: LeftOut, above: tuple[Path, ...] = ()) -
 
     Links are followed, except those to a folder in which they lie.
     """
-    above = (*above, folder.resolve())
+    own = folder.resolve()
+    if any(one.is_relative_to(own) for one in above):
+        left_out["link to a folder above"][folder.name] += 1
+        return []
     found = []
     for kind, path in entries(folder, left_out):
         if kind == "image":
             found.append(path)
         elif kind == "file":
             left_out["file of another kind"][path.suffix.lower()] += 1
-        elif any(one.is_relative_to(path.resolve()) for one in above):
-            left_out["link to a folder above"][path.name] += 1
         else:
-            found += find_images(path, left_out, above)
+            found += find_images(path, left_out, (*above, own))
     return found
 
 

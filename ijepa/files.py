@@ -45,7 +45,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             raise
         raise UserError(
             f"cannot write {path}: {cause.strerror or cause}",
-            hint="check that the folder exists, is writable and has space left",
+            hint="check that the folder exists, is writable and has space left, or choose another "
+            "(--output-dir, --cache-dir)",
         ) from error
     finally:
         with suppress(OSError):

@@ -16,7 +16,7 @@ DIGITS |= {"quotient": 2}
 """Decimals of metrics with neither one (percentages) nor three (all others)."""
 MISSING = "n/a"
 NO_INTERVALS = (
-    "There are no intervals and no verdicts, but for a probe: "
+    "Neighbors, silhouettes and spectrum have no intervals and no verdicts: "
     f"no class has {MIN_IMAGES_PER_CLASS} images."
 )
 MAX_NAMES = 6  # in a sentence

@@ -11,7 +11,7 @@ import numpy as np
 from ijepa import narrative
 from ijepa.comparison import HEADLINES, Comparison
 from ijepa.errors import counted
-from ijepa.formats import NO_INTERVALS, P5, capital, label, listed
+from ijepa.formats import NO_INTERVALS, P5, capital, label, listed, number
 from ijepa.narrative import RETRIEVAL, called, count
 from ijepa.projections import PERPLEXITY, Maps
 from ijepa.tables import (
@@ -155,6 +155,7 @@ def caveats(
     dtypes, epochs = (unlike(comparison, models, key) for key in ("dtype", "epochs"))
     sizes = np.unique(comparison.analyses["local"].labels, return_counts=True)[1]
     single, small = int((sizes == 1).sum()), comparison.small_classes
+    limit = float(np.average(np.minimum(sizes - 1, 5) / 5, weights=sizes))
     copies = data.get("duplicates", {"images": 0, "with_two_labels": 0})
     seeds = "see the training seeds" if comparison.seeds else "one checkpoint is one draw"
     undefined = narrative.undefined(comparison)
@@ -189,7 +190,12 @@ def caveats(
         (missing, f"Undefined for this sample: {listed(missing)}."),
         (
             single and not undefined,
-            f"Precision and silhouette are undefined in {counted(single, 'class')} with one image.",
+            f"Precision and silhouette count as 0 in {counted(single, 'class')} with one image.",
+        ),
+        (
+            limit < 1 and not undefined,
+            "Where a class has fewer than six images, some of five neighbors must be of other "
+            f"classes: precision@5 cannot exceed {number(P5, limit)} here.",
         ),
         (not comparison.num_halves, NO_INTERVALS),
         (
@@ -236,6 +242,8 @@ def model_caveats(comparison: Comparison, role: str, model: Mapping[str, Any]) -
     baseline = max((values[P5] for values in comparison.references.values()), default=-1.0)
     epochs, planned = model.get("epochs"), model.get("planned_epochs")
     no_interval = math.isfinite(rank.value) and not math.isfinite(rank.se)
+    similarities = comparison.analyses[role].similarities
+    spreads = similarities[:, :1] - similarities[:, 5:][:, -1:]  # empty for six images or fewer
     rules = [
         (
             planned not in (None, epochs),
@@ -244,6 +252,12 @@ def model_caveats(comparison: Comparison, role: str, model: Mapping[str, Any]) -
         (
             no_interval and comparison.num_halves,
             f"The effective rank of {name} is above n / 2, which bounds it: no interval.",
+        ),
+        (
+            spreads.size and np.median(spreads) < 1e-5,
+            f"To {name} the first {similarities.shape[1]} neighbors of most images are equally "
+            "similar up to 0.00001. Similarities are rounded to a millionth, and the order of the "
+            "images decides between equals: subtract the mean embedding to tell them apart.",
         ),
         (
             math.isnan(rank.value),

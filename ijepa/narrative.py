@@ -226,10 +226,13 @@ def confusion_finding(comparison: Comparison, classes: Sequence[str]) -> str:
         if not ranked:  # precision@5 is not defined
             continue
         best, share = ranked["purest_class"].values()
-        purity = max(one.value for one in comparison.class_precision[role])
+        purities = [one.value for one in comparison.class_precision[role]]
+        tied = purities.count(max(purities))
+        first = f"{tied:,} classes have" if tied > 1 else f"{classes[best]} has"
+        again = halves("also", share) if tied == 1 else ""
         parts.append(
-            f"In {called(role)}, {classes[best]} has the purest neighborhoods: "
-            f"{number('share', purity)} of neighbors share its class{halves('also', share)}."
+            f"In {called(role)}, {first} the purest neighborhoods: "
+            f"{number('share', max(purities))} of neighbors share the class{again}."
         )
         pairs = [
             f"{classes[pair['from']]} -> {classes[pair['to']]} ({number('share', pair['share'])})"

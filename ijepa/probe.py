@@ -204,9 +204,14 @@ def knn_answers(X: Bank, codes: BankLabels, Q: Embeddings, ks: Sequence[int]) ->
 
 
 def principal_components(X: Bank, Q: Embeddings) -> list[Float[np.ndarray, "_ r"]]:
-    """Bank and queries on the first `PIXEL_COMPONENTS` principal axes of the bank."""
+    """Bank and queries on the first `PIXEL_COMPONENTS` principal axes of the bank.
+
+    Axes on which the bank has only rounding errors are left out: standardized, the position of a
+    query on them would be noise of any size.
+    """
     mean = X.mean(axis=0, dtype=np.float64).astype(np.float32)
-    axes = principal_axes(X - mean)[1][:, :PIXEL_COMPONENTS]
+    variances, axes = principal_axes(X - mean)
+    axes = axes[:, variances >= 1e-10 * variances[0]][:, :PIXEL_COMPONENTS]
     return [(rows - mean) @ axes for rows in (X, Q)]
 
 
@@ -328,7 +333,7 @@ def few_shot(first: Answers, second: Answers | None = None) -> dict[int, dict[st
     for size, scores in first.few.items():
         for m, key in MEASURES.items():
             gains = scores[key] * 1.0 - (second.few[size][key] if second else 0.0)
-            found[size][m] = over_draws(gains, size / first.fewest)
+            found[size][m] = over_draws(gains, size / first.fewest, -1.0 if second else 0.0)
     return found
 
 
@@ -365,17 +370,17 @@ def difference(first: Scores, second: Scores) -> dict[str, Any]:
     return {"estimate": found, "wins": wins, "losses": losses, "mcnemar_p": mcnemar, "p": p}
 
 
-def over_draws(scores: Shaped[np.ndarray, "R n"], share: float) -> dict[str, Any]:
+def over_draws(scores: Shaped[np.ndarray, "R n"], share: float, lowest: float) -> dict[str, Any]:
     """`estimate`, the mean over draws and queries, with the variances of both; `sd` over draws.
 
-    Draws of a share of the bank overlap by this share.
+    Draws of a share of the bank overlap by this share. Scores lie between `lowest` and 1.
     """
     num_draws, n = scores.shape
     mean, sd = float(scores.mean()), float(scores.mean(axis=1).std(ddof=1))
     drawn = sd * np.sqrt(1 / num_draws + share / (1 - share))
     images = scores.mean(axis=0).std() / np.sqrt(n)
     margin = float(np.hypot(_NORMAL * images, stdtrit(num_draws - 1, 0.975) * drawn))
-    ci95 = (mean - margin, mean + margin)
+    ci95 = (max(lowest, mean - margin), min(1.0, mean + margin))
     return {"estimate": Estimate(mean, float(np.hypot(images, drawn)), ci95), "sd": sd}
 
 

@@ -26,6 +26,7 @@ from ijepa.data import Split
 from ijepa.embeddings import save_embeddings
 from ijepa.errors import git_commit
 from ijepa.files import sha256, write_text
+from ijepa.formats import NO_INTERVALS
 from ijepa.images import shrink
 from ijepa.markdown import caveats as find_caveats
 from ijepa.markdown import markdown
@@ -117,6 +118,7 @@ def draw(
     words = caption("Explained variance", how)
     yield "variance_explained.png", plots.plot_variance_explained(maps.pca, words)
     how = "Intervals over images, from stratified half-samples."
+    how = how if comparison.num_halves else NO_INTERVALS
     words = caption("Precision@5 by class", how, [classes[row] for row in np.unique(labels)])
     differences = [row["difference"] for row in comparison.per_class]
     figure = plots.plot_class_precision(comparison.class_precision, differences, words)
@@ -298,7 +300,7 @@ def unnamed(comparison: Comparison) -> Split:
 
 
 def write_report(
-    folder: Path,
+    folder: str | Path,
     comparison: Comparison,
     split: Split | None = None,
     facts: Mapping[str, Any] | None = None,
@@ -314,7 +316,7 @@ def write_report(
     Raises:
         UserError: If a file cannot be written.
     """
-    began = time.perf_counter()
+    began, folder = time.perf_counter(), Path(folder)
     split = split or unnamed(comparison)
     facts = complete(comparison, split, facts or {})
     X = {role: analysis.embeddings for role, analysis in comparison.analyses.items()}

@@ -178,7 +178,10 @@ def load_images(args: argparse.Namespace) -> "Split":
         split = replace(split, notes=(*split.notes, note))
     sample = balanced_sample(split, args.max_samples, args.seed)
     if len(sample) < len(split):
-        note = f"{len(sample):,} of {len(split):,} images are compared: --max-samples 0 takes all"
+        all_classes, classes = (len(set(one.labels.tolist())) for one in (split, sample))
+        which = f" and {classes:,} of {all_classes:,} classes" * (classes < all_classes)
+        note = f"{len(sample):,} of {len(split):,} images{which} are compared: --max-samples 0 "
+        note += "takes all"
         sample = replace(sample, notes=(*sample.notes, note))
     sample = sample.readable(find_unreadable(sample), args.skip_unreadable)
     check_size(sample)

@@ -149,6 +149,12 @@ def test_images_that_fail_only_when_decoded_are_left_out_too(script, embed, make
         embed("--dataset", folder)
 
 
+def test_a_sample_says_how_many_of_the_classes_are_in_it(embed, make_image_folder):
+    folder = make_image_folder(dict.fromkeys("abcde", 1))
+    (note,) = embed("--dataset", folder, "--max-samples", 4).notes
+    assert note.startswith("4 of 5 images and 4 of 5 classes are compared")
+
+
 def test_the_probe_takes_its_bank_from_the_train_split(finished):
     content = read(finished)
     assert content["probe"]["bank_images"] == 53

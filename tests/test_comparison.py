@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import binomtest, t
 from statsmodels.stats.multitest import multipletests
 
@@ -61,6 +62,11 @@ def test_a_model_that_has_collapsed_has_no_intervals_next_to_one_that_has_them()
         ({"local": X}, ["a", "b", "c"] * 25, r"np\.unique"),
         ({"local": X}, [0.0, 1.0, 2.0] * 25, r"np\.unique"),
         ({"local": X}, [-1, 0, 1] * 25, r"np\.unique"),
+        ({"local": X}, [0, 1, 5000] * 25, r"np\.unique"),
+        ({"local": X}, np.eye(75, dtype=int), r"shape \(75, 75\).*np\.unique"),
+        ({"local": X[:1]}, [0], "at least 2 images"),
+        ({"local": X[:, 0]}, LABELS, r"rows of real numbers.*shape \(75,\)"),
+        ({"local": X > 0}, LABELS, "rows of real numbers.*bool"),
     ],
 )
 def test_other_models_other_images_and_labels_that_number_nothing_are_value_errors(
@@ -68,6 +74,19 @@ def test_other_models_other_images_and_labels_that_number_nothing_are_value_erro
 ):
     with pytest.raises(ValueError, match=problem):
         compare(models, {}, labels, seed=0)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.int8, np.int64, ">f4", list, torch.tensor])
+def test_numbers_of_any_kind_are_those_of_float32(kind):
+    rounded = np.rint(8 * X)
+    given = rounded.astype(kind) if isinstance(kind, str | type) and kind is not list else None
+    given = kind(rounded.tolist()) if given is None else given
+    found, expected = (
+        compare({"local": one, "hf": X}, {"pixels": one}, LABELS, seed=0)
+        for one in (given, rounded.astype(np.float32))
+    )
+    assert str(found.differences) == str(expected.differences)
+    assert found.references == expected.references
 
 
 def test_differences_are_hf_less_local_and_ratios_local_over_hf_by_the_delta_method(pair):

@@ -182,17 +182,21 @@ def test_what_is_left_out_is_counted_with_its_reason(tmp_path):
             *("__MACOSX/a/1.png", "b/@eaDir/1.png", "lost+found/1.png"),
         ],
         "folder without images": ["empty class"],
+        "files of an earlier report": [
+            *("out/metrics.json", "out/per_image.csv", "out/pca_comparison.png"),
+        ],
     }
     names = (name for files in unused.values() for name in files if name != "empty class")
     folder_of(tmp_path, *used, *names)
-    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    for name in ("a/loop", "ring"):
+        (tmp_path / name).symlink_to(tmp_path)
     split = load(tmp_path)
     assert split.classes == ("a", "b")
     assert split.paths == ("a/1.png", "a/deep/er/2.PNG", "b/x y.png", "b/z.png")
     (note,) = split.notes
     for reason, files in unused.items():
         assert f"{len(files)} {reason} (" in note
-    assert "1 link to a folder above (1 loop)" in note
+    assert "2 links to a folder above (1 loop, 1 ring)" in note
     assert all(word in note for word in (".heic", "__MACOSX", "1 empty class"))
 
 

@@ -252,7 +252,11 @@ def test_confusion_names_the_class_that_neighbors_stray_to():
     X = (rng.normal(size=(75, 4)) + 50 * np.eye(4)[np.where(labels == 2, 2, 0)]).astype(np.float32)
     found = compare({"local": X}, {}, labels, seed=0)
     text = narrative.confusion_finding(found, ["cat", "dog", "ship"])
-    assert "ship has the purest neighborhoods: 100%" in text
+    assert "ship has the purest neighborhoods: 100% of neighbors share the class, also in" in text
+    apart = compare({"local": X + 200 * np.eye(4)[labels].astype(np.float32)}, {}, labels, seed=0)
+    text_of_ties = narrative.confusion_finding(apart, ["cat", "dog", "ship"])
+    assert "3 classes have the purest neighborhoods: 100%" in text_of_ties
+    assert "half-samples" not in text_of_ties
     assert {"cat -> dog", "dog -> cat"} <= set(re.findall(r"\w+ -> \w+", text))
     assert "ship" not in text.split("confusions")[1]
 
@@ -480,13 +484,24 @@ def test_same_weights_few_images_small_classes_and_single_images_are_caveats(pai
         (few, "no intervals and no verdicts", True),
         (pair, "no intervals", False),
         (replace(pair, small_classes=3), "within 3 classes of fewer than 20 images", True),
-        (make(sizes=(9, 1)), "1 class with one image", True),
+        (make(sizes=(9, 1)), "count as 0 in 1 class with one image", True),
+        (make(sizes=(9, 1)), "precision@5 cannot exceed 90.0% here", True),
+        (make(sizes=(4, 3)), "precision@5 cannot exceed 51.4% here", True),
+        (make(sizes=(6, 6)), "cannot exceed", False),
         (few, "50 PCs of the local model", True),
         (pair, "here 50", True),
         (pair, "one checkpoint is one draw", True),
         (seeds, "one checkpoint is one draw", False),
     ):
         assert bool(said_of(comparison, words)) == said
+
+
+def test_neighbors_that_rounding_makes_equal_are_a_caveat():
+    rng, labels = np.random.default_rng(0), np.arange(200) % 4
+    X = (rng.normal(size=(200, 16)) + 2 * np.eye(16)[labels]).astype(np.float32)
+    for offset, tied in ((0, False), (10, False), (500, True), (10_000, True)):
+        found = compare({"local": X + offset}, {}, labels, seed=0)
+        assert bool(said_of(found, "equally similar")) == tied
 
 
 @pytest.mark.parametrize(

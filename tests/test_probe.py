@@ -120,8 +120,20 @@ def test_pixels_are_reduced_on_the_bank_alone(digits):
         expected = pca.transform(Z)
         signs = np.sign((found * expected).sum(axis=0))
         np.testing.assert_allclose(found[:, :20] * signs[:20], expected[:, :20], atol=1e-2)
-    wide = np.random.default_rng(0).normal(size=(30, 700)).astype(np.float32)
-    assert probes.principal_components(wide, wide[:4])[1].shape == (4, 30)
+
+
+@pytest.mark.parametrize(("n", "d", "copies"), [(30, 700, 1), (200, 40, 3)])
+def test_axes_without_variance_decide_no_answer_on_pixels(n, d, copies):
+    """Of few images, and of gray ones, whose three channels are equal."""
+    rng = np.random.default_rng(0)
+    y = np.arange(n) % 5
+    X, Q = (np.tile(rng.normal(size=(n, d)) + 0.5 * d**0.5 * np.eye(d)[y], copies) for _ in "XQ")
+    X, Q = (Z.astype(np.float32) + 0.5 for Z in (X, Q))
+    assert probes.principal_components(X, Q)[1].shape == (n, min(n - 1, d))
+    expected = LogisticRegression(max_iter=1000).fit(X, y).score(Q, y)
+    found = probe({"pixels": X}, {"pixels": Q}, y, y, 0).models["pixels"]["linear"].value
+    assert expected > 0.5
+    assert found > expected - 0.15
 
 
 def test_wilson_intervals_and_paired_tests_of_a_large_bank(large):
