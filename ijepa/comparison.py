@@ -146,11 +146,11 @@ class Comparison:
 
 
 def compare(  # noqa: PLR0913
-    embeddings: Mapping[str, Float[np.ndarray, "n _"]],
-    references: Mapping[str, Float[np.ndarray, "n _"]],
-    labels: Sequence[Any] | np.ndarray,
+    embeddings: Mapping[str, Any],
+    references: Mapping[str, Any],
+    labels: Any,
     seed: int,
-    other_seeds: Sequence[Float[np.ndarray, "n _"]] = (),
+    other_seeds: Sequence[Any] = (),
     device: str = "cpu",
     names: Mapping[str, str] = MODEL_NAMES,
     progress: Progress = SILENT,
@@ -158,7 +158,8 @@ def compare(  # noqa: PLR0913
     """Measure one model or two, and the references, on the same images.
 
     Args:
-        embeddings: `local` and perhaps `hf`, with their rows in the same order.
+        embeddings: `local` and perhaps `hf`, n rows of numbers each, in the same order: arrays or
+            what NumPy makes an array of. Kinds other than float64 become float32.
         references: Embeddings that show what a number means, such as raw pixels; may be empty.
         labels: Class of each row, a whole number from 0.
         seed: Of the half-samples, the permutations and the images for Spearman's correlation.
@@ -212,7 +213,7 @@ def compare(  # noqa: PLR0913
     )
 
 
-def as_labels(labels: Sequence[Any] | np.ndarray) -> Labels:
+def as_labels(labels: Any) -> Labels:
     """Labels as an array; ValueError unless they are whole numbers that number classes."""
     labels = np.asarray(labels)
     hint = "np.unique(names, return_inverse=True)[1] numbers the classes"
