@@ -369,12 +369,14 @@ def findings(comparison: Comparison, classes: Sequence[str], probe: Any = None) 
 
 def conclusions(comparison: Comparison, probe: Any = None) -> list[str]:
     """The verdicts without their numbers, or why there are none."""
-    first, rest = undefined(comparison) or NO_INTERVALS, []
+    found = [undefined(comparison) or NO_INTERVALS]
     if comparison.num_halves:
-        ruling_on_models = models_ruling(comparison.differences, P5, count(comparison))
-        first = undefined(comparison) or ruling_on_models
-        agreed = agreement_ruling(comparison) if comparison.agreement else ""
-        rest = [*reference_rulings(comparison), separability_ruling(comparison), agreed]
-    found = [first, *rest, *probe_rulings(probe)]
+        found = [
+            undefined(comparison) or models_ruling(comparison.differences, P5, count(comparison)),
+            *reference_rulings(comparison),
+            separability_ruling(comparison),
+            agreement_ruling(comparison) if comparison.agreement else "",
+        ]
+    found += probe_rulings(probe)
     # The numbers are the parentheses at the end.
     return [re.sub(r" \([^()]*\)\.$", ".", sentence) for sentence in found if sentence]

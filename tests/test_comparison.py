@@ -89,6 +89,11 @@ def test_numbers_of_any_kind_are_those_of_float32(kind):
     assert found.references == expected.references
 
 
+def test_a_model_without_a_name_is_called_by_its_role():
+    found = compare({"local": X, "hf": X}, {}, LABELS, seed=0, names={"hf": "mine"})
+    assert found.names == {"local": "Local model", "hf": "mine"}
+
+
 def test_differences_are_hf_less_local_and_ratios_local_over_hf_by_the_delta_method(pair):
     for metric, facts in pair.differences.items():
         expected = pair.metrics["hf"][metric].value - pair.metrics["local"][metric].value

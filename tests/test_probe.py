@@ -288,3 +288,18 @@ def test_a_bank_is_balanced_nested_matched_by_name_and_free_of_compared_images()
     # a and b have the numbers of the compared ones; c has one of its own.
     assert everything.labels.tolist() == [[2, 1, 0][labels[row]] for row in everything.indices]
     assert np.bincount(small.labels).tolist() == [10, 10, 10]
+
+
+def test_intervals_of_accuracies_with_few_images_end_at_0_and_100_percent():
+    """All queries but one are easy: without an end an interval would exceed 100%."""
+    rng, y = np.random.default_rng(0), np.arange(60) % 3
+    noise = rng.normal(size=(60, 8)).astype(np.float32)
+    apart = (noise + 4 * np.eye(8)[y]).astype(np.float32)
+    found = probe({"local": apart}, {"local": np.vstack([apart[:-1], noise[:1]])}, y, y, 0)
+    estimates = [
+        one["estimate"]
+        for few in found.models["local"]["few_shot"].values()
+        for one in few.values()
+    ]
+    assert max(one.ci95[1] for one in estimates) == 1.0
+    assert all(0 <= one.ci95[0] < one.ci95[1] <= 1 for one in estimates)
