@@ -20,7 +20,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import compare_embeddings
 import torch
 import train_ijepa
-from matplotlib.figure import Figure
 from PIL import Image
 
 from ijepa import encoders, report  # noqa: F401  what every run imports, once for all
@@ -29,8 +28,6 @@ from ijepa.model import VisionTransformer, ViTConfig
 
 COMPARE, TRAIN = compare_embeddings.main, train_ijepa.main
 torch.set_num_threads(1)  # a process with threads cannot be forked
-_save = Figure.savefig  # campaigns draw hundreds of figures: coarse ones
-Figure.savefig = lambda figure, *args, **kwargs: _save(figure, *args, **{**kwargs, "dpi": 20})
 
 
 def tiny_models(folder):

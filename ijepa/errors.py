@@ -36,9 +36,16 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{plural}"
 
 
+def nonempty(text: str) -> str:
+    """Parse any text but an empty one, as an unset variable of the shell gives."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
 def home_path(text: str | Path) -> Path:
     """Parse a path; `~` is the home folder, and `~name` stays where there is no such user."""
-    return Path(os.path.expanduser(text))  # noqa: PTH111  that of pathlib raises
+    return Path(os.path.expanduser(nonempty(str(text))))  # noqa: PTH111  that of pathlib raises
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:

@@ -156,7 +156,6 @@ def caveats(
     sizes = np.unique(comparison.analyses["local"].labels, return_counts=True)[1]
     single, small = int((sizes == 1).sum()), comparison.small_classes
     limit = float(np.average(np.minimum(sizes - 1, 5) / 5, weights=sizes))
-    copies = data.get("duplicates", {"images": 0, "with_two_labels": 0})
     seeds = "see the training seeds" if comparison.seeds else "one checkpoint is one draw"
     undefined = narrative.undefined(comparison)
     missing = [
@@ -173,11 +172,6 @@ def caveats(
             data["split"] == "train",
             "The checkpoint may have been trained on these images (train split): "
             "the intervals do not hold for new images.",
-        ),
-        (
-            copies["images"],
-            f"{copies['images']:,} images have an exact copy in the sample, "
-            f"{copies['with_two_labels']:,} a copy with another label; copies are neighbors.",
         ),
         (True, f"The intervals cover images, not training: {seeds}."),
         (True, f"Precision@k and kNN accuracy depend on the number of images, here {n:,}."),

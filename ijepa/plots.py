@@ -151,8 +151,7 @@ def new_figure(caption: Caption, width: float, height: float) -> tuple[Figure, S
     matplotlib.rcParams["font.family"] = list(dict.fromkeys([FONT, *filter(None, fonts)]))
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     figure.suptitle(_wrap(caption.title, width, 11), fontsize=11, fontweight="bold")
-    footer = _wrap(caption.footer, width, 7)
-    figure.supxlabel(footer, x=0.01, ha="left", fontsize=7, color=SOFT)
+    figure.supxlabel(_wrap(caption.footer, width, 7), x=0.01, ha="left", fontsize=7, color=SOFT)
     return figure, figure.subfigures()
 
 
@@ -372,13 +371,15 @@ def plot_class_precision(
         found, heights = [estimates[i] for i in order], [row + shift for row in rows]
         _intervals(axes[0], found, heights, role, model_title(role, caption.names))
     _share_axis(axes[0], shown)
-    axes[0].set_title("Precision@5 with 95% interval")
+    measured = any(np.isfinite(one.se) for found in precisions.values() for one in found)
+    with_intervals = " with 95% interval" * measured
+    axes[0].set_title(f"Precision@5{with_intervals}")
     body.legend(*axes[0].get_legend_handles_labels(), **LEGEND, ncols=2)
     if differences:
         axes[1].axvline(0, color=SOFT, linewidth=1)
         _intervals(axes[1], [differences[i] for i in order], rows, "difference")
         limit = 1.15 * max(map(abs, axes[1].get_xlim()))
-        axes[1].set(title="HF - local with 95% interval, points", xlim=(-limit, limit))
+        axes[1].set(title=f"HF - local{with_intervals}, points", xlim=(-limit, limit))
         axes[1].xaxis.set_major_formatter(lambda x, _: f"{100 * x:+.3g}" if x else "0")
         axes[1].grid(axis="x")
     return figure

@@ -25,7 +25,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from ijepa import __version__  # noqa: E402
-from ijepa.errors import UserError, command_line, counted, home_path, is_first_process, whole  # noqa: E402
+from ijepa.errors import (  # noqa: E402
+    UserError,
+    command_line,
+    counted,
+    home_path,
+    is_first_process,
+    nonempty,
+    whole,
+)
 
 if TYPE_CHECKING:
     from ijepa.data import Split
@@ -42,7 +50,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     # fmt: off
-    add("--local-checkpoint", metavar="SOURCE", action="append",
+    add("--local-checkpoint", metavar="SOURCE", action="append", type=nonempty,
         help="first model: a file of train_ijepa.py, of the I-JEPA authors or any state dict, "
         "an .npz of an earlier run, a Hugging Face directory or hub id; given again: more seeds of "
         f"the same training (default: {BUNDLED.name}/checkpoint_latest.pt)")
@@ -50,7 +58,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="which encoder of that file (default: %(default)s)")
     add("--local-num-heads", type=whole(1), metavar="N",
         help="attention heads, for files that do not record them (default: by the width)")
-    add("--hf-model", metavar="SOURCE",
+    add("--hf-model", metavar="SOURCE", type=nonempty,
         help="second model, of the same kinds; none reports the first model only (default: "
         f"{HUB_MODEL}; with --offline the bundled {BUNDLED.name}/hf)")
     add("--hf-revision", metavar="NAME", help="branch, tag or commit of --hf-model; or id@revision")
@@ -63,8 +71,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--probe-samples", type=whole_or_all, default=0, metavar="N",
         help="also report kNN and linear-probe accuracy with N images of the train split; "
         "0 = no probe, all = the whole split (default: 0)")
-    add("--dataset", help="cifar10, digits, or a folder with one subfolder per class (default: "
-        "cifar10; with --offline digits, unless --data-dir has CIFAR-10)")
+    add("--dataset", type=nonempty,
+        help="cifar10, digits, or a folder with one subfolder per class (default: cifar10; with "
+        "--offline digits, unless --data-dir has CIFAR-10)")
     add("--split", choices=["test", "train", "val"], default="test",
         help="part of the data set (default: %(default)s)")
     add("--skip-unreadable", action="store_true",
@@ -74,8 +83,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--offline", action="store_true", help="open no socket")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
     add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto",
-        help="of matrix products; auto: bfloat16 from 100 million parameters on where the hardware "
-        "has it, else float32 (default: auto)")
+        help="of matrix products; auto: bfloat16 from 100 million parameters on where that is "
+        "faster, else float32 (default: auto)")
     add("--batch-size", type=whole(1), metavar="N",
         help="images per forward pass (default: 16 on a CPU, else 64)")
     add("--seed", type=whole(0, 2**32 - 1), default=0,
@@ -249,6 +258,8 @@ class Inputs:
     loaded: list[Any]
     results: dict[str, "Embeddings"]
     notes: list[str]
+    copies: tuple[int, int]
+    """Images with an exact copy, and with one of another label."""
     bank: "Split | None" = None
     bank_results: "dict[str, Embeddings]" = field(default_factory=dict)
 
@@ -278,6 +289,7 @@ def load_bank(args: argparse.Namespace, inputs: Inputs) -> "Split | None":
 
 def embed(args: argparse.Namespace, stages: Stages, cache: Path | None) -> Inputs:
     """Load images and models, and embed the sample and the probe's bank."""
+    from ijepa.data import duplicates
     from ijepa.distributed import first_process_first
 
     with stages("load_images", "reading the images"), first_process_first():
@@ -287,7 +299,12 @@ def embed(args: argparse.Namespace, stages: Stages, cache: Path | None) -> Input
     with stages("extract", "embedding the images"):
         split, results = extract_all(args, loaded, split, cache, stages.talks)
         check_size(split)
-    inputs = Inputs(split, loaded, results, list(split.notes))
+    copied, relabeled = duplicates(split.image_keys, split.labels)
+    inputs = Inputs(split, loaded, results, list(split.notes), (copied, relabeled))
+    if copied:
+        other = f"{relabeled:,} a copy with another label"
+        note = f"{copied:,} images have an exact copy in the sample, {other}; copies are neighbors."
+        inputs.notes.append(note)
     with stages("extract_bank", "embedding the probe's bank"):
         if (bank := load_bank(args, inputs)) is None:
             return inputs
@@ -410,10 +427,6 @@ def describe_run(args: argparse.Namespace, stages: Stages, inputs: Inputs) -> di
 
     import torch
 
-    from ijepa.data import duplicates
-
-    keys = inputs.split.image_keys
-    counts = duplicates(keys, inputs.split.labels)
     return {
         "run": {
             "command": args.command,
@@ -425,8 +438,8 @@ def describe_run(args: argparse.Namespace, stages: Stages, inputs: Inputs) -> di
             "pairs_device": pairs_device(args),
         },
         "dataset": {
-            "sha256": hashlib.sha256(b"".join(keys)).hexdigest(),
-            "duplicates": dict(zip(("images", "with_two_labels"), counts, strict=True)),
+            "sha256": hashlib.sha256(b"".join(inputs.split.image_keys)).hexdigest(),
+            "duplicates": dict(zip(("images", "with_two_labels"), inputs.copies, strict=True)),
         },
         "models": {
             one.name: {

@@ -23,6 +23,7 @@ from ijepa.errors import (
     git_commit,
     home_path,
     is_first_process,
+    nonempty,
     whole,
 )
 
@@ -43,7 +44,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--resume", action="store_true", help="fail if there is no run to resume")
     add("--init-from", type=home_path, help="begin with the weights and the log of the run there")
     add("--epochs", type=whole(1), default=300, help="passes over the images, earlier ones too")
-    add("--dataset", default="cifar10", help="cifar10, digits, or a folder of images")
+    data = "cifar10, digits, or a folder of images"
+    add("--dataset", type=nonempty, default="cifar10", help=data)
     add("--data-dir", type=home_path, default=Path("data"), help="where CIFAR-10 is or will be put")
     recipe = "paper: only I-JEPA's loss; matched: with two more terms on the mean token"
     add("--recipe", choices=["matched", "paper"], default="matched", help=recipe)

@@ -111,6 +111,7 @@ def test_unreadable_images_and_duplicates_are_counted_and_paths_are_everywhere(f
     assert any(caveat.startswith("2 unreadable images") for caveat in content["caveats"])
     assert content["dataset"]["unreadable"] == ["test/<script>/bad.jpg", "test/a b/bad.jpg"]
     assert content["dataset"]["duplicates"] == {"images": 6, "with_two_labels": 6}
+    assert any(caveat.startswith("6 images have an exact copy") for caveat in content["caveats"])
     with (finished / "per_image.csv").open(newline="") as file:
         paths = [row["path"] for row in csv.DictReader(file)]
     assert paths[0] == "test/<script>/000.png"
@@ -311,6 +312,9 @@ def test_an_interruption_is_exit_code_130(run, script, tmp_path, monkeypatch, ca
         ["--seed", str(2**32)],
         ["--probe-samples", "some"],
         ["--output-dir", os.fsdecode(b"out\xff")],
+        ["--output-dir", ""],
+        ["--dataset", ""],
+        ["--hf-model", ""],
     ],
 )
 def test_wrong_usage_exits_with_2(script, flags, capsys):

@@ -40,6 +40,23 @@ def test_number_formats_follow_their_names_and_auto_the_hardware():
 
 
 @pytest.mark.parametrize(
+    ("able", "expected"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False, "cpu_name": "AMD EPYC"}, True),
+        ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, True),
+        ({"avx512_bf16": True, "amx_bf16": False, "cpu_name": "Intel Xeon"}, False),
+        ({"bf16": True}, True),  # ARM
+        ({"avx512_bf16": False, "cpu_name": "AMD EPYC"}, False),
+    ],
+)
+def test_bfloat16_is_chosen_on_processors_where_its_products_are_faster(
+    monkeypatch, able, expected
+):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: able)
+    assert has_bfloat16(torch.device("cpu")) is expected
+
+
+@pytest.mark.parametrize(
     ("change", "expected"),
     [
         ({}, True),

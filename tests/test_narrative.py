@@ -449,7 +449,6 @@ def test_hostile_names_are_shown_and_never_markup():
     assert literal("ijepa_vith14_1k") == "ijepa_vith14_1k"
 
 
-COPIES = {"data": {"duplicates": {"images": 7, "with_two_labels": 3}}}
 FILE = {"sha256": "ab", "weights": "target"}
 
 
@@ -462,8 +461,6 @@ FILE = {"sha256": "ab", "weights": "target"}
         ("heads are assumed", {"local": {"notes": ["64 heads are assumed."]}}),
         ("two files", {"notes": ["two files were left out."]}),
         ("train split", {"data": {"split": "train"}}),
-        ("7 images have an exact copy", COPIES),
-        ("3 a copy with another label", COPIES),
         ("Maps show 10 of 50", {"maps": map_of(10, 30.0)}),
         ("perplexity is 3.0", {"maps": map_of(50, 3.0)}),
         ("same weights", {"local": FILE, "hf": FILE}),

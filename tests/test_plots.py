@@ -302,6 +302,10 @@ def test_class_precision_has_the_intervals_and_numbers_of_each_class_and_of_the_
     assert spans(right)[1:] == [e.ci95 for e in differences]  # behind the line at 0
     assert [text.get_text() for text in right.texts] == ["-30.0", "+50.0"]
     assert [text.get_text() for text in left.get_yticklabels()] == ["a", "b"]
+    bare = {name: [replace(UNDEFINED, value=0.5)] for name in PRECISIONS}
+    figures = figure, plots.plot_class_precision(bare, bare["hf"], called(["a"]))
+    told = [[ax.get_title().count("95%") for ax in axes_of(one)] for one in figures]
+    assert told == [[1, 1], [0, 0]]
 
 
 def test_of_very_many_classes_those_that_differ_most_are_shown():

@@ -400,7 +400,7 @@ def test_the_home_folder_is_expanded(script, monkeypatch, tmp_path):
         *(["--epochs", "0"], ["--batch-size", "-3"], ["--lr", "-1"], ["--lr", "nan"]),
         *(["--seed", "-1"], ["--seed", "99999999999999999999"], ["--embed-dim", "100"]),
         *(["--batch-size", "1"], ["--num-views", "1"], ["--num-views", "2", "--recipe", "paper"]),
-        ["--dataset", os.fsdecode(b"in\xff")],
+        *(["--dataset", os.fsdecode(b"in\xff")], ["--dataset", ""], ["--output-dir", ""]),
     ],
 )
 def test_wrong_usage_is_exit_code_2(script, wrong, capsys):
