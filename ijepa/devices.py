@@ -59,8 +59,8 @@ def choose_dtype(name: str, device: torch.device, num_parameters: int | None = N
 def has_bfloat16(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 are faster than in float32.
 
-    Emulation is slower, and so is AVX512-BF16 on Intel's processors; on AMD's it is nearly twice as
-    fast as float32 (benchmarks/README.md).
+    Emulation is slower, and so is AVX512-BF16 without AMX on Intel's processors, but not on AMD's
+    (benchmarks/README.md).
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
