@@ -24,7 +24,6 @@ from ijepa.files import DAMAGED, check_archive, write_atomically, write_text
 from ijepa.model import LAYER_NORM_EPS, VisionTransformer, ViTConfig
 
 FORMAT = "ijepa-compare/1"
-WEIGHTS = ("target", "context")
 # Statistics of ImageNet's pixels, which the authors' released encoders were trained with.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The authors' ViT-H, ViT-g and ViT-G, whose heads do not have 64 channels.
@@ -87,7 +86,7 @@ class Checkpoint:
     def build(self) -> VisionTransformer:
         """The encoder with these weights, in float32 and evaluation mode."""
         encoder = VisionTransformer(self.config)
-        encoder.load_state_dict({name: value.float() for name, value in self.state_dict.items()})
+        encoder.load_state_dict(self.state_dict)
         return encoder.eval().requires_grad_(False)
 
 
@@ -219,7 +218,7 @@ def from_other(name: str, content: Any, weights: str, num_heads: int | None) -> 
         )
     if num_heads is None:
         width = len(state_dict[PATCHES])
-        if width % 32 and width not in NUM_HEADS:
+        if width % 32:
             raise ValueError(f"attention heads for width {width} are unknown: --local-num-heads")
         num_heads = NUM_HEADS.get(width) or width // (32 if width % 64 else 64)
         notes.append(
@@ -262,7 +261,7 @@ def find_encoder(tensors: StateDict, weights: str) -> tuple[str, str | None]:
         prefix: next((KINDS[word] for word in prefix.split(".") if word in KINDS), None)
         for prefix in (key.removesuffix(PATCHES) for key in tensors if key.endswith(PATCHES))
     }
-    for wanted in (weights, None, *WEIGHTS):
+    for wanted in (weights, None, "target", "context"):
         found = [prefix for prefix, kind in kinds.items() if kind == wanted]
         if len(found) == 1:
             return found[0], wanted

@@ -23,8 +23,6 @@ MAX_GAP = 1000
 """Labels without images are named in reports; with many more, labels are ids and no numbering."""
 MODEL_NAMES = {"local": "Local model", "hf": "HF model"}
 """What the models are called where no other name is given."""
-HEADLINES = ("variance_10pc", "variance_50pc", "silhouette", "precision_at_5")
-"""The rows of the table, after the embedding dimension."""
 
 
 METRICS: dict[str, Callable[[Analysis], float]] = {

@@ -7,7 +7,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, pairwise
@@ -24,6 +23,7 @@ from ijepa.distributed import num_processes, process_rank, wait_for_all
 from ijepa.encoders import FrozenEncoder
 from ijepa.errors import UserError
 from ijepa.files import read_arrays, write_atomically
+from ijepa.metrics import Progress
 
 CHUNK = 128
 """Images per cache file: so many are lost by an interruption at most, on a GPU a batch more."""
@@ -34,8 +34,6 @@ BATCH_VALUES = 2**29
 GPU_THREADS = 2
 """Threads that prepare batches for a GPU; a single one is slower than an H200 with a ViT-H."""
 Item = TypeVar("Item")
-Progress = Callable[..., AbstractContextManager[Any]]
-"""Makes a progress bar like `tqdm(total=..., desc=...)`."""
 
 
 @dataclass(frozen=True)
@@ -189,10 +187,6 @@ def extract(
     return found, unreadable
 
 
-Work = tuple[Table, list[int], Tensor]
-"""Rows of a table and the pixels for them, or their embeddings."""
-
-
 def compute(
     tables: Sequence[Table],
     split: Split,
@@ -231,8 +225,8 @@ def compute(
 
 def prepare(
     tables: Sequence[Table], split: Split, failures: dict[int, str], rows: Sequence[int]
-) -> list[Work]:
-    """Decode images, and prepare them for each table that lacks some of them."""
+) -> list[tuple[Table, list[int], Tensor]]:
+    """Decode images; for each table that lacks some of them, their rows and prepared pixels."""
     return [
         (table, lacking, table.encoder.prepare([images[row] for row in lacking]))
         for images in decoded(split, failures, rows)

@@ -41,7 +41,7 @@ TAKES = {
 }
 """Flags that mean something for each kind of source."""
 IDENTITY = ("sha256", "revision", "weights", "num_heads", "preprocessing", "pooling", "dtype")
-"""The entries of a description that decide the embeddings; all others change nothing in them."""
+"""The entries of a description that tell embeddings apart; all others follow or change nothing."""
 
 
 @dataclass(frozen=True)
@@ -160,13 +160,7 @@ def resize_and_normalize(
     """Resize bilinearly with antialiasing to size x size, scale to [0, 1], standardize."""
     from torchvision.transforms.v2 import functional as transforms
 
-    resized = [
-        image
-        if image.shape[1:] == (size, size)
-        else transforms.resize(image, [size, size], antialias=True)
-        for image in images
-    ]
-    pixels = torch.stack(resized).float() / 255
+    pixels = torch.stack([transforms.resize(image, [size, size]) for image in images]).float() / 255
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
@@ -188,7 +182,7 @@ def load_encoder(  # noqa: PLR0913  one argument per flag
     Args:
         source: An `.npz` with embeddings, any other file with weights, a directory, or a hub id
             such as `facebook/ijepa_vith14_1k` or `facebook/ijepa_vith14_1k@main`.
-        role: `local` or `hf`, its name in results.
+        role: Its name in results: `local`, `hf`, or `local_2` and so on for other seeds.
         weights: For files: `target` or `context`.
         num_heads: For files that do not record their attention heads.
         revision: For hub ids: a branch, tag or commit.
@@ -307,15 +301,15 @@ def load_file_encoder(
 
 def check_seeds(local: Any, seeds: list[Any]) -> None:
     """Raise UserError unless the checkpoints can be several seeds of one training."""
-    seen = {local.description["sha256"]}
+    seen = [[local.description.get(name) for name in ("sha256", "revision")]]
     for other in seeds:
-        source, sha256 = other.description["source"], other.description["sha256"]
-        if sha256 in seen:
+        source = other.description["source"]
+        seen.append([other.description.get(name) for name in ("sha256", "revision")])
+        if seen[-1] in seen[:-1]:
             raise UserError(
                 f"checkpoint {source} is given twice",
                 hint="every --local-checkpoint must be another seed of the same training",
             )
-        seen.add(sha256)
         for key in ("parameters", "input_size", "epochs"):
             found, expected = other.description.get(key), local.description.get(key)
             if found != expected:

@@ -100,8 +100,6 @@ FAMILIES = {
     "swin": Family("SwinModel", None, NO_POOLER),
 }
 FAMILIES |= {f"{name}_vision_model": FAMILIES[name] for name in ("clip", "siglip")}
-NAFLEX = "siglip2"
-"""Takes patches of images of any size; fixed-size SigLIP 2 models are of kind `siglip`."""
 
 
 def find_model(source: str, revision: str | None, offline: bool) -> tuple[Path, str | None]:
@@ -173,7 +171,7 @@ def family_of(folder: Path, source: str) -> tuple[str, Family]:
     except UNREADABLE as error:
         problem = f"cannot read config.json of {source!r}: {first_line(error)}"
         raise UserError(problem, hint=RETRY) from error
-    if kind == NAFLEX:
+    if kind == "siglip2":  # fixed-size SigLIP 2 models are of kind `siglip`
         hint = "give a fixed-size one such as google/siglip2-base-patch16-224"
         raise UserError(f"{source!r} takes images of any size (NaFlex)", hint=hint)
     if kind not in FAMILIES:

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from ijepa import narrative
-from ijepa.comparison import HEADLINES, Comparison
+from ijepa.comparison import Comparison
 from ijepa.errors import counted
 from ijepa.formats import NO_INTERVALS, P5, capital, label, listed, number
 from ijepa.narrative import RETRIEVAL, called, count
 from ijepa.projections import PERPLEXITY, Maps
 from ijepa.tables import (
+    HEADLINES,
     INTERVALS,
     ROWS,
     Rows,

@@ -194,9 +194,9 @@ def all_pairs(
     # A key is one int64 per pair: the similarity in the upper half, in the lower one a number that
     # falls with the index. `topk` by value would order ties arbitrarily.
     last = 2**31 - 1
-    padded = -(-n // GROUP) * GROUP if k else 0
+    padded = -(-n // GROUP) * GROUP
     keys = torch.full((min(step, n), padded, 2), -last, dtype=torch.int32, device=device)
-    keys[:, :n, 0] = torch.tensor(last - order[:padded], dtype=torch.int32)
+    keys[:, :n, 0] = torch.tensor(last - order, dtype=torch.int32)
     neighbors, similarities = np.empty((n, k), np.int32), np.empty((n, k), np.float32)
     scores = np.full(n, NAN)
     with progress(total=n) as bar:
@@ -205,17 +205,16 @@ def all_pairs(
             cosines, distances = blocks.compare(rows, silhouettes is not None)
             if silhouettes is not None:
                 scores[order[rows]] = silhouettes.add(rows, distances, cosines)
-            if k:
-                part = keys[: len(cosines)]
-                part[:, :n, 1] = cosines.round_()
-                part[:, rows, 1].fill_diagonal_(-last)
-                groups = part.view(torch.int64).view(len(part), -1, GROUP)
-                largest = groups.amax(dim=2).topk(min(k, groups.shape[1]), sorted=False)
-                chosen = largest.indices[..., None].expand(-1, -1, GROUP)
-                found = groups.gather(1, chosen).flatten(1)
-                best = found.topk(k).values.cpu().numpy()
-                neighbors[order[rows]] = last - (best & last)
-                similarities[order[rows]] = (best >> 32) / ROUNDING
+            part = keys[: len(cosines)]
+            part[:, :n, 1] = cosines.round_()
+            part[:, rows, 1].fill_diagonal_(-last)
+            groups = part.view(torch.int64).view(len(part), -1, GROUP)
+            largest = groups.amax(dim=2).topk(min(k, groups.shape[1]), sorted=False)
+            chosen = largest.indices[..., None].expand(-1, -1, GROUP)
+            found = groups.gather(1, chosen).flatten(1)
+            best = found.topk(k).values.cpu().numpy()
+            neighbors[order[rows]] = last - (best & last)
+            similarities[order[rows]] = (best >> 32) / ROUNDING
             bar.update(len(cosines))
     return Pairs(neighbors, similarities, scores, silhouettes.means() if silhouettes else {})
 
@@ -389,17 +388,15 @@ def knn_vote(codes: Neighbors, similarities: Similarities, num_classes: int) -> 
     return votes.reshape(-1, num_classes).argmax(axis=1)
 
 
-def knn_correct(
-    neighbors: Neighbors, similarities: Similarities, labels: Labels, k: int = KNN_K
-) -> PerImage:
-    """1 where the k nearest others of an image (or all, if fewer) vote for its label, else 0.
+def knn_correct(neighbors: Neighbors, similarities: Similarities, labels: Labels) -> PerImage:
+    """1 where the `KNN_K` nearest others of an image (all, if fewer) vote for its label, else 0.
 
     The mean is kNN accuracy. NaN where no class has two images.
     """
     classes, codes = np.unique(labels, return_inverse=True)
     if len(classes) == len(labels):
         return np.full(len(labels), NAN)
-    voted = knn_vote(codes[neighbors[:, :k]], similarities[:, :k], len(classes))
+    voted = knn_vote(codes[neighbors[:, :KNN_K]], similarities[:, :KNN_K], len(classes))
     return (voted == codes).astype(np.float64)
 
 

@@ -184,7 +184,6 @@ class Predictor(nn.Module):
 
     def __init__(self, encoder: ViTConfig, config: PredictorConfig) -> None:
         super().__init__()
-        self.config = config
         self.predictor_embed = nn.Linear(encoder.embed_dim, config.embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
         self.register_buffer(

@@ -409,9 +409,8 @@ def select_bank(train: Split, compared: Split, limit: int, seed: int) -> tuple[S
     of their own. Images that are compared too are left out before the draw. Banks of one seed are
     nested: a smaller one is part of every larger one. A limit of 0 keeps all.
     """
-    number: dict[str, int] = {}
-    for name in (*compared.classes, *train.classes):
-        number.setdefault(name, len(number))
+    names = dict.fromkeys((*compared.classes, *train.classes))
+    number = {name: code for code, name in enumerate(names)}
     labels = np.array([number[name] for name in train.classes])[train.labels]
     keys = set(compared.image_keys)
     shared = np.array([key in keys for key in train.image_keys])

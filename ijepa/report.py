@@ -21,7 +21,7 @@ from jaxtyping import Float, Int, UInt8
 from matplotlib.figure import Figure
 
 from ijepa import plots
-from ijepa.comparison import HEADLINES, Comparison, neighbor_confusion
+from ijepa.comparison import Comparison, neighbor_confusion
 from ijepa.data import Split
 from ijepa.embeddings import save_embeddings
 from ijepa.errors import git_commit
@@ -33,7 +33,7 @@ from ijepa.markdown import markdown
 from ijepa.metrics import KNN_K, TEMPERATURE
 from ijepa.page import page
 from ijepa.projections import PERPLEXITY, TSNE_WIDTH, Maps, make_maps
-from ijepa.tables import class_means, summary
+from ijepa.tables import HEADLINES, class_means, summary
 from ijepa.uncertainty import LEVEL, MUTUAL_K
 
 SCHEMA_VERSION = 2
@@ -87,11 +87,10 @@ def complete(comparison: Comparison, split: Split, facts: Mapping[str, Any]) -> 
     return {"settings": settings, **facts, "run": run, "dataset": data, "models": models}
 
 
-def draw(
-    comparison: Comparison, maps: Maps, split: Split, seed: int
-) -> Iterator[tuple[str, Figure]]:
+def draw(comparison: Comparison, maps: Maps, split: Split) -> Iterator[tuple[str, Figure]]:
     """Every figure of the report with its file name; `ijepa.markdown.FILES` describes each."""
-    labels, classes, names = split.labels, split.classes, comparison.names
+    labels, classes = split.labels, split.classes
+    names, seed = comparison.names, comparison.seed
     embeddings = {name: a.embeddings for name, a in comparison.analyses.items()}
 
     def caption(title: str, footer: str, shown: Sequence[str] = classes) -> plots.Caption:
@@ -265,7 +264,7 @@ def metrics_content(
         "probe": probe.record() if probe else None,
     }
     result = plain(content, "", undefined)
-    expected = ("se", "ci95[0]", "ci95[1]", "ratio.value")
+    expected = (".se", ".ci95[0]", ".ci95[1]", ".ratio.value")
     paths = [re.sub(r"\[\d+\]", "[...]", p[1:]) for p in undefined if not p.endswith(expected)]
     nulls = [f"{path} is undefined for this sample" for path in dict.fromkeys(paths)]
     result["caveats"] = [*caveats, *nulls]
@@ -331,7 +330,7 @@ def write_report(
 
     for role, values in X.items() if split.images is not None else ():
         write(f"embeddings_{role}.npz", save_embeddings, values, split)
-    figures = dict(draw(comparison, maps, split, comparison.seed))
+    figures = dict(draw(comparison, maps, split))
     for name, figure in figures.items():
         write(name, plots.save_figure, figure)
     write("per_image.csv", write_text, per_image_csv(comparison, maps, split, probe))

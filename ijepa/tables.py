@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ijepa.agreement import ratio
-from ijepa.comparison import HEADLINES, Comparison, neighbor_confusion
+from ijepa.comparison import Comparison, neighbor_confusion
 from ijepa.formats import MISSING, P5, capital, gap, in_points, interval, label, number, p_value
 from ijepa.uncertainty import KNN_K
 
@@ -18,6 +18,7 @@ ROWS = {
     "silhouette": "Silhouette score",
     P5: "NN precision@5",
 }
+HEADLINES = tuple(ROWS)[1:]
 DIFFERENCE = "HF - local [95%]"
 INTERVALS = (
     "Brackets hold 95% intervals over images. Those of silhouette and precision come from "

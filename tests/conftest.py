@@ -144,7 +144,7 @@ def make_page():
         metrics = json_text(metrics_content(comparison, facts, ["one draw"]) | {"artifacts": []})
         figures, probe = {name: Figure(figsize=(2, 1)) for name in ON_PAGE}, None
         if whole:
-            figures |= {k: v for k, v in draw(comparison, maps, split, 0) if k in ON_PAGE}
+            figures |= {k: v for k, v in draw(comparison, maps, split) if k in ON_PAGE}
             banks = {name: X[:60] for name, X in embeddings.items()}
             probe = measure_probe(banks, embeddings, split.labels[:60], split.labels, 0)
         html = page(comparison, maps, split, facts, ["one draw"], metrics, figures, probe)

@@ -9,7 +9,13 @@ import torch
 from PIL import Image
 
 from ijepa.checkpoint import load_checkpoint, save_checkpoint
-from ijepa.encoders import load_encoder, pixel_encoder, random_encoder, resize_and_normalize
+from ijepa.encoders import (
+    check_seeds,
+    load_encoder,
+    pixel_encoder,
+    random_encoder,
+    resize_and_normalize,
+)
 from ijepa.errors import UserError
 from ijepa.model import VisionTransformer, ViTConfig
 
@@ -33,6 +39,16 @@ def checkpoint(tmp_path):
 
 def load(path, weights="target", dtype="float32", **options):
     return load_encoder(path, "local", weights=weights, device=CPU, dtype=dtype, **options)
+
+
+def test_models_of_the_hub_are_the_same_seed_only_with_the_same_commit():
+    first, second = (
+        replace(pixel_encoder(), description={"source": "me/a", "sha256": None, "revision": commit})
+        for commit in ("12ab", "34cd")
+    )
+    check_seeds(first, [second])
+    with pytest.raises(UserError, match="me/a is given twice"):
+        check_seeds(first, [second, second])
 
 
 def test_the_local_encoder_equals_a_plain_loop_over_images(checkpoint):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ijepa import narrative, tables
-from ijepa.comparison import HEADLINES, SeedSpread, compare, neighbor_confusion
+from ijepa.comparison import SeedSpread, compare, neighbor_confusion
 from ijepa.formats import P5, gap, interval, listed, number
 from ijepa.markdown import caveats, console_table, literal, markdown
 from ijepa.probe import probe as measure_probe
@@ -279,7 +279,7 @@ def test_groups_of_classes_are_named_once_where_the_models_agree(pair):
 @pytest.mark.parametrize(("trainings", "rough"), [(2, True), (5, False)])
 def test_the_spread_over_seeds_is_next_to_the_error_over_images(pair, trainings, rough):
     spread = SeedSpread([0.55] * trainings, 0.55, 0.0707)
-    seen = replace(pair, seeds=dict.fromkeys(HEADLINES, spread))
+    seen = replace(pair, seeds=dict.fromkeys(tables.HEADLINES, spread))
     assert f"trained {trainings} times" in narrative.seeds_finding(seen)
     assert ("only rough" in narrative.seeds_finding(seen)) == rough
     error = 100 * pair.metrics["local"][P5].se
