@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ijepa.errors import UserError, counted
-from ijepa.files import DAMAGED, check_archive, write_atomically, write_text
+from ijepa.files import DAMAGED, check_archive, pointer_hint, write_atomically, write_text
 from ijepa.model import LAYER_NORM_EPS, VisionTransformer, ViTConfig
 
 FORMAT = "ijepa-compare/1"
@@ -144,7 +144,8 @@ def read_torch_file(path: Path) -> Any:
         reason = str(error) if isinstance(error, zipfile.BadZipFile) else type(error).__name__
         raise UserError(
             f"{path} is not a readable PyTorch file ({reason})",
-            hint="copy or download it again; a file from before PyTorch 1.6 has to be saved again",
+            hint=pointer_hint(path)
+            or "copy or download it again; a file from before PyTorch 1.6 has to be saved again",
         ) from error
 
 
@@ -274,7 +275,10 @@ def find_encoder(tensors: StateDict, weights: str) -> tuple[str, str | None]:
 
 def infer_config(state_dict: StateDict, num_heads: int) -> ViTConfig:
     """The architecture according to the shapes of the tensors."""
-    width, _, patch_size, _ = state_dict[PATCHES].shape
+    shape = state_dict[PATCHES].shape
+    if len(shape) != 4:
+        raise ValueError(f"{PATCHES} has shape {tuple(shape)}: it is of no encoder of images")
+    width, _, patch_size, _ = shape
     _, num_patches, _ = state_dict["pos_embed"].shape
     hidden_dim, _ = state_dict["blocks.0.mlp.fc1.weight"].shape
     blocks = {found[1] for name in state_dict if (found := re.match(r"blocks\.(\d+)\.", name))}

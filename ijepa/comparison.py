@@ -3,7 +3,7 @@
 `analyze` passes each model's embeddings through all that is computed from them, to one `Analysis`;
 the rest puts these records side by side. `METRICS` is the table of single-model numbers: a new one
 is a function of an `Analysis` and a line, its interval an entry of `deviations` in `analyze`.
-Differences are always hf - local. Where no class has enough images for halves there is no interval.
+Differences are always hf - local. Without halves (`uncertainty.half_samples`) there is no interval.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -270,7 +270,8 @@ def ranking(a: Analysis) -> dict[str, Any]:
     """The purest class and the most frequent confusions, and how often the halves repeat them.
 
     The share of halves is that of the same class, and of the same confusions in any order; NaN
-    without halves. Empty where precision@5 is not defined.
+    without halves, or where some classes stay whole in them, which makes these denser. Empty where
+    precision@5 is not defined.
     """
     if not np.isfinite(a.precisions(5)).all():
         return {}
@@ -278,18 +279,20 @@ def ranking(a: Analysis) -> dict[str, Any]:
     purest = int(class_average(a.precisions(5), codes).argmax())
     shares = confusion(codes, codes[a.neighbors[:, :5]], len(classes), np.ones(5))
     confused = uncertainty.most_confused(shares)
-    on_halves = a.halves.values["precision_at_5"].argmax(axis=1)
+    whole = len(uncertainty.small_classes(a.labels)) > 0
+    purest_in = [] if whole else a.halves.values["precision_at_5"].argmax(axis=1)
+    confused_in = [] if whole else a.halves.confused
     pairs = {pair[:2] for pair in confused}
     return {
         "purest_class": {
             "label": int(classes[purest]),
-            "share_of_halves": share_of(list(on_halves == purest)),
+            "share_of_halves": share_of([found == purest for found in purest_in]),
         },
         "confusions": [
             {"from": int(classes[row]), "to": int(classes[column]), "share": share}
             for row, column, share in confused
         ],
-        "confusions_share_of_halves": share_of([found == pairs for found in a.halves.confused]),
+        "confusions_share_of_halves": share_of([found == pairs for found in confused_in]),
     }
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ijepa.errors import UserError, counted, home_path, printable
+from ijepa.files import LOCK
 from ijepa.images import FolderImages, check_mode, image_suffixes, read_image
 
 SYSTEM_NAMES = {
@@ -99,12 +100,11 @@ class Split:
         """16 bytes per image: a hash of its file, or of pixels and shape; nothing is decoded.
 
         Raises:
-            OSError: If a file cannot be read, which `find_unreadable` finds before.
+            UserError: If a file cannot be read.
         """
         if isinstance(self.images, FolderImages):
-            contents = (file.read_bytes() for file in self.images.files)
-        else:
-            contents = (str(tuple(x.shape)).encode() + x.numpy().tobytes() for x in self.images)
+            return self.images.keys
+        contents = (str(tuple(x.shape)).encode() + x.numpy().tobytes() for x in self.images)
         return [hashlib.blake2b(content, digest_size=16).digest() for content in contents]
 
 
@@ -303,7 +303,7 @@ def choose_split(folder: Path, split: str, left_out: LeftOut) -> Path:
         raise UserError(
             f"{str(folder)!r} has {counted(len(chosen), 'folder')} for the split {split!r}; "
             f"it has {names}",
-            hint="choose one of its splits with --split",
+            hint="choose one of its splits with --split; training reads train",
         )
     for kind, path in entries(folder, left_out):
         if kind != "folder":
@@ -326,8 +326,8 @@ def holds_classes(folder: Path) -> bool:
 def entries(folder: Path, left_out: LeftOut) -> list[tuple[str, Path]]:
     """What a folder holds in the order of names, each a `folder`, an `image` or a `file`.
 
-    An image is known by its suffix. Hidden and system files and our own reports are counted in
-    `left_out`.
+    An image is known by its suffix. Hidden and system files and earlier reports are counted in
+    `left_out`; the folder that this run writes to is not looked at.
     """
     try:
         found = sorted(folder.iterdir())
@@ -337,6 +337,8 @@ def entries(folder: Path, left_out: LeftOut) -> list[tuple[str, Path]]:
     seen = []
     for path in found:
         is_folder = path.is_dir()
+        if path.name == LOCK or (path / LOCK).is_file():
+            continue
         if is_folder and all((path / name).is_file() for name in REPORT_FILES):
             left_out["file of an earlier report"][path.name] += len(list(path.iterdir()))
         elif path.name.startswith(".") or path.name.lower() in SYSTEM_NAMES:

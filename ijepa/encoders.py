@@ -198,15 +198,7 @@ def load_encoder(  # noqa: PLR0913  one argument per flag
     """
     text = str(source)
     path = home_path(text)
-    # A hub id has at most one slash and no file's ending.
-    is_path = path.exists() or text.count("/") > 1 or text.startswith((".", "/", "~"))
-    if path.suffix == ".npz":
-        kind = "a file of embeddings"
-    elif path.is_dir():
-        kind = "a directory"
-    else:
-        is_file = is_path or path.suffix in WEIGHT_SUFFIXES
-        kind = "a file of weights" if is_file else "a hub id"
+    kind = kind_of(text, path)
     given = {"--local-weights": weights != "target", "--local-num-heads": num_heads is not None}
     given |= {"--hf-revision": revision is not None, "--hf-pooling": pooling != "mean"}
     for flag in given:
@@ -231,14 +223,32 @@ def load_encoder(  # noqa: PLR0913  one argument per flag
     return huggingface_encoder(folder, role, description, device, dtype, cache)
 
 
+def kind_of(text: str, path: Path) -> str:
+    """Which of the kinds in `TAKES` a source is; UserError for a web address."""
+    if "://" in text:
+        hint = "download it and give the file, or give a hub id such as facebook/ijepa_vith14_1k"
+        raise UserError(f"{text!r} is a web address", hint=hint)
+    if path.suffix.lower() == ".npz":
+        return "a file of embeddings"
+    if path.is_dir():
+        return "a directory"
+    # A hub id has at most one slash and no file's ending.
+    is_path = path.exists() or text.count("/") > 1 or text.startswith((".", "/", "~"))
+    return "a file of weights" if is_path or path.suffix in WEIGHT_SUFFIXES else "a hub id"
+
+
 def load_embeddings(path: Path, role: str) -> PrecomputedEmbeddings:
     """Read an `.npz` with `embeddings` and, for their images, `keys` or `indices`."""
     try:
         file = read_arrays(path, "embeddings", "keys", "indices")
         values, by_key = file["embeddings"], "keys" in file
         names = file["keys" if by_key else "indices"]
-        if values.ndim != 2 or values.dtype.kind != "f" or len(names) != len(values):
-            raise ValueError(f"{len(names)} names for {values.dtype} values {values.shape}")
+        if values.ndim != 2 or values.dtype.kind != "f" or names.shape[:1] != values.shape[:1]:
+            raise ValueError(f"{names.shape} names for {values.dtype} values {values.shape}")
+        if not by_key and (names.ndim != 1 or names.dtype.kind not in "iu"):
+            raise ValueError(f"indices are {names.dtype} of shape {names.shape}")
+        if not by_key and len(np.unique(names)) < len(names):
+            raise ValueError("an index occurs twice")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"cannot read embeddings from {path}: {error}",

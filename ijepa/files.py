@@ -39,14 +39,15 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
-        # torch.save hides the error of a full disk behind a RuntimeError of its own.
+        # torch.save hides a full disk and Ctrl-C behind a RuntimeError of its own.
         cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from error
         if not isinstance(cause, OSError):
             raise
         raise UserError(
             f"cannot write {path}: {cause.strerror or cause}",
-            hint="check that the folder exists, is writable and has space left, or choose another "
-            "(--output-dir, --cache-dir)",
+            hint="check that the folder exists, is writable and has space left, or choose another",
         ) from error
     finally:
         with suppress(OSError):
@@ -124,6 +125,13 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def pointer_hint(path: Path) -> str | None:
+    """What to do about a file that only points to the real one in Git LFS; None for others."""
+    with path.open("rb") as file:
+        is_pointer = file.read(30).startswith(b"version https://git-lfs")
+    return "it only points to the file in Git LFS: run git lfs pull" if is_pointer else None
 
 
 def check_archive(path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from ijepa.uncertainty import MIN_IMAGES_PER_CLASS, Estimate
+from ijepa.uncertainty import MIN_HALVED, MIN_IMAGES_PER_CLASS, Estimate
 
 P5 = "precision_at_5"
 PERCENT = {"variance_10pc", "variance_50pc", "precision_at_1", P5, "mutual_knn", "ratio"}
@@ -16,8 +16,8 @@ DIGITS |= {"quotient": 2}
 """Decimals of metrics with neither one (percentages) nor three (all others)."""
 MISSING = "n/a"
 NO_INTERVALS = (
-    "Neighbors, silhouettes and spectrum have no intervals and no verdicts: "
-    f"no class has {MIN_IMAGES_PER_CLASS} images."
+    "Neighbors, silhouettes and spectrum have no intervals and no verdicts: they need two classes "
+    f"and {MIN_HALVED:.0%} of the images in classes of at least {MIN_IMAGES_PER_CLASS}."
 )
 MAX_NAMES = 6  # in a sentence
 

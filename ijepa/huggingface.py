@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from ijepa.devices import memory_errors
 from ijepa.errors import UserError
-from ijepa.files import sha256
+from ijepa.files import pointer_hint, sha256
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 FILES = ["config.json", *PROCESSORS, "*.safetensors", "*.safetensors.index.json"]
+WEIGHTS = "[!.]*.safetensors"  # hidden ones are macOS's, not the model's
 BACKEND = "torchvision"
 """Of image processors; transformers' default depends on what is installed."""
 # What transformers was seen to raise on damaged and foreign files.
@@ -155,7 +156,7 @@ def family_of(folder: Path, source: str) -> tuple[str, Family]:
     Raises:
         UserError: If files are missing or the kind is unknown.
     """
-    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+    if not (folder / "config.json").is_file() or not list(folder.glob(WEIGHTS)):
         raise UserError(
             f"{source!r} has no config.json with *.safetensors files",
             hint="give the directory of one model; pickled weights are not loaded: save them with "
@@ -185,7 +186,7 @@ def family_of(folder: Path, source: str) -> tuple[str, Family]:
 
 def hash_model(folder: Path) -> str:
     """One SHA-256 over the weight files and the configurations of a directory."""
-    found = sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")])
+    found = sorted([*folder.glob(WEIGHTS), *folder.glob("*config.json")])
     files = filter(Path.is_file, found)
     return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
 
@@ -202,14 +203,14 @@ def stored_parameters(folder: Path, source: str) -> int:
 
     total = 0
     try:
-        for path in folder.glob("*.safetensors"):
+        for path in folder.glob(WEIGHTS):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  not a dictionary
                     if not re.search(r"\b(text_\w+|visual_projection|decoder|classifier)\b", name):
                         total += prod(file.get_slice(name).get_shape())
     except (SafetensorError, OSError) as error:
-        problem = f"cannot read the weights of {source!r}: {first_line(error)}"
-        raise UserError(problem, hint=RETRY) from error
+        problem = f"cannot read {path.name} of {source!r}: {first_line(error)}"
+        raise UserError(problem, hint=pointer_hint(path) or RETRY) from error
     return total
 
 

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
 from typing import TypeVar
@@ -11,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from ijepa.errors import UserError
@@ -45,14 +46,33 @@ class FolderImages:
 
     files: tuple[Path, ...]
 
+    @cached_property
+    def keys(self) -> list[bytes]:
+        """16 bytes per file, a hash of what it held when this was first asked for.
+
+        Raises:
+            UserError: If a file cannot be read.
+        """
+        try:
+            return [blake2b(file.read_bytes(), digest_size=16).digest() for file in self.files]
+        except OSError as error:
+            problem = f"cannot read {error.filename!r}: {error.strerror}"
+            hint = "the file was readable when the run began: leave the files alone, and run again"
+            raise UserError(problem, hint=hint) from error
+
     def __getitem__(self, row: int) -> UInt8[Tensor, "3 h w"]:
         return read_image(self.files[row])
 
 
 def check_mode(image: Image.Image) -> None:
-    """Raise ValueError for 32-bit values, whose white is not defined."""
+    """Raise ValueError for 32-bit and signed values, whose white is not defined."""
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        raise ValueError(f"32-bit values (mode {image.mode}); convert them to 8 or 16 bits")
+        raise ValueError(f"32-bit or signed values (mode {image.mode}); convert to 8 or 16 bits")
+
+
+def white_is_zero(image: Image.Image) -> bool:
+    """Whether a TIFF file counts from white to black, as X-rays may; Pillow turns only 8 bits."""
+    return getattr(image, "tag_v2", {}).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
 
 
 def to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
@@ -61,9 +81,13 @@ def to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
     Of 16-bit gray values the upper byte is kept, of several frames or pages the first.
     """
     check_mode(image)
+    exif = image.getexif()
+    for tag in exif.keys() - {ExifTags.Base.Orientation}:  # odd ones could not be written again
+        del exif[tag]
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        high = (np.asarray(image) >> 8).astype(np.uint8)
+        image = Image.fromarray(255 - high if white_is_zero(image) else high)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))

@@ -25,6 +25,7 @@ from ijepa.tables import (
 )
 from ijepa.uncertainty import MIN_IMAGES_PER_CLASS
 
+MANY_TIED = 0.05  # share of the images whose fifth neighbor is a matter of their order
 FILES = {
     "metrics.json": "every number with its standard error and interval",
     "report.html": "the same to explore by hand",
@@ -61,7 +62,7 @@ def markdown(
     sections = {
         "Overview": [
             f"{data['n']:,} images of {literal(data['name'])} ({data['split']} split), "
-            f"{len(data['classes'])} classes, embedded by:",
+            f"{counted(np.count_nonzero(data['per_class']), 'class')}, embedded by:",
             "\n".join(described),
             protocol(comparison, facts),
         ],
@@ -71,7 +72,9 @@ def markdown(
         ],
         "Caveats": ["\n".join(f"- {literal(caveat)}" for caveat in caveats) or "None."],
         "Key Findings": key_findings(comparison, data["classes"], probe),
-        "Conclusions": ["\n".join(f"- {x}" for x in narrative.conclusions(comparison, probe))],
+        "Conclusions": [
+            "\n".join(f"- {x}" for x in narrative.conclusions(comparison, probe)) or "None."
+        ],
         "Files Generated": ["\n".join(written)],
     }
     if command := facts["run"]["command"]:
@@ -102,7 +105,7 @@ def protocol(comparison: Comparison, facts: Mapping[str, Any]) -> str:
     run, models = facts["run"], facts["models"]
     vectors = "; ".join(
         f"{label(role)}: {models[role].get('pooling', 'pooling not recorded')}, "
-        f"{models[role].get('dtype', 'float32')}"
+        f"{models[role].get('dtype', 'dtype not recorded')}"
         for role in comparison.names
     )
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
@@ -112,7 +115,7 @@ def protocol(comparison: Comparison, facts: Mapping[str, Any]) -> str:
     halves = f"Intervals use {comparison.num_halves} half-samples. " * bool(comparison.num_halves)
     return (
         f"*Protocol.* Frozen encoders give each image one vector ({vectors}). The sample has "
-        f"{each} of each of {len(sizes)} classes, drawn with seed {comparison.seed}. "
+        f"{each} of each of {counted(len(sizes), 'class')}; seed {comparison.seed}. "
         "Neighbors are ranked by cosine similarity among all other images. Silhouettes use "
         f"Euclidean distance and the true labels. {halves}Versions: {versions}; "
         f"commit {run.get('git_commit') or 'unknown'}."
@@ -166,7 +169,10 @@ def caveats(
         if math.isnan(values[metric].value)
     ]
     rules = [
-        (same_weights(comparison, models), "Both sides hold the same weights."),
+        (
+            same_weights(comparison, models),
+            "Both sides hold the same weights or give the same embeddings.",
+        ),
         (dtypes, f"The two sides differ in dtype: {dtypes}."),
         (epochs, f"The two sides differ in epochs of training: {epochs}."),
         (
@@ -225,7 +231,7 @@ def same_weights(comparison: Comparison, models: Mapping[str, Any]) -> bool:
     files = [[models[role].get(key) for key in ("sha256", "weights")] for role in comparison.names]
     if files[0] == files[1] and files[0][0]:
         return True
-    X, Y = (analysis.embeddings for analysis in comparison.analyses.values())
+    X, Y = (a.embeddings - a.embeddings.mean(axis=0) for a in comparison.analyses.values())
     return X.shape == Y.shape and np.allclose(X, Y, rtol=1e-4, atol=1e-5 * np.abs(X).max())
 
 
@@ -234,11 +240,11 @@ def model_caveats(comparison: Comparison, role: str, model: Mapping[str, Any]) -
     metrics, n, name = comparison.metrics[role], count(comparison), called(role)
     rank, precision = metrics["effective_rank"], metrics[P5].value
     few = 0.1 * min(n - 1, comparison.analyses[role].embeddings.shape[1])
-    baseline = max((values[P5] for values in comparison.references.values()), default=-1.0)
+    baseline = min((values[P5] for values in comparison.references.values()), default=-1.0)
     epochs, planned = model.get("epochs"), model.get("planned_epochs")
     no_interval = math.isfinite(rank.value) and not math.isfinite(rank.se)
     similarities = comparison.analyses[role].similarities
-    spreads = similarities[:, :1] - similarities[:, 5:][:, -1:]  # empty for six images or fewer
+    tied = (similarities[:, 4:5] == similarities[:, 5:6]).mean() if n > 6 else 0.0
     rules = [
         (
             planned not in (None, epochs),
@@ -246,13 +252,14 @@ def model_caveats(comparison: Comparison, role: str, model: Mapping[str, Any]) -
         ),
         (
             no_interval and comparison.num_halves,
-            f"The effective rank of {name} is above n / 2, which bounds it: no interval.",
+            f"The effective rank of {name} is above n / 2, near its bound: no interval.",
         ),
         (
-            spreads.size and np.median(spreads) < 1e-5,
-            f"To {name} the first {similarities.shape[1]} neighbors of most images are equally "
-            "similar up to 0.00001. Similarities are rounded to a millionth, and the order of the "
-            "images decides between equals: subtract the mean embedding to tell them apart.",
+            tied > MANY_TIED and math.isfinite(rank.value),
+            f"To {name} the fifth and the sixth neighbor of {number('share', tied)} of the images "
+            "are equally similar up to a millionth, and the order of the images decides: numbers "
+            "and verdicts on neighbors depend on it. Where the embeddings have a large mean, "
+            "subtract it.",
         ),
         (
             math.isnan(rank.value),
@@ -261,7 +268,7 @@ def model_caveats(comparison: Comparison, role: str, model: Mapping[str, Any]) -
         (
             rank.value < few and precision < 1 and precision <= baseline,
             f"{capital(name)} looks collapsed: few dimensions, and retrieval no better than that "
-            "of pixels or random weights.",
+            "of any baseline.",
         ),
     ]
     return [sentence for holds, sentence in rules if holds]

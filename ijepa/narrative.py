@@ -13,6 +13,7 @@ import numpy as np
 
 from ijepa.agreement import MAX_SPEARMAN_IMAGES
 from ijepa.comparison import Comparison
+from ijepa.errors import counted
 from ijepa.formats import (
     NO_INTERVALS,
     P5,
@@ -121,20 +122,16 @@ def undefined(comparison: Comparison) -> str:
 
 
 def answer(comparison: Comparison) -> str:
-    """Which model retrieves better, how well, and whether a reference does better than both."""
+    """Which model retrieves better, and how well both and the references do."""
     if why := undefined(comparison):
         return why
-    highs = [values[P5].ci95[1] for values in comparison.metrics.values()]
-    above = [
-        f"{called(name)} ({number(P5, values[P5])})"
-        for name, values in comparison.references.items()
-        if all(high < values[P5] for high in highs)
-    ]
+    others = {label(name): values[P5] for name, values in comparison.references.items()}
+    others["chance"] = comparison.chance_precision
+    shown = ", ".join(f"{name} {number(P5, value)}" for name, value in others.items())
     return paragraph(
         models_ruling(comparison.differences, P5, count(comparison)),
-        f"Both models are below {listed(above)}." if above and comparison.differences else "",
         f"Share of an image's five nearest neighbors that have its class: "
-        f"{by_model(comparison, P5)}, chance {number(P5, comparison.chance_precision)}.",
+        f"{by_model(comparison, P5)}, {shown}.",
     )
 
 
@@ -244,17 +241,17 @@ def confusion_finding(comparison: Comparison, classes: Sequence[str]) -> str:
 
 
 def class_groups_finding(comparison: Comparison, classes: Sequence[str]) -> str:
-    """The two groups of classes, the pair that merges first, and how alike the two trees are."""
+    """Which groups of classes join last and first, and how alike the two trees are."""
     groups, said = comparison.class_groups, {}
     for role in comparison.analyses if groups else ():
         sides = [sorted(classes[row] for row in side) for side in groups[role]["top"]]
         small, large = map(listed, sorted(sides, key=lambda side: (len(side), side)))
         first, second, _ = groups[role]["merges"][0]
         merged = listed(sorted(classes[row] for row in [*first, *second]))
-        said[role] = f"{small} from {large}; {merged} merge first."
-    parts = [f"{capital(called(role))} separates {sides}" for role, sides in said.items()]
+        said[role] = f"{small} join {large} last; {merged} join first."
+    parts = [f"In {called(role)}, {sides}" for role, sides in said.items()]
     if len(said) == 2 and len(set(said.values())) == 1:
-        parts = [f"Both models separate {said['local']}"]
+        parts = [f"In both models, {said['local']}"]
     if math.isfinite(r := groups.get("cophenetic", math.nan)):
         shown = f"{number('cophenetic', r)} (permutation p = {p_value(groups['p'])})"
         parts.append(f"The two trees of classes have a cophenetic correlation of {shown}.")
@@ -290,11 +287,11 @@ def agreement_finding(comparison: Comparison) -> str:
             f"Chance is {chance}; models that agree only on classes would share {class_only}.",
         ]
     if math.isfinite(cka := facts["cka"]):
-        null, p = facts["cka_null_p99"], p_value(facts["cka_null_p"])
+        null, p = facts["cka_null_p99"], facts["cka_null_p"]
         parts += [
-            f"The geometries {'show' if cka > null else 'do not show'} more in common than the "
-            f"classes (debiased linear CKA {number('cka', cka)}, p = {p}).",
-            f"In 99% of shuffles within classes, CKA is below {number('cka', null)}.",
+            f"The geometries {'show' if p < SIGNIFICANT else 'do not show'} more in common than "
+            f"the classes (debiased linear CKA {number('cka', cka)}, p = {p_value(p)}).",
+            f"In 99% of shuffles within classes, CKA is at most {number('cka', null)}.",
         ]
     if math.isfinite(facts["cka_class_demeaned"]):
         parts.append(f"Without class means, CKA is {number('cka', facts['cka_class_demeaned'])}.")
@@ -311,7 +308,7 @@ def classes_finding(comparison: Comparison, classes: Sequence[str]) -> str:
     """On which classes a model is better, all classes tested together; empty for one model."""
     rows, n = comparison.per_class, count(comparison)
     if not rows or not comparison.num_halves:
-        return "There are too few images per class for a verdict on classes." if rows else ""
+        return "There are no intervals, so no verdict on classes." if rows else ""
     better: dict[str, list[str]] = {"higher": [], "lower": []}
     for row in rows:
         found = verdict(row["difference"])
@@ -346,7 +343,7 @@ def probe_finding(probe: Any) -> str:
     if not probe:
         return ""
     given = "and other banks of this size" if probe.bank_in_intervals else "given this bank"
-    bank = f"The bank has {probe.bank_images:,} labeled images."
+    bank = f"The bank has {counted(probe.bank_images, 'labeled image')}."
     return paragraph(*probe_rulings(probe), bank, f"Intervals hold for new images {given}.")
 
 

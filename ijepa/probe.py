@@ -23,7 +23,15 @@ from sklearn.neighbors import NearestNeighbors
 from ijepa.agreement import add_holm, mcnemar_exact_p
 from ijepa.data import Split, balanced_rows
 from ijepa.errors import counted
-from ijepa.metrics import SILENT, Embeddings, Labels, Progress, knn_vote, validate_embeddings
+from ijepa.metrics import (
+    SILENT,
+    Embeddings,
+    Labels,
+    Progress,
+    knn_vote,
+    row_norms,
+    validate_embeddings,
+)
 from ijepa.uncertainty import Estimate, half_deviations
 
 KS = (20, 10, 100, 200)  # numbers of neighbors; the first is the headline
@@ -197,6 +205,8 @@ def answer(
 
 def knn_answers(X: Bank, codes: BankLabels, Q: Embeddings, ks: Sequence[int]) -> list[Labels]:
     """For each k, `knn_vote` of each query's k nearest by cosine, or of all images if fewer."""
+    # Of unit length: scikit-learn takes rows shorter than about 1e-6 for zero.
+    X, Q = ((rows / row_norms(rows)[:, None]).astype(np.float32) for rows in (X, Q))
     search = NearestNeighbors(n_neighbors=min(max(ks), len(X)), metric="cosine").fit(X)
     distances, nearest = search.kneighbors(Q)
     num_classes = int(codes.max()) + 1
@@ -355,7 +365,8 @@ def accuracy(scores: Scores) -> Estimate:
 def difference(first: Scores, second: Scores) -> dict[str, Any]:
     """First less second on the same queries.
 
-    `p` is McNemar's, exact for this bank, or Student's with the part of a small bank.
+    `p` is McNemar's, exact for this bank. With the part of a small bank it is Student's, scaled so
+    that it is below 0.05 where the interval excludes 0.
     """
     means = first.mean(axis=1) - second.mean(axis=1)
     wins, losses = int((first[0] & ~second[0]).sum()), int((second[0] & ~first[0]).sum())
@@ -366,7 +377,8 @@ def difference(first: Scores, second: Scores) -> dict[str, Any]:
     margin, se = (float(np.hypot(z * images, t * bank)) for z, t in ((_NORMAL, _BANK_T), (1, 1)))
     found = Estimate(value, se, (value - margin, value + margin))
     mcnemar = mcnemar_exact_p(first[0], second[0])
-    p = 2 * float(stdtr(NUM_PAIRS - 1, -abs(value) / se)) if bank else mcnemar
+    student = 2 * float(stdtr(NUM_PAIRS - 1, -_BANK_T * abs(value) / margin))
+    p = student if bank else mcnemar
     return {"estimate": found, "wins": wins, "losses": losses, "mcnemar_p": mcnemar, "p": p}
 
 

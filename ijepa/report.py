@@ -323,6 +323,9 @@ def write_report(
     notes = [*split.notes, *filter(None, [plots.font_note([split.name, *split.classes])])]
     caveats = find_caveats(comparison, facts, maps, notes)
     written: list[Path] = []
+    (folder / "metrics.json").unlink(
+        missing_ok=True
+    )  # while it is missing, the report is unfinished
 
     def write(name: str, how: Callable[..., None], *what: Any) -> None:
         how(folder / name, *what)

@@ -74,10 +74,12 @@ class Run:
         """Continue what is in the folder; False if there is nothing.
 
         Raises:
-            UserError: If it cannot be read or has other settings or images.
+            UserError: If it cannot be read or has other settings or images, or if there is only the
+                checkpoint of another run.
         """
         paths = [path for name in (STATE, PREVIOUS) if (path := self.folder / name).exists()]
         if not paths:
+            self.check_vacant()
             return False
         try:
             saved = read_torch_file(paths[0])
@@ -86,6 +88,10 @@ class Run:
                 raise
             self.notes.append(f"{error.problem}: going back to {PREVIOUS}")
             saved = read_torch_file(paths[1])
+            paths[0].unlink()  # it must not take the place of the previous one
+        if not isinstance(saved, dict) or not saved.keys() >= {"settings", "images", "state"}:
+            hint = "move it away, or give another --output-dir"
+            raise UserError(f"{paths[0]} is no state of a training run", hint=hint)
         if changed := self.differences(saved):
             raise UserError(
                 f"the run in {self.folder} has other settings: {'; '.join(changed)}",
@@ -95,6 +101,15 @@ class Run:
         for name in ("rows", "epoch_seconds", "earlier_runs"):
             setattr(self, name, saved[name])
         return True
+
+    def check_vacant(self) -> None:
+        """Raise UserError if this run would replace the checkpoint of another one."""
+        path = self.folder / CHECKPOINT
+        if path.exists() and load_checkpoint(path).training.get("settings") != self.settings:
+            raise UserError(
+                f"{path} is the checkpoint of another run, without a state to resume",
+                hint="give another --output-dir, and --init-from with this folder to go on from it",
+            )
 
     def differences(self, saved: dict[str, Any]) -> list[str]:
         """Why a saved state is not one of the run that these settings make from scratch."""
@@ -135,6 +150,9 @@ class Run:
                 f"the encoder in {folder} is {target.config}, not {self.config.vit}",
                 hint="give its --embed-dim, --depth and --patch-size",
             )
+        if target.epochs is None:
+            hint = "give a folder that a run of scripts/train_ijepa.py ended in"
+            raise UserError(f"{path} does not record its epochs", hint=hint)
         if self.config.epochs <= target.epochs:
             raise UserError(
                 f"the run in {folder} has had {counted(target.epochs, 'epoch')}: nothing is left "
@@ -149,7 +167,11 @@ class Run:
         state.target_encoder.load_state_dict(target.state_dict)
         state.context_encoder.load_state_dict(context.state_dict)
         if predictor := load_predictor(path):
-            state.predictor.load_state_dict(predictor)
+            try:
+                state.predictor.load_state_dict(predictor)
+            except RuntimeError as error:
+                hint = "give the folder of a run with a predictor of the usual size"
+                raise UserError(f"the predictor in {path} does not fit", hint=hint) from error
         else:
             self.notes.append(f"{path} has no predictor: a new one begins")
         state.step = state.start_step = target.epochs * self.steps_per_epoch
@@ -190,7 +212,8 @@ class Run:
     def publish(self, state: TrainState, facts: dict[str, Any]) -> None:
         """Write log and checkpoint of the epochs so far, with further facts about their origin."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(self.rows[-1]), lineterminator="\n")
+        columns = list(self.rows[-1])  # a log that was taken over may have others
+        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         write_text(self.folder / LOG, text.getvalue())
@@ -270,7 +293,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     try:
         return [
             {name: float(value) if value else None for name, value in row.items()}
-            | {"epoch": int(row["epoch"])}
+            | {"epoch": int(row["epoch"]), "effective_rank": float(row["effective_rank"])}
             for row in csv.DictReader(path.read_text("utf-8").splitlines())
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -118,7 +118,12 @@ def class_table(comparison: Comparison, classes: Sequence[str]) -> Rows:
 
 def confusion_table(comparison: Comparison, classes: Sequence[str]) -> Rows:
     """Percent of the five nearest neighbors by class of query (row) and neighbor (column)."""
-    matrices = [neighbor_confusion(a, len(classes)) for a in comparison.analyses.values()]
+    present = np.unique(comparison.analyses["local"].labels)
+    classes = [classes[label] for label in present]
+    matrices = [
+        neighbor_confusion(a, present[-1] + 1)[np.ix_(present, present)]
+        for a in comparison.analyses.values()
+    ]
     shares = [[[number("share", x)[:-1] for x in row] for row in matrix] for matrix in matrices]
     rows = (map(" / ".join, zip(*row, strict=True)) for row in zip(*shares, strict=True))
     return [["Image", *classes], *([name, *row] for name, row in zip(classes, rows, strict=True))]
@@ -181,7 +186,8 @@ def finding_tables(
 ) -> dict[str, dict[str, Rows]]:
     """The tables that belong to findings, by the finding's title and their own captions."""
     tables: dict[str, dict[str, Rows]] = {}
-    if len(classes) <= MAX_CONFUSION:
+    present = np.unique(comparison.analyses["local"].labels)
+    if len(present) <= MAX_CONFUSION and math.isfinite(comparison.metrics["local"][P5].value):
         models = " / ".join(label(role) for role in comparison.analyses)
         caption = f"Class of images (rows) and their five nearest neighbors, percent, {models}"
         tables["What the Embeddings Learn"] = {caption: confusion_table(comparison, classes)}

@@ -33,6 +33,7 @@ from ijepa.metrics import KNN_K, NAN, Eigenvalues, Embeddings, Labels, Neighbors
 NUM_HALVES = 200
 LEVEL = 0.95
 MIN_IMAGES_PER_CLASS = 20  # fewer leave a half too small for a standard deviation
+MIN_HALVED = 0.8  # share of the images in such classes: the spread of all others is left out
 PRECISION_KS = (1, 5, 10, 20)
 MUTUAL_K = 10
 LIST_LENGTH = 64  # half of them are expected in a half; fewer than 10 have a chance of 2e-9
@@ -126,14 +127,16 @@ def small_classes(labels: Labels) -> Int[np.ndarray, " s"]:
 
 
 def half_samples(labels: Labels, num_halves: int = NUM_HALVES, seed: int = 0) -> Halves:
-    """Random halves, True for the kept images; none for one class or without any to be halved.
+    """Random halves, True for the kept images; none for one class or if too few can be halved.
 
+    Of the images, `MIN_HALVED` must be in classes of `MIN_IMAGES_PER_CLASS`. With 10% of them the
+    intervals of two equally good models excluded 0 in 60% of samples.
     Each keeps half of every class, and all of `small_classes`. Rows 2i and 2i + 1 are a pair: each
     keeps what the other leaves out. In each draw as many classes of odd size round up as down, or
     one fewer, chosen at random.
     """
     small = np.isin(labels, small_classes(labels))
-    if small.all() or len(np.unique(labels)) < 2:
+    if (~small).mean() < MIN_HALVED or len(np.unique(labels)) < 2:
         return np.empty((0, len(labels)), bool)
     generator = np.random.default_rng(seed)
     classes, counts = np.unique(labels[~small], return_counts=True)

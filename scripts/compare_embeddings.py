@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -130,6 +130,9 @@ class Stages:
         self.talks = talks
         self.seconds: dict[str, float] = {}
 
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items())
+
     @contextmanager
     def __call__(self, name: str, doing: str) -> Iterator[None]:
         """Keep the seconds of a `with` body under `name`; after two, say on stderr what it does."""
@@ -149,6 +152,12 @@ def say(text: str, file: TextIO | None = None) -> None:
     """Print a line on stderr or in another file; it is no error if nobody reads it any more."""
     with suppress(BrokenPipeError):  # as with `| head`
         print(text, file=file or sys.stderr)
+
+
+def tell(notes: Sequence[str]) -> None:
+    """Print what was left out or assumed."""
+    for note in notes:
+        say(f"note: {note}")
 
 
 class Lines:
@@ -268,6 +277,8 @@ def load_bank(args: argparse.Namespace, inputs: Inputs) -> "Split | None":
     """The labeled images for the probe, None where there are none; notes say what to know."""
     if args.probe_samples == 0:
         return None
+    import numpy as np
+
     from ijepa.data import find_unreadable, load_split
     from ijepa.probe import select_bank
 
@@ -284,6 +295,12 @@ def load_bank(args: argparse.Namespace, inputs: Inputs) -> "Split | None":
     if excluded:
         left_out = f"{counted(excluded, 'training image')} found among the compared images"
         inputs.notes.append(f"The probe's bank leaves out {left_out}.")
+    if len(bank) and not np.isin(bank.labels, split.labels).any():
+        names = ", ".join(train.classes[:3])
+        inputs.notes.append(
+            f"There is no probe: no compared class is in the train split ({names})."
+        )
+        return None
     return bank
 
 
@@ -303,7 +320,8 @@ def embed(args: argparse.Namespace, stages: Stages, cache: Path | None) -> Input
     inputs = Inputs(split, loaded, results, list(split.notes), (copied, relabeled))
     if copied:
         other = f"{relabeled:,} a copy with another label"
-        note = f"{copied:,} images have an exact copy in the sample, {other}; copies are neighbors."
+        note = f"{copied:,} images have an exact copy in the sample, {other}; copies are neighbors "
+        note += "and make intervals too narrow."
         inputs.notes.append(note)
     with stages("extract_bank", "embedding the probe's bank"):
         if (bank := load_bank(args, inputs)) is None:
@@ -353,8 +371,7 @@ def run(args: argparse.Namespace, talks: bool) -> None:
         note = "The second model is bundled, trained with the paper's loss; it is no ViT-Huge."
         inputs.notes.append(note)
     assumed = [text for one in inputs.loaded for text in one.description.get("notes", ())]
-    for text in (*assumed, *inputs.notes):
-        say(f"note: {text}")
+    tell([*assumed, *inputs.notes])
     report(args, stages, inputs, cache)
 
 
@@ -387,22 +404,21 @@ def report(args: argparse.Namespace, stages: Stages, inputs: Inputs, cache: Path
             queries = {name: X[name] for name in banks}
             labels = inputs.bank.labels, split.labels
             probe = measure_probe(banks, queries, *labels, seed, progress)
+            tell(probe.notes)
             inputs.notes += probe.notes
     with stages("project", "making the maps"):
         maps = make_maps(models, split.labels, seed, cache and cache / "maps")
     with stages("write", "drawing and writing the report"):
         split, facts = replace(split, notes=tuple(inputs.notes)), describe_run(args, stages, inputs)
         for role in models:
-            for caveat in model_caveats(found, role, facts["models"][role]):
-                say(f"note: {caveat}")
+            tell(model_caveats(found, role, facts["models"][role]))
         written = write_report(args.output_dir, found, split, facts, maps, probe)
     if args.json:
         say(summary_json(args.output_dir / "metrics.json").rstrip(), sys.stdout)
     else:
         table = console_table(headline_table(found))
         say("\n".join([table, *conclusions(found, probe)]), sys.stdout)
-    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in stages.seconds.items())
-    say(f"{len(written)} files in {args.output_dir} ({seconds})")
+    say(f"{len(written)} files in {args.output_dir} ({stages})")
     say(f"open {args.output_dir / 'report.html'}")
 
 

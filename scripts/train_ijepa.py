@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import Counter, defaultdict
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -78,7 +79,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def rate(text: str) -> float:
     """Parse a positive number."""
-    if not 0 < float(text) < float("inf"):
+    if not 0 < float(text) <= 1e38:  # the range of float32
         raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
     return float(text)
 
@@ -97,6 +98,7 @@ def load_images(dataset: str, data_dir: Path, batch_size: int) -> tuple[Any, Any
         load_unlabeled,
         reasons,
     )
+    from ijepa.images import doubtful_pixels
 
     folder = home_path(dataset)
     labeled = dataset in DATASETS or not folder.is_dir() or has_classes(folder)
@@ -105,19 +107,24 @@ def load_images(dataset: str, data_dir: Path, batch_size: int) -> tuple[Any, Any
     if len(split) < count + batch_size:
         enough = next(n for n in itertools.count(batch_size) if n >= num_held_out(n) + batch_size)
         raise UserError(
-            f"too few images for batches of {batch_size}: {len(split)}, {count} of them held out",
-            hint=f"use at least {enough} images, or a smaller --batch-size",
+            f"too few images for batches of {batch_size}: {len(split)}, and {count} to hold out",
+            hint="; ".join(
+                [f"use at least {enough} images, or a smaller --batch-size", *split.notes]
+            ),
         )
-    bad, pixels = find_unreadable(split), []
-    for row in range(len(split)) if not bad and split.paths else ():
+    bad, pixels = dict(find_unreadable(split)), []
+    for row in range(len(split)) if split.paths else ():
         try:
             pixels.append(transforms.resize(split.images[row], [32, 32]))
         except UserError as error:
-            bad.append((row, error.problem))
+            bad.setdefault(row, error.problem)
     if bad:
-        problem = f"cannot read {len(bad):,} of {len(split):,} images: {reasons(bad)}"
+        problem = f"cannot read {len(bad):,} of {len(split):,} images: {reasons([*bad.items()])}"
         raise UserError(problem, hint="remove or replace these files")
-    split = replace(split, images=torch.stack(pixels)) if pixels else split
+    if split.paths:
+        notes = [*split.notes, *doubtful_pixels(split.images.files)]
+        notes += ["only the split train is used"] * (split.split == "train")
+        split = replace(split, images=torch.stack(pixels), notes=tuple(notes))
     held_out = balanced_sample(split, count, seed=0)
     return split.take(np.setdiff1d(np.arange(len(split)), held_out.indices)), held_out
 
@@ -129,11 +136,9 @@ def num_held_out(num_images: int) -> int:
 
 def has_classes(folder: Path) -> bool:
     """Whether at least two subfolders hold images, at any depth."""
-    from PIL import Image
+    from ijepa.data import find_images, subfolders
 
-    suffixes = Image.registered_extensions()
-    subfolders = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
-    return sum(any(f.suffix.lower() in suffixes for f in one.rglob("*")) for one in subfolders) > 1
+    return sum(bool(find_images(path, defaultdict(Counter))) for path in subfolders(folder)) > 1
 
 
 def build_config(args: argparse.Namespace) -> Any:
@@ -199,7 +204,7 @@ def train_run(args: argparse.Namespace) -> int:
     try:
         stopped = train_epochs(args, run, state, split.images.to(device), watched)
     except FloatingPointError as error:
-        hint = "try a lower --lr or --dtype float32; the last saved state is kept"
+        hint = "try a lower --lr or --dtype float32; a state saved before is kept"
         raise UserError(str(error), hint=hint) from error
     leave_processes()
     return 130 if stopped else 0

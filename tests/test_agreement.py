@@ -4,7 +4,7 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from ijepa import agreement
+from ijepa import agreement, compare
 from ijepa.metrics import nearest_neighbors
 
 
@@ -47,6 +47,13 @@ def test_cka_is_nan_where_it_is_not_defined():
     assert np.isnan([agreement.linear_cka(X, constant), agreement.linear_cka(X[:3], Y[:3])]).all()
     null = agreement.cka_and_null(X, constant, np.arange(40) % 2, 3)[1]
     assert np.isnan(null).tolist() == [True] * 3
+
+
+def test_shuffles_that_change_nothing_are_as_large_as_the_observed_cka():
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        pair = {name: rng.normal(size=(30, 8)) for name in ("local", "hf")}
+        assert compare(pair, {}, np.arange(30), seed=0).agreement["cka_null_p"] == 1
 
 
 def test_cka_next_to_the_classes_ignores_their_means():

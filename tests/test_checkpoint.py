@@ -213,6 +213,15 @@ def test_files_that_are_missing_cut_or_of_another_kind_or_model_are_named(saved,
     assert "patch_embed.proj.weight" in error.hint
     for content in ({}, "text", {"format": FORMAT}, {1: 2}, torch.zeros(3)):
         failure(saved(content))
+    videos = make_encoder(WIDE).state_dict() | {
+        "patch_embed.proj.weight": torch.zeros(64, 3, 2, 4, 4)
+    }
+    assert (
+        "has shape (64, 3, 2, 4, 4): it is of no encoder of images"
+        in failure(saved(videos)).problem
+    )
+    (tmp_path / "lfs.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12")
+    assert "git lfs pull" in failure(tmp_path / "lfs.pt").hint
     # Before PyTorch 1.6 a file had no checksums.
     path = saved(own_content(), _use_new_zipfile_serialization=False)
     assert "1.6" in failure(path).hint

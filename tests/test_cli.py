@@ -178,6 +178,11 @@ def test_what_the_bank_leaves_out_is_said(embed, make_image_folder):
         assert inputs.bank is None
         assert "no training image is left" in inputs.notes[-1]
         cut.unlink(missing_ok=True)
+    for name in "ab":
+        (folder / "train" / name).rename(folder / "train" / f"{name}_too")
+    inputs = embed(*flags)
+    assert inputs.bank is None
+    assert inputs.notes[-1].endswith("no compared class is in the train split (a_too, b_too).")
 
 
 def test_a_second_run_elsewhere_repairs_the_cache_and_gives_the_same_numbers(
@@ -192,11 +197,13 @@ def test_a_second_run_elsewhere_repairs_the_cache_and_gives_the_same_numbers(
     other_seed, config = tmp_path / "seed_1.pt", load_checkpoint(tiny_models[0]).config
     encoders, facts = {"target": VisionTransformer(config)}, {"epochs": 3, "planned_epochs": 9}
     save_checkpoint(other_seed, config, encoders, (0.5, 0.5), facts)
-    flags = ["--skip-unreadable", "--json", "--local-checkpoint", other_seed]
+    flags = ["--skip-unreadable", "--json", "--probe-samples", "all"]
+    flags += ["--local-checkpoint", other_seed]
     assert run(tmp_path / "out", *flags) == 0
     printed = capsys.readouterr()
     assert "of cached hf embeddings by embedding again: " in printed.err
     assert "note: The local model had 3 of 9 planned epochs." in printed.err.splitlines()
+    assert "note: k = 100, 200 means the whole bank of 53 images." in printed.err.splitlines()
     assert printed.err.splitlines()[-1] == f"open {tmp_path / 'out' / 'report.html'}"
     first, second = read(finished), read(tmp_path / "out")
     assert json.loads(printed.out)["summary"] == second["summary"]

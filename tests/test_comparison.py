@@ -225,8 +225,8 @@ def test_without_a_class_of_20_images_there_are_numbers_and_no_interval():
 
 
 def test_a_small_class_takes_only_its_own_intervals_away():
-    X, labels = cloud(8, per_class=30)
-    labels[:15] = 7  # of the 30 images of class 0
+    X, labels = cloud(8, per_class=80)
+    labels[:15], labels[15:65] = 7, 1  # 15 of the images of class 0 are left
     found = compare({"local": X, "hf": X + X[::-1]}, {}, labels, seed=0)
     assert (found.num_halves, found.small_classes) == (NUM_HALVES, 2)
     assert found.metrics["local"]["precision_at_5"].se > 0
@@ -235,6 +235,26 @@ def test_a_small_class_takes_only_its_own_intervals_away():
     assert halved == [False, True, True, False]
     assert [np.isfinite(row["holm_p"]) for row in found.per_class] == halved
     assert [np.isfinite(one.se) for one in found.class_precision["hf"]] == halved
+
+
+def test_a_single_class_that_is_large_enough_gives_no_intervals_to_all_others():
+    labels = np.repeat(np.arange(10), [19] * 9 + [20])
+    rng = np.random.default_rng(0)
+    X, Y = (np.eye(10)[labels] + rng.normal(size=(191, 10)) for _ in range(2))
+    found = compare({"local": X, "hf": Y}, {}, labels, seed=0)
+    assert found.num_halves == 0
+    assert np.isnan(found.differences["precision_at_5"]["estimate"].se)
+    even = np.repeat(np.arange(10), [20] * 8 + [19, 12])
+    assert compare({"local": X, "hf": Y}, {}, even, seed=0).num_halves == NUM_HALVES
+
+
+def test_small_classes_are_denser_in_halves_so_that_these_repeat_no_ranking():
+    labels = np.repeat([0, 1, 2], [60, 60, 19])
+    X = np.eye(3)[labels] + np.random.default_rng(0).normal(size=(139, 3))
+    for rows, repeated in ((slice(None), False), (slice(120), True)):
+        ranking = compare({"local": X[rows]}, {}, labels[rows], seed=0).rankings["local"]
+        shares = ranking["purest_class"]["share_of_halves"], ranking["confusions_share_of_halves"]
+        assert np.isfinite(shares).tolist() == [repeated] * 2
 
 
 @pytest.mark.parametrize("n", [4, 30])

@@ -1,14 +1,16 @@
 import hashlib
 import os
 import pickle
+import struct
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 from sklearn.datasets import load_digits as sklearn_digits
 from torchvision.datasets import CIFAR10
 
@@ -21,6 +23,7 @@ from ijepa.data import (
     load_unlabeled,
 )
 from ijepa.errors import UserError
+from ijepa.files import LOCK
 from ijepa.images import doubtful_pixels, read_image, shrink
 
 NOWHERE = Path("does-not-exist")
@@ -420,6 +423,33 @@ def test_exif_orientation_turns_images_upright(tmp_path, orientation, upright):
         np.testing.assert_array_equal(found, upright(seen))
 
 
+def test_odd_entries_next_to_an_orientation_change_nothing(tmp_path):
+    entries = struct.pack("<HHII", 0x112, 3, 1, 6) + struct.pack("<HHI4s", 0x11A, 2, 3, b"72")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)  # a text for a number
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    with pytest.raises(TypeError), Image.open(tmp_path / "a.png") as opened:
+        ImageOps.exif_transpose(opened)
+    found = read_image(tmp_path / "a.png").permute(1, 2, 0)
+    np.testing.assert_array_equal(found, UPRIGHT[5](pixels))
+
+
+def test_keys_are_those_of_the_files_when_first_read(tmp_path):
+    split = load(folder_of(tmp_path, "a/1.png", "b/2.png"))
+    keys = split.image_keys
+    (tmp_path / "a" / "1.png").unlink()
+    assert replace(split, notes=("changed",)).image_keys == keys
+    with pytest.raises(UserError, match=r"cannot read .*1\.png"):
+        split.take(np.arange(2)).image_keys  # noqa: B018
+
+
+def test_the_folder_that_a_run_writes_to_is_none_of_its_images(tmp_path):
+    names = [f"{split}/{name}/1.png" for split in ("train", "test") for name in "ab"]
+    folder_of(tmp_path, *names, f"out/{LOCK}", "out/tsne_comparison.png", LOCK)
+    split = load(tmp_path)
+    assert (split.split, split.classes, split.notes) == ("test", ("a", "b"), ())
+
+
 def test_what_is_cut_a_document_or_of_another_format_than_its_suffix_is_named(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     for name in ("cut.png", "cut.jpg", "cut.webp"):
@@ -444,6 +474,11 @@ def test_sixteen_bit_values_keep_their_upper_byte_and_floats_are_refused(tmp_pat
     for name in ("deep.png", "deep.tif", "deep.pgm", "deep.jp2"):
         Image.fromarray(deep).save(tmp_path / name)
         np.testing.assert_array_equal(read_image(tmp_path / name)[1], ramp)
+    inverted = (tmp_path / "deep.tif").read_bytes()
+    white_is = [struct.pack("<HHIHH", 262, 3, 1, value, 0) for value in (1, 0)]
+    assert white_is[0] in inverted
+    (tmp_path / "negative.tif").write_bytes(inverted.replace(*white_is))
+    np.testing.assert_array_equal(read_image(tmp_path / "negative.tif")[1], 255 - ramp)
     for kind in (np.float32, np.int32):
         Image.fromarray(deep.astype(kind)).save(tmp_path / "wide.tif")
         with pytest.raises(UserError, match="32-bit"):

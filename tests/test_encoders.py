@@ -167,8 +167,11 @@ def test_a_source_that_is_not_there_is_a_user_error_that_names_it(tmp_path):
     for source in (tmp_path / "none.pt", "none.pt", "./none", "a/b/c", "~none/x"):
         with pytest.raises(UserError, match="no checkpoint at"):
             load_encoder(source, "local", device=CPU, offline=True)
-    with pytest.raises(UserError, match=r"cannot read .*none\.npz"):
-        load_encoder(tmp_path / "none.npz", "local", device=CPU)
+    for name in ("none.npz", "none.NPZ"):
+        with pytest.raises(UserError, match=rf"cannot read .*{name}"):
+            load_encoder(tmp_path / name, "local", device=CPU)
+    with pytest.raises(UserError, match="'https://a/b' is a web address"):
+        load_encoder("https://a/b", "local", device=CPU)
     with pytest.raises(UserError, match="'a/b@main' is not revision 'x'"):
         load_encoder("a/b@main", "hf", device=CPU, revision="x")
 
@@ -226,7 +229,9 @@ def test_embeddings_without_keys_are_found_by_index_and_a_note_says_so(tmp_path)
     ("arrays", "kept"),
     [
         ({}, None),
-        ({"indices": np.arange(4)}, None),
+        *(({"indices": np.arange(4)}, None), ({"indices": np.array(3)}, None)),
+        *(({"indices": odd}, None) for odd in (np.array([0, 1, 1]), np.array([0.5, 1, 2]))),
+        *(({"indices": odd}, None) for odd in (np.zeros((3, 1), int), np.array(["a", "b", "c"]))),
         ({"embeddings": np.array([{}] * 3), "indices": np.arange(3)}, None),
         *(({"indices": np.arange(3)}, kept) for kept in (0, 100, -1)),
     ],

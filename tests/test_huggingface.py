@@ -222,6 +222,14 @@ def test_missing_files_are_named_with_what_to_do(folder):
     assert "no config.json" in failure(folder).problem
 
 
+def test_hidden_files_of_macos_are_not_read_and_pointers_of_git_lfs_are_named(folder):
+    (folder / "._model.safetensors").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    assert load(folder).embed_dim == 24
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid x")
+    assert "cannot read model.safetensors of" in failure(folder).problem
+    assert "git lfs pull" in failure(folder).hint
+
+
 @pytest.mark.parametrize("kind", ["bert", None, 3, ["ijepa"], "siglip2"])
 def test_an_unknown_family_is_named_with_those_there_are(folder, kind):
     change_json(folder / CONFIG, model_type=kind)

@@ -153,6 +153,16 @@ def test_wilson_intervals_and_paired_tests_of_a_large_bank(large):
     assert change["p"] == change["mcnemar_p"] == pytest.approx(mcnemar(table, exact=True).pvalue)
 
 
+def test_the_length_of_embeddings_does_not_matter(small):
+    (banks, queries, *labels), _ = small
+    found = [
+        probe({"local": banks["local"] * scale}, {"local": queries["local"] * scale}, *labels, 5)
+        for scale in np.float32([1, 1e-9, 1e9])
+    ]
+    accuracies = [one.models["local"]["knn"][20].value for one in found]
+    assert accuracies == [accuracies[0]] * 3
+
+
 def test_a_small_bank_widens_the_intervals(small):
     (banks, queries, bank_labels, labels), probed = small
     assert probed.bank_in_intervals
@@ -168,8 +178,10 @@ def test_a_small_bank_widens_the_intervals(small):
     image = correct.mean() * (1 - correct.mean()) / 300
     assert found.se == pytest.approx(np.sqrt(image + np.square(halves).mean()))
     change = probed.differences["linear"]
-    statistic = abs(change["estimate"].value) / change["estimate"].se
+    value, (low, high) = change["estimate"].value, change["estimate"].ci95
+    statistic = abs(value) / (high - value) * stats.t.ppf(0.975, 9)
     assert change["p"] == pytest.approx(2 * stats.t.sf(statistic, 9))
+    assert (change["p"] < 0.05) == (low > 0 or high < 0)
     for first, second in zip(pairs[::2], pairs[1::2], strict=True):
         assert (first != second).all()
         assert np.bincount(bank_labels[first]).tolist() == [10, 10, 10]

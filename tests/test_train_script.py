@@ -238,16 +238,19 @@ def test_a_second_ctrl_c_ends_at_once_and_keeps_the_state(train, tmp_path, signa
     assert torch.load(tmp_path / "state.pt", weights_only=True)["state"]["step"] == 6
 
 
-def test_a_run_without_a_checkpoint_leaves_that_of_another_run(
-    train, tmp_path, finished, signal_after
-):
+def test_the_checkpoint_of_another_run_is_not_replaced(train, tmp_path, finished, capsys):
     shutil.copy(finished / "checkpoint_latest.pt", tmp_path)
     before = contents(tmp_path)
-    signal_after(1, signal.SIGTERM)
-    assert train(tmp_path, "--seed", "1", "--save-every", "3") == 130
-    after = contents(tmp_path)
-    assert after.pop(tmp_path / "state.pt")
-    assert after == before
+    assert train(tmp_path, "--seed", "1") == 1
+    assert "is the checkpoint of another run" in error_of(capsys)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", [[1], {"model": {}}])
+def test_a_state_of_another_program_is_a_user_error(train, tmp_path, capsys, content):
+    torch.save(content, tmp_path / "state.pt")
+    assert train(tmp_path) == 1
+    assert "state.pt is no state of a training run" in error_of(capsys)
 
 
 def test_a_damaged_state_is_a_user_error(train, tmp_path, capsys):
@@ -264,6 +267,8 @@ def test_a_lost_state_falls_back_to_the_one_before(train, finished, tmp_path, ca
     assert train(folder) == 0
     assert "after 6 updates" in capsys.readouterr().err
     assert_same_run(folder, finished)
+    for name in ("state.pt", "state_previous.pt"):  # the damaged one did not replace the good one
+        assert torch.load(folder / name, weights_only=True)["state"]["step"] in (6, 9)
 
 
 def test_a_run_made_longer_in_time_is_the_long_run(train, tmp_path, finished):
@@ -302,13 +307,32 @@ def test_a_run_goes_on_from_a_finished_one_and_resumes_without_it(train, finishe
     assert_same_run(straight, stopped)
 
 
+def shorten(log):
+    log.write_text("\n".join(log.read_text().splitlines()[:2]) + "\n")
+
+
+def spoil_predictor(path):
+    content = torch.load(path, weights_only=True)
+    content["weights"]["predictor"]["mask_token"] = torch.ones(1, 1, 5)
+    torch.save(content, path)
+
+
+def forget_epochs(path):
+    weights = torch.load(path, weights_only=True)["weights"]
+    names = {"target": "target_encoder", "context": "encoder"}
+    torch.save({ours: weights[which] for which, ours in names.items()}, path)
+
+
 @pytest.mark.parametrize(
     "case",
     [
         (shutil.rmtree, [], "no checkpoint at "),
         (lambda folder: (folder / "training_log.csv").unlink(), [], "cannot read the log"),
         (lambda folder: (folder / "training_log.csv").write_text("epoch\nx\n"), [], "cannot read"),
-        (lambda folder: (folder / "training_log.csv").write_text("epoch\n1\n"), [], "has 1 epoch,"),
+        (lambda folder: (folder / "training_log.csv").write_text("epoch\n1\n"), [], "cannot read"),
+        (lambda folder: shorten(folder / "training_log.csv"), [], "has 1 epoch,"),
+        (lambda folder: spoil_predictor(folder / "checkpoint_latest.pt"), [], "does not fit"),
+        (lambda folder: forget_epochs(folder / "checkpoint_latest.pt"), [], "does not record its"),
         (lambda _: None, ["--epochs", str(EPOCHS)], "has had 3 epochs"),
         (lambda _: None, ["--depth", "2"], "depth=1"),
     ],
@@ -347,7 +371,7 @@ def test_a_batch_that_processes_cannot_share_is_an_error(train, tmp_path, monkey
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--batch-size", "39"], "too few images for batches of 39: 48, 10 of them held out"),
+        (["--batch-size", "39"], "too few images for batches of 39: 48, and 10 to hold out"),
         (["--dataset", "/no/such"], "no such folder"),
         (["--device", "tpu"], "device 'tpu' is not available"),
         (["--lr", "1e9"], "the loss is no longer a number after 3 updates"),
@@ -365,18 +389,23 @@ def test_unreadable_images_are_reported_together(train, tmp_path, make_image_fol
     folder = make_image_folder({"a": 20, "b": 20})
     for name in ("a/bad.jpg", "b/bad.jpg"):
         (folder / name).write_bytes(b"x")
-    (folder / "a" / "large.pgm").write_bytes(b"P5 12000 9000 255\n")
-    changes = ["--dataset", str(folder), "--batch-size", "8"]
-    assert train(tmp_path, *changes) == 1
-    words = "error: cannot read 2 of 43 images: .*a/bad.jpg'; .*b/bad.jpg'\nhint: "
-    assert re.match(words, error_of(capsys))
-    for name in ("a/bad.jpg", "b/bad.jpg", "a/large.pgm"):
-        (folder / name).unlink()
     for name in ("a/001.png", "b/002.png"):  # the headers are valid
         (folder / name).write_bytes((folder / name).read_bytes()[:-200])
-    assert train(tmp_path, *changes) == 1
-    words = "error: cannot read 2 of 40 images: .*a/001.png'; .*b/002.png'\nhint: "
-    assert re.match(words, error_of(capsys))
+    assert train(tmp_path, "--dataset", str(folder), "--batch-size", "8") == 1
+    names = ".*".join(["a/bad.jpg'", "b/bad.jpg'", "a/001.png'", "b/002.png'"])
+    assert re.match(f"error: cannot read 4 of 42 images: .*{names}\nhint: ", error_of(capsys))
+
+
+def test_splits_that_are_not_used_and_odd_pixels_are_told(train, make_image_folder, capsys):
+    """The run lies in the folder of its images, and is none of them when it is repeated."""
+    folder = make_image_folder({"train/a": 20, "train/b": 20, "test/a": 2, "test/b": 2})
+    frames = [Image.new("L", (8, 8), level) for level in (0, 90)]
+    frames[0].save(folder / "train" / "a" / "moving.gif", save_all=True, append_images=frames[1:])
+    assert train(folder / "run", "--dataset", str(folder), "--batch-size", "8") == 0
+    said = capsys.readouterr().err.splitlines()
+    assert "only the split train is used" in said
+    assert any(line.startswith("several frames, of which one is used") for line in said)
+    assert train(folder / "run", "--dataset", str(folder), "--batch-size", "8") == 0
 
 
 def test_debug_shows_where_an_error_comes_from(script, tmp_path):
