@@ -139,7 +139,7 @@ class Comparison:
     seeds: dict[str, SeedSpread]  # by metric, over trainings of the local model; empty for one
     small_classes: int
     """Classes too small for halves: kept whole in all of them, and without own intervals."""
-    num_halves: int  # 0 where the images are too few for intervals
+    num_halves: int  # 0 where there are no intervals: see `uncertainty.half_samples`
     seed: int
 
 

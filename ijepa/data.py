@@ -26,7 +26,7 @@ SYSTEM_NAMES = {
     *("__macosx", "@eadir", "lost+found", "#recycle", "$recycle.bin"),
     *("system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"),
 }
-REPORT_FILES = ("metrics.json", "per_image.csv")
+REPORT_FILES = ("report.md", "per_image.csv")
 """A folder with these holds a report, whose figures are no images to compare."""
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
@@ -337,7 +337,7 @@ def entries(folder: Path, left_out: LeftOut) -> list[tuple[str, Path]]:
     seen = []
     for path in found:
         is_folder = path.is_dir()
-        if path.name == LOCK or (path / LOCK).is_file():
+        if path.name == LOCK or (is_folder and (path / LOCK).is_file()):
             continue
         if is_folder and all((path / name).is_file() for name in REPORT_FILES):
             left_out["file of an earlier report"][path.name] += len(list(path.iterdir()))

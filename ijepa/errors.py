@@ -45,7 +45,12 @@ def nonempty(text: str) -> str:
 
 def home_path(text: str | Path) -> Path:
     """Parse a path; `~` is the home folder, and `~name` stays where there is no such user."""
-    return Path(os.path.expanduser(nonempty(str(text))))  # noqa: PTH111  that of pathlib raises
+    return Path(os.path.expanduser(text))  # noqa: PTH111  that of pathlib raises
+
+
+def flag_path(text: str) -> Path:
+    """Parse a path that is given with a flag: that of `home_path`, and not empty."""
+    return home_path(nonempty(text))
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:

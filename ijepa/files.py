@@ -129,9 +129,10 @@ def sha256(path: Path) -> str:
 
 def pointer_hint(path: Path) -> str | None:
     """What to do about a file that only points to the real one in Git LFS; None for others."""
-    with path.open("rb") as file:
-        is_pointer = file.read(30).startswith(b"version https://git-lfs")
-    return "it only points to the file in Git LFS: run git lfs pull" if is_pointer else None
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(30).startswith(b"version https://git-lfs"):
+            return "it only points to the file in Git LFS: run git lfs pull"
+    return None
 
 
 def check_archive(path: Path) -> None:

@@ -33,8 +33,9 @@ DOUBTS: dict[str, Callable[[Image.Image], bool]] = {
     "transparent, so shown on white": lambda image: (
         image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
     ),
-    "16-bit gray without a value above 4,095, like 12-bit data, is read as nearly black, 0 to 15 "
-    "of 255": lambda image: image.mode.startswith("I") and bool(np.asarray(image).max() < 4096),
+    "16-bit gray without a value above 4,095, like 12-bit data, is read as 16 of 256 levels": (
+        lambda image: image.mode.startswith("I") and bool(np.asarray(image).max() < 4096)
+    ),
 }
 """What a reader may not expect, and whether it holds for a file."""
 Result = TypeVar("Result")
@@ -53,12 +54,15 @@ class FolderImages:
         Raises:
             UserError: If a file cannot be read.
         """
-        try:
-            return [blake2b(file.read_bytes(), digest_size=16).digest() for file in self.files]
-        except OSError as error:
-            problem = f"cannot read {error.filename!r}: {error.strerror}"
-            hint = "the file was readable when the run began: leave the files alone, and run again"
-            raise UserError(problem, hint=hint) from error
+        found = []
+        for file in self.files:
+            try:
+                found.append(blake2b(file.read_bytes(), digest_size=16).digest())
+            except OSError as error:
+                hint = "it could be read when the run began: leave the files alone, and run again"
+                problem = f"cannot read {str(file)!r}: {error.strerror}"
+                raise UserError(problem, hint=hint) from error
+        return found
 
     def __getitem__(self, row: int) -> UInt8[Tensor, "3 h w"]:
         return read_image(self.files[row])

@@ -62,7 +62,7 @@ def markdown(
     sections = {
         "Overview": [
             f"{data['n']:,} images of {literal(data['name'])} ({data['split']} split), "
-            f"{counted(np.count_nonzero(data['per_class']), 'class')}, embedded by:",
+            f"{counted(int(np.count_nonzero(data['per_class'])), 'class')}, embedded by:",
             "\n".join(described),
             protocol(comparison, facts),
         ],
@@ -165,8 +165,8 @@ def caveats(
     missing = [
         f"{ROWS[metric][0].lower()}{ROWS[metric][1:]} of {called(role)}"
         for role, values in comparison.metrics.items()
-        for metric in HEADLINES[:-1]
-        if math.isnan(values[metric].value)
+        for metric in HEADLINES
+        if metric != P5 and math.isnan(values[metric].value)
     ]
     rules = [
         (
@@ -231,12 +231,14 @@ def same_weights(comparison: Comparison, models: Mapping[str, Any]) -> bool:
     files = [[models[role].get(key) for key in ("sha256", "weights")] for role in comparison.names]
     if files[0] == files[1] and files[0][0]:
         return True
-    X, Y = (a.embeddings - a.embeddings.mean(axis=0) for a in comparison.analyses.values())
-    return X.shape == Y.shape and np.allclose(X, Y, rtol=1e-4, atol=1e-5 * np.abs(X).max())
+    X, Y = (a.embeddings for a in comparison.analyses.values())
+    if X.shape != Y.shape:
+        return False
+    return bool(np.abs(X - Y).max() <= 1e-4 * np.abs(X - X.mean(axis=0)).max())
 
 
 def model_caveats(comparison: Comparison, role: str, model: Mapping[str, Any]) -> list[str]:
-    """What to know of one model: too few epochs, an unbounded rank, or collapse."""
+    """What to know of one model: too few epochs, a rank without interval, ties, or collapse."""
     metrics, n, name = comparison.metrics[role], count(comparison), called(role)
     rank, precision = metrics["effective_rank"], metrics[P5].value
     few = 0.1 * min(n - 1, comparison.analyses[role].embeddings.shape[1])
@@ -267,8 +269,7 @@ def model_caveats(comparison: Comparison, role: str, model: Mapping[str, Any]) -
         ),
         (
             rank.value < few and precision < 1 and precision <= baseline,
-            f"{capital(name)} looks collapsed: few dimensions, and retrieval no better than that "
-            "of any baseline.",
+            f"{capital(name)} looks collapsed: few dimensions, and no baseline retrieves worse.",
         ),
     ]
     return [sentence for holds, sentence in rules if holds]

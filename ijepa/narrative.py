@@ -136,7 +136,7 @@ def answer(comparison: Comparison) -> str:
 
 
 def retrieval_finding(comparison: Comparison) -> str:
-    """What the answer leaves out: the references, and tests on single images."""
+    """What the answer leaves out: rulings on the references, and tests on single images."""
     if undefined(comparison):
         return ""
     per_image = tested = ""

@@ -11,6 +11,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -323,9 +324,8 @@ def write_report(
     notes = [*split.notes, *filter(None, [plots.font_note([split.name, *split.classes])])]
     caveats = find_caveats(comparison, facts, maps, notes)
     written: list[Path] = []
-    (folder / "metrics.json").unlink(
-        missing_ok=True
-    )  # while it is missing, the report is unfinished
+    with suppress(OSError):  # while it is missing, the report is unfinished
+        (folder / "metrics.json").unlink()
 
     def write(name: str, how: Callable[..., None], *what: Any) -> None:
         how(folder / name, *what)

@@ -88,7 +88,7 @@ class Run:
                 raise
             self.notes.append(f"{error.problem}: going back to {PREVIOUS}")
             saved = read_torch_file(paths[1])
-            paths[0].unlink()  # it must not take the place of the previous one
+            paths.pop(0).unlink(missing_ok=True)  # it must not take the place of the previous one
         if not isinstance(saved, dict) or not saved.keys() >= {"settings", "images", "state"}:
             hint = "move it away, or give another --output-dir"
             raise UserError(f"{paths[0]} is no state of a training run", hint=hint)
@@ -105,7 +105,8 @@ class Run:
     def check_vacant(self) -> None:
         """Raise UserError if this run would replace the checkpoint of another one."""
         path = self.folder / CHECKPOINT
-        if path.exists() and load_checkpoint(path).training.get("settings") != self.settings:
+        old = load_checkpoint(path).training.get("settings") if path.exists() else self.settings
+        if old is None or {**old, "epochs": None} != {**self.settings, "epochs": None}:
             raise UserError(
                 f"{path} is the checkpoint of another run, without a state to resume",
                 hint="give another --output-dir, and --init-from with this folder to go on from it",

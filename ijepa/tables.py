@@ -121,7 +121,7 @@ def confusion_table(comparison: Comparison, classes: Sequence[str]) -> Rows:
     present = np.unique(comparison.analyses["local"].labels)
     classes = [classes[label] for label in present]
     matrices = [
-        neighbor_confusion(a, present[-1] + 1)[np.ix_(present, present)]
+        neighbor_confusion(a, int(present[-1]) + 1)[np.ix_(present, present)]
         for a in comparison.analyses.values()
     ]
     shares = [[[number("share", x)[:-1] for x in row] for row in matrix] for matrix in matrices]

@@ -29,7 +29,7 @@ from ijepa.errors import (  # noqa: E402
     UserError,
     command_line,
     counted,
-    home_path,
+    flag_path,
     is_first_process,
     nonempty,
     whole,
@@ -64,7 +64,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--hf-revision", metavar="NAME", help="branch, tag or commit of --hf-model; or id@revision")
     add("--hf-pooling", choices=["mean", "cls"], default="mean",
         help="of --hf-model: mean over patch tokens, or class token (default: %(default)s)")
-    add("--output-dir", type=home_path, default=Path("comparison_results"),
+    add("--output-dir", type=flag_path, default=Path("comparison_results"),
         help="for all files (default: %(default)s)")
     add("--max-samples", type=whole(0), default=2000, metavar="N",
         help="class-balanced; 0 = the whole split (default: %(default)s)")
@@ -78,7 +78,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="part of the data set (default: %(default)s)")
     add("--skip-unreadable", action="store_true",
         help="leave unreadable images out and list them; otherwise they are an error")
-    add("--data-dir", type=home_path, default=Path("data"),
+    add("--data-dir", type=flag_path, default=Path("data"),
         help="where CIFAR-10 is or will be put (default: %(default)s)")
     add("--offline", action="store_true", help="open no socket")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
@@ -89,7 +89,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="images per forward pass (default: 16 on a CPU, else 64)")
     add("--seed", type=whole(0, 2**32 - 1), default=0,
         help="of the sample, the maps and the intervals (default: %(default)s)")
-    add("--cache-dir", type=home_path,
+    add("--cache-dir", type=flag_path,
         help="where embeddings and maps are kept between runs (default: ~/.cache/ijepa-compare)")
     add("--no-cache", action="store_true", help="neither read nor keep embeddings and maps")
     add("--json", action="store_true", help="print the summary as JSON instead of the table")
@@ -280,6 +280,7 @@ def load_bank(args: argparse.Namespace, inputs: Inputs) -> "Split | None":
     import numpy as np
 
     from ijepa.data import find_unreadable, load_split
+    from ijepa.formats import listed
     from ijepa.probe import select_bank
 
     split = inputs.split
@@ -291,16 +292,17 @@ def load_bank(args: argparse.Namespace, inputs: Inputs) -> "Split | None":
         inputs.notes.append(f"There is no probe: {error.problem}.")
         return None
     train = train.readable(find_unreadable(train), args.skip_unreadable)
-    bank, excluded = select_bank(train, split, args.probe_samples or 0, args.seed)
-    if excluded:
-        left_out = f"{counted(excluded, 'training image')} found among the compared images"
-        inputs.notes.append(f"The probe's bank leaves out {left_out}.")
-    if len(bank) and not np.isin(bank.labels, split.labels).any():
-        names = ", ".join(train.classes[:3])
+    found, compared = ({s.classes[i] for i in np.unique(s.labels)} for s in (train, split))
+    if found.isdisjoint(compared):
+        names = listed(sorted(found))
         inputs.notes.append(
             f"There is no probe: no compared class is in the train split ({names})."
         )
         return None
+    bank, excluded = select_bank(train, split, args.probe_samples or 0, args.seed)
+    if excluded:
+        left_out = f"{counted(excluded, 'training image')} found among the compared images"
+        inputs.notes.append(f"The probe's bank leaves out {left_out}.")
     return bank
 
 
@@ -319,10 +321,9 @@ def embed(args: argparse.Namespace, stages: Stages, cache: Path | None) -> Input
     copied, relabeled = duplicates(split.image_keys, split.labels)
     inputs = Inputs(split, loaded, results, list(split.notes), (copied, relabeled))
     if copied:
-        other = f"{relabeled:,} a copy with another label"
-        note = f"{copied:,} images have an exact copy in the sample, {other}; copies are neighbors "
-        note += "and make intervals too narrow."
-        inputs.notes.append(note)
+        other = f", {relabeled:,} of them one with another label" if relabeled else ""
+        note = f"{copied:,} images have an exact copy in the sample{other}."
+        inputs.notes.append(f"{note} Copies are neighbors and make the intervals too narrow.")
     with stages("extract_bank", "embedding the probe's bank"):
         if (bank := load_bank(args, inputs)) is None:
             return inputs

@@ -21,6 +21,7 @@ from ijepa.errors import (
     UserError,
     command_line,
     counted,
+    flag_path,
     git_commit,
     home_path,
     is_first_process,
@@ -38,16 +39,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     by_recipe = {"default": argparse.SUPPRESS}  # the recipe decides where they are not given
     add(
         "--output-dir",
-        type=home_path,
+        type=flag_path,
         default=Path("runs/mine"),
         help="a run found there is resumed",
     )
     add("--resume", action="store_true", help="fail if there is no run to resume")
-    add("--init-from", type=home_path, help="begin with the weights and the log of the run there")
+    add("--init-from", type=flag_path, help="begin with the weights and the log of the run there")
     add("--epochs", type=whole(1), default=300, help="passes over the images, earlier ones too")
     data = "cifar10, digits, or a folder of images"
     add("--dataset", type=nonempty, default="cifar10", help=data)
-    add("--data-dir", type=home_path, default=Path("data"), help="where CIFAR-10 is or will be put")
+    add("--data-dir", type=flag_path, default=Path("data"), help="where CIFAR-10 is or will be put")
     recipe = "paper: only I-JEPA's loss; matched: with two more terms on the mean token"
     add("--recipe", choices=["matched", "paper"], default="matched", help=recipe)
     add("--batch-size", type=whole(1), help="images per update (256; paper 64)", **by_recipe)
@@ -80,7 +81,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def rate(text: str) -> float:
     """Parse a positive number."""
     if not 0 < float(text) <= 1e38:  # the range of float32
-        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1e38, got {text}")
     return float(text)
 
 
@@ -107,7 +108,8 @@ def load_images(dataset: str, data_dir: Path, batch_size: int) -> tuple[Any, Any
     if len(split) < count + batch_size:
         enough = next(n for n in itertools.count(batch_size) if n >= num_held_out(n) + batch_size)
         raise UserError(
-            f"too few images for batches of {batch_size}: {len(split)}, and {count} to hold out",
+            f"too few images for batches of {batch_size}: there are {len(split)}, and {count} must "
+            "be held out",
             hint="; ".join(
                 [f"use at least {enough} images, or a smaller --batch-size", *split.notes]
             ),
@@ -138,7 +140,9 @@ def has_classes(folder: Path) -> bool:
     """Whether at least two subfolders hold images, at any depth."""
     from ijepa.data import find_images, subfolders
 
-    return sum(bool(find_images(path, defaultdict(Counter))) for path in subfolders(folder)) > 1
+    above = (folder.resolve(),)
+    found = [find_images(path, defaultdict(Counter), above) for path in subfolders(folder)]
+    return sum(map(bool, found)) > 1
 
 
 def build_config(args: argparse.Namespace) -> Any:

@@ -182,7 +182,7 @@ def test_what_the_bank_leaves_out_is_said(embed, make_image_folder):
         (folder / "train" / name).rename(folder / "train" / f"{name}_too")
     inputs = embed(*flags)
     assert inputs.bank is None
-    assert inputs.notes[-1].endswith("no compared class is in the train split (a_too, b_too).")
+    assert inputs.notes[-1].endswith("no compared class is in the train split (a_too and b_too).")
 
 
 def test_a_second_run_elsewhere_repairs_the_cache_and_gives_the_same_numbers(

@@ -186,7 +186,7 @@ def test_what_is_left_out_is_counted_with_its_reason(tmp_path):
         ],
         "folder without images": ["empty class"],
         "files of an earlier report": [
-            *("out/metrics.json", "out/per_image.csv", "out/pca_comparison.png"),
+            *("out/report.md", "out/per_image.csv", "out/pca_comparison.png"),
         ],
     }
     names = (name for files in unused.values() for name in files if name != "empty class")

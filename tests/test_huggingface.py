@@ -228,6 +228,9 @@ def test_hidden_files_of_macos_are_not_read_and_pointers_of_git_lfs_are_named(fo
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid x")
     assert "cannot read model.safetensors of" in failure(folder).problem
     assert "git lfs pull" in failure(folder).hint
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("gone")  # as in a cache of the hub that was pruned
+    assert "cannot read model.safetensors of" in failure(folder).problem
 
 
 @pytest.mark.parametrize("kind", ["bert", None, 3, ["ijepa"], "siglip2"])

@@ -505,7 +505,7 @@ def test_neighbors_that_rounding_makes_equal_are_a_caveat():
 def test_equal_embeddings_are_a_caveat_and_equal_offsets_are_not():
     labels = np.arange(60) % 2
     X, Y = (1000 + 0.02 * np.random.default_rng(i).normal(size=(60, 8)) for i in range(2))
-    for other, same in ((Y, False), (X + 1e-9, True)):
+    for other, same in ((Y, False), (X + 5, False), (X + 1e-9, True), (X[:, :7], False)):
         found = compare({"local": X, "hf": other}, {}, labels, seed=0)
         assert bool(said_of(found, "the same embeddings")) == same
 

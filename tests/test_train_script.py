@@ -371,7 +371,7 @@ def test_a_batch_that_processes_cannot_share_is_an_error(train, tmp_path, monkey
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--batch-size", "39"], "too few images for batches of 39: 48, and 10 to hold out"),
+        (["--batch-size", "39"], "batches of 39: there are 48, and 10 must be held out"),
         (["--dataset", "/no/such"], "no such folder"),
         (["--device", "tpu"], "device 'tpu' is not available"),
         (["--lr", "1e9"], "the loss is no longer a number after 3 updates"),
