@@ -35,6 +35,7 @@ UNREADABLE = (
     TypeError,
     LookupError,
     AttributeError,
+    ArithmeticError,
     RuntimeError,
     ImportError,
 )

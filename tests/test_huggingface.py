@@ -266,6 +266,7 @@ def test_a_misshapen_infinite_or_cut_tensor_is_named(folder):
         (PREPROCESSOR, {"size": {"shortest_edge": 16}}),
         (PREPROCESSOR, {"size": {"height": 32, "width": 32}}),
         (PREPROCESSOR, {"do_resize": False}),
+        (PREPROCESSOR, {"rescale_factor": 0}),
         (PREPROCESSOR, {"image_std": [0.0, 0.0, 0.0]}),
         (PREPROCESSOR, {"image_processor_type": "BertTokenizer"}),
     ],
