@@ -179,12 +179,11 @@ def neighbors_within(
     A list with fewer than k kept neighbors repeats its last one: see `LIST_LENGTH`.
     """
     images = np.flatnonzero(keep)
-    places = np.flatnonzero(keep.take(neighbors[images]))
-    starts = np.arange(len(images) + 1) * neighbors.shape[1]
-    bounds = np.searchsorted(places, starts)
-    first = np.minimum(bounds[:-1, None] + np.arange(k), bounds[1:, None] - 1)
-    found = images[:, None], places[first] - starts[:-1, None]
-    return neighbors[found], similarities[found]
+    lists = neighbors[images]
+    places = np.flatnonzero(keep.take(lists))
+    bounds = np.searchsorted(places, np.arange(len(images) + 1) * lists.shape[1])
+    first = places.take(np.minimum(bounds[:-1, None] + np.arange(k), bounds[1:, None] - 1))
+    return lists.take(first), similarities[images].take(first)
 
 
 def class_average(scores: PerImage, codes: Labels) -> Float[np.ndarray, " C"]:
