@@ -311,15 +311,16 @@ def load_file_encoder(
 
 def check_seeds(local: Any, seeds: list[Any]) -> None:
     """Raise UserError unless the checkpoints can be several seeds of one training."""
-    seen = [[local.description.get(name) for name in ("sha256", "revision")]]
-    for other in seeds:
+    seen = []
+    for other in (local, *seeds):
         source = other.description["source"]
-        seen.append([other.description.get(name) for name in ("sha256", "revision")])
-        if seen[-1] in seen[:-1]:
+        identity = [other.description.get(name) for name in ("sha256", "revision")]
+        if identity in seen:
             raise UserError(
                 f"checkpoint {source} is given twice",
                 hint="every --local-checkpoint must be another seed of the same training",
             )
+        seen.append(identity)
         for key in ("parameters", "input_size", "epochs"):
             found, expected = other.description.get(key), local.description.get(key)
             if found != expected:

@@ -105,8 +105,10 @@ class Run:
     def check_vacant(self) -> None:
         """Raise UserError if this run would replace the checkpoint of another one."""
         path = self.folder / CHECKPOINT
-        old = load_checkpoint(path).training.get("settings") if path.exists() else self.settings
-        if old is None or {**old, "epochs": None} != {**self.settings, "epochs": None}:
+        if not path.exists():
+            return
+        old = load_checkpoint(path).training.get("settings", {})
+        if {**old, "epochs": None} != {**self.settings, "epochs": None}:
             raise UserError(
                 f"{path} is the checkpoint of another run, without a state to resume",
                 hint="give another --output-dir, and --init-from with this folder to go on from it",

@@ -129,11 +129,11 @@ def small_classes(labels: Labels) -> Int[np.ndarray, " s"]:
 def half_samples(labels: Labels, num_halves: int = NUM_HALVES, seed: int = 0) -> Halves:
     """Random halves, True for the kept images; none for one class or if too few can be halved.
 
-    Of the images, `MIN_HALVED` must be in classes of `MIN_IMAGES_PER_CLASS`. With 10% of them the
-    interval of P@5 of two equally good models excluded 0 in 27 of 60 samples, with 80% in 2 to 5.
-    Each keeps half of every class, and all of `small_classes`. Rows 2i and 2i + 1 are a pair: each
-    keeps what the other leaves out. In each draw as many classes of odd size round up as down, or
-    one fewer, chosen at random.
+    Of the images, `MIN_HALVED` must be in classes of `MIN_IMAGES_PER_CLASS`: with fewer, intervals
+    would leave out most of the spread, and differences would seem sure that are chance. Each keeps
+    half of every class, and all of `small_classes`. Rows 2i and 2i + 1 are a pair: each keeps what
+    the other leaves out. In each draw as many classes of odd size round up as down, or one fewer,
+    chosen at random.
     """
     small = np.isin(labels, small_classes(labels))
     if (~small).mean() < MIN_HALVED or len(np.unique(labels)) < 2:

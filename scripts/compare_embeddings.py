@@ -277,8 +277,6 @@ def load_bank(args: argparse.Namespace, inputs: Inputs) -> "Split | None":
     """The labeled images for the probe, None where there are none; notes say what to know."""
     if args.probe_samples == 0:
         return None
-    import numpy as np
-
     from ijepa.data import find_unreadable, load_split
     from ijepa.formats import listed
     from ijepa.probe import select_bank
@@ -292,7 +290,7 @@ def load_bank(args: argparse.Namespace, inputs: Inputs) -> "Split | None":
         inputs.notes.append(f"There is no probe: {error.problem}.")
         return None
     train = train.readable(find_unreadable(train), args.skip_unreadable)
-    found, compared = ({s.classes[i] for i in np.unique(s.labels)} for s in (train, split))
+    found, compared = ({s.classes[i] for i in s.labels} for s in (train, split))
     if found.isdisjoint(compared):
         names = listed(sorted(found))
         inputs.notes.append(

@@ -80,7 +80,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def rate(text: str) -> float:
     """Parse a positive number."""
-    if not 0 < float(text) <= 1e38:  # the range of float32
+    if not 0 < float(text) <= 1e38:  # float32 ends soon after
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1e38, got {text}")
     return float(text)
 

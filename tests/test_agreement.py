@@ -47,6 +47,7 @@ def test_cka_is_nan_where_it_is_not_defined():
     assert np.isnan([agreement.linear_cka(X, constant), agreement.linear_cka(X[:3], Y[:3])]).all()
     null = agreement.cka_and_null(X, constant, np.arange(40) % 2, 3)[1]
     assert np.isnan(null).tolist() == [True] * 3
+    assert np.isnan(agreement.linear_cka(X[:4], Y[:4], np.array([0, 0, 1, 1])))  # always +-1
 
 
 def test_shuffles_that_change_nothing_are_as_large_as_the_observed_cka():

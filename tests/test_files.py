@@ -36,6 +36,18 @@ def test_a_failure_while_writing_stays_what_it_is_and_changes_no_file(tmp_path, 
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_ctrl_c_that_torch_hides_while_saving_is_still_ctrl_c(tmp_path):
+    def write(_):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos")  # as torch.save on the way out
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "state.pt", write)
+    assert not list(tmp_path.iterdir())
+
+
 def test_files_get_the_rights_that_the_mask_of_the_process_gives(tmp_path):
     old = os.umask(0o027)
     try:

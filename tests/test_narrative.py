@@ -524,4 +524,6 @@ def test_collapse_and_ranks_that_n_bounds_are_caveats(pair, rank, precision, wor
     hf = pair.metrics["hf"] | {"effective_rank": rank, P5: p5}
     changed = replace(pair, metrics=pair.metrics | {"hf": hf})
     assert said_of(changed, words)
+    worse = {"pixels": {P5: 0.9}, "random_weights": {P5: precision / 2}}
+    assert not said_of(replace(changed, references=worse), "looks collapsed")
     assert bool(said_of(changed, "collapsed")) == (precision < 0.5)

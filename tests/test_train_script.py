@@ -159,6 +159,9 @@ def test_held_out_images_play_no_part_in_training(script, folder, tmp_path):
 def test_images_without_classes_need_none(train, tmp_path, make_image_folder, capsys):
     """Of 24 images 10 are held out; the smallest batch that a loss of pairs can have."""
     images = make_image_folder({"2024/may": 24})
+    for name in ("__MACOSX/._001.png", "docs/a.pdf"):  # no classes
+        (images / name).parent.mkdir()
+        (images / name).touch()
     flags = ["--dataset", str(images), "--batch-size", "2", "--epochs", "1"]
     assert train(tmp_path, *flags) == 0
     assert "no P@5" in capsys.readouterr().err
@@ -281,6 +284,10 @@ def test_a_run_made_longer_in_time_is_the_long_run(train, tmp_path, finished):
 
 def test_a_run_goes_on_from_a_finished_one_and_resumes_without_it(train, finished, tmp_path):
     start = shutil.copytree(finished, tmp_path / "start")
+    log = start / "training_log.csv"
+    log.write_text(
+        "".join(f"{line},7\n" for line in log.read_text().splitlines())
+    )  # one column more
     before = contents(start)
     straight = tmp_path / "straight"
     assert train(straight, *LONGER, "--init-from", str(start)) == 0
