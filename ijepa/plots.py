@@ -150,6 +150,7 @@ def new_figure(caption: Caption, width: float, height: float) -> tuple[Figure, S
     fonts = map(_font_of, sorted(set("".join(texts))))
     matplotlib.rcParams["font.family"] = list(dict.fromkeys([FONT, *filter(None, fonts)]))
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)  # texts are measured on it; without one, each on a new empty picture
     figure.suptitle(_wrap(caption.title, width, 11), fontsize=11, fontweight="bold")
     figure.supxlabel(_wrap(caption.footer, width, 7), x=0.01, ha="left", fontsize=7, color=SOFT)
     return figure, figure.subfigures()
@@ -158,9 +159,8 @@ def new_figure(caption: Caption, width: float, height: float) -> tuple[Figure, S
 @matplotlib.rc_context(STYLE)
 def save_figure(path: Path, figure: Figure) -> None:
     """Write a figure as PNG; the same figure gives the same bytes."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # once; `savefig` would lay it out and draw it separately
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    figure.canvas.draw()  # once; `savefig` would lay it out and draw it separately
+    image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
     write_atomically(path, lambda file: image.save(file, "PNG", dpi=(figure.dpi, figure.dpi)))
     figure.set_layout_engine("none")  # nothing moves when it is drawn again, and that is faster
 
@@ -216,6 +216,7 @@ def plot_maps(
         look = {"columnspacing": 1.2, "handlelength": 1.2, "handletextpad": 0.1}
         body.legend(handles=handles, ncols=math.ceil(len(shown) / rows), **look, **LEGEND)
     figure.draw_without_rendering()  # names are placed in the final layout
+    figure.set_layout_engine("none")
     for ax, projection in zip(axes, maps.values(), strict=True):
         _name_classes(ax, projection.coordinates[:, :2], labels, shown)
     return figure
