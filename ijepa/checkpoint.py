@@ -314,7 +314,7 @@ def export_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
         "hidden_size": config.embed_dim,
         "num_hidden_layers": config.depth,
         "num_attention_heads": config.num_heads,
-        "intermediate_size": int(config.embed_dim * config.mlp_ratio),
+        "intermediate_size": round(config.embed_dim * config.mlp_ratio),
         "image_size": config.image_size,
         "patch_size": config.patch_size,
         "num_channels": 3,

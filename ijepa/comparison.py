@@ -222,7 +222,7 @@ def as_labels(labels: Any) -> Labels:
         raise ValueError(f"there must be labels of at least 2 images, got {len(labels)}")
     if labels.max() >= MAX_GAP + 10 * len(np.unique(labels)):
         raise ValueError(f"labels are far apart, up to {labels.max():,}: {hint}")
-    return labels
+    return labels.astype(np.int64)
 
 
 def as_rows(X: Any, name: str, n: int) -> Embeddings:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ijepa.errors import UserError, counted, home_path, printable
-from ijepa.files import LOCK
+from ijepa.files import LOCK, is_file, is_folder
 from ijepa.images import FolderImages, check_mode, image_suffixes, read_image
 
 SYSTEM_NAMES = {
@@ -145,7 +145,7 @@ def load_cifar10(data_dir: Path, split: str, offline: bool) -> Split:
 
     if split not in ("train", "test"):
         raise UserError(f"CIFAR-10 has no split {split!r}", hint="choose --split train or test")
-    present = (data_dir / CIFAR10.base_folder).is_dir()
+    present = is_folder(data_dir / CIFAR10.base_folder)
     packed = check_integrity(str(data_dir / CIFAR10.filename), CIFAR10.tgz_md5)
     hint = f"put the folder cifar-10-batches-py into {data_dir}, or pass --data-dir with its parent"
     if offline and not (present or packed):
@@ -336,17 +336,17 @@ def entries(folder: Path, left_out: LeftOut) -> list[tuple[str, Path]]:
         raise UserError(problem, hint="check its permissions") from error
     seen = []
     for path in found:
-        is_folder = path.is_dir()
-        if path.name == LOCK or (is_folder and (path / LOCK).is_file()):
+        holds_files = is_folder(path)
+        if path.name == LOCK or (holds_files and is_file(path / LOCK)):
             continue
-        if is_folder and all((path / name).is_file() for name in REPORT_FILES):
+        if holds_files and all(is_file(path / name) for name in REPORT_FILES):
             left_out["file of an earlier report"][path.name] += len(list(path.iterdir()))
         elif path.name.startswith(".") or path.name.lower() in SYSTEM_NAMES:
-            inside = sum(len(files) for _, _, files in os.walk(path)) if is_folder else 1
+            inside = sum(len(files) for _, _, files in os.walk(path)) if holds_files else 1
             left_out["file hidden or made by the operating system"][path.name] += inside
         else:
             is_image = path.suffix.lower() in image_suffixes()
-            seen.append(("folder" if is_folder else "image" if is_image else "file", path))
+            seen.append(("folder" if holds_files else "image" if is_image else "file", path))
     return seen
 
 
@@ -396,10 +396,10 @@ def load_split(dataset: str, data_dir: Path, split: str, offline: bool) -> Split
     if dataset in DATASETS:
         return DATASETS[dataset](home_path(data_dir), split, offline)
     folder = home_path(dataset)
-    if folder.is_dir():
+    if is_folder(folder):
         return load_folder(folder, split)
     hint = f"choose from {', '.join(DATASETS)}, or give a folder with one subfolder per class"
-    if folder.exists():
+    if is_file(folder):
         raise UserError(f"{dataset!r} is a file", hint=f"unpack it; {hint}")
     unknown = "" if len(Path(dataset).parts) > 1 else "unknown data set, and "
     raise UserError(f"{unknown}no such folder: {dataset!r}", hint=hint)

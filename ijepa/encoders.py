@@ -23,7 +23,7 @@ from ijepa import huggingface
 from ijepa.checkpoint import load_checkpoint
 from ijepa.devices import choose_dtype, memory_errors
 from ijepa.errors import UserError, counted, home_path
-from ijepa.files import read_arrays, sha256, write_text
+from ijepa.files import is_file, is_folder, read_arrays, sha256, write_text
 from ijepa.model import VisionTransformer
 
 Images = Sequence[Tensor]
@@ -230,10 +230,10 @@ def kind_of(text: str, path: Path) -> str:
         raise UserError(f"{text!r} is a web address", hint=hint)
     if path.suffix.lower() == ".npz":
         return "a file of embeddings"
-    if path.is_dir():
+    if is_folder(path):
         return "a directory"
     # A hub id has at most one slash and no file's ending.
-    is_path = path.exists() or text.count("/") > 1 or text.startswith((".", "/", "~"))
+    is_path = is_file(path) or text.count("/") > 1 or text.startswith((".", "/", "~"))
     return "a file of weights" if is_path or path.suffix in WEIGHT_SUFFIXES else "a hub id"
 
 
@@ -275,7 +275,9 @@ def load_file_encoder(
 ) -> FrozenEncoder:
     """An encoder from a checkpoint file; see `checkpoint.load_checkpoint` for the formats."""
     checkpoint = load_checkpoint(path, weights, num_heads)
-    config, network, name = checkpoint.config, checkpoint.build(), path.name.split(".")[0]
+    config, network, name = checkpoint.config, checkpoint.build(), path.name
+    while Path(name).suffix in WEIGHT_SUFFIXES:
+        name = Path(name).stem
     size, mean, std = config.image_size, checkpoint.mean, checkpoint.std
     parameters = sum(tensor.numel() for tensor in network.state_dict().values())
     number_format = choose_dtype(dtype, device, parameters)
@@ -402,6 +404,7 @@ def huggingface_encoder(
     )
     facts = dict(kept_facts(cache and cache / encoder.key / "facts.json", lambda: load()[2]))
     embed_dim = facts.pop("embed_dim")
+    facts["notes"] = [f"{source}: {note}" for note in facts["notes"]]
     if recipe := facts.get("recipe"):
         facts["short_name"] = f"{description['short_name']} ({recipe})"
     return replace(encoder, embed_dim=embed_dim, description={**encoder.description, **facts})

@@ -281,7 +281,7 @@ def read_model(
         "input_size": sides[0] if sides[0] == sides[1] else sides,
         "embed_dim": model.config.hidden_size,
         "parameters": sum(tensor.numel() for tensor in model.state_dict().values()),
-        "notes": [f"{source}: tensors that {family.model} does not use: {parts}"] if unused else [],
+        "notes": [f"tensors that {family.model} does not use: {parts}"] if unused else [],
     }
     return processor, model.eval().requires_grad_(False), facts
 

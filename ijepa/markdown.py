@@ -211,7 +211,7 @@ def caveats(
         found += model_caveats(comparison, role, models[role])
     if len(maps.rows) < n:
         found.append(f"Maps show {len(maps.rows):,} of {n:,} images; all numbers use all images.")
-    if (used := next(iter(maps.tsne.values())).perplexity) < PERPLEXITY:
+    if (used := maps.perplexity) and used < PERPLEXITY:
         found.append(f"The t-SNE perplexity is {used:.1f}, not {PERPLEXITY:.0f}.")
     return list(dict.fromkeys(found))
 

@@ -131,7 +131,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         self.attn = Attention(embed_dim, num_heads)
         self.norm2 = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
-        self.mlp = MLP(embed_dim, int(embed_dim * mlp_ratio))
+        self.mlp = MLP(embed_dim, round(embed_dim * mlp_ratio))
 
     def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Attention, then MLP, each added to its input."""

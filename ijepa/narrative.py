@@ -174,8 +174,9 @@ def variance_finding(comparison: Comparison) -> str:
         share = f" ({number('share', rank.value / width)})" * math.isfinite(rank.value)
         ranks.append(f"{label(role)} {interval('effective_rank', rank)} of {width:,}{share}")
     raw = ""
-    if pixels := comparison.references.get("pixels"):
-        raw = f"Raw pixels reach {number('variance_10pc', pixels['variance_10pc'])} in 10 PCs."
+    pixels = comparison.references.get("pixels", {}).get("variance_10pc", math.nan)
+    if math.isfinite(pixels):
+        raw = f"Raw pixels reach {number('variance_10pc', pixels)} in 10 PCs."
     ten = [f"{number('variance_10pc', 10 / w)} for {called(role)}" for role, w in widths.items()]
     differ = len(set(widths.values())) == 2 and min(widths.values()) >= 10
     rulings = (

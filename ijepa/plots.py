@@ -9,6 +9,7 @@ Dimension key: n images, c classes, q queries, k neighbors of each.
 import math
 import textwrap
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -124,8 +125,9 @@ def readable(text: str, limit: int | None = None) -> str:
 def _short(classes: Sequence[str]) -> list[str]:
     """Class names cut to fit; names that are then equal get the number of their class."""
     cut = [readable(name, MAX_NAME) for name in classes]
+    times = Counter(cut)
     return [
-        name if cut.count(name) == 1 else readable(f"{i} {classes[i]}", MAX_NAME)
+        name if times[name] == 1 else readable(f"{i} {classes[i]}", MAX_NAME)
         for i, name in enumerate(cut)
     ]
 
@@ -270,7 +272,8 @@ def plot_similarity_matrices(
     caption: Caption,
 ) -> Figure:
     """Cosine similarity of class means, raw above and centered below; then HF - local."""
-    shown = [_short(caption.classes)[label] for label in np.unique(labels)]
+    names = _short(caption.classes)
+    shown = [names[label] for label in np.unique(labels)]
     if len(shown) > MAX_LISTED:
         caption = caption.add(f"{len(shown)} classes, in the order of their labels.")
     side, columns = float(np.clip(0.33 * len(shown), 2.6, 5)), 2 * len(embeddings) - 1
@@ -363,8 +366,8 @@ def plot_class_precision(
         order = np.sort(np.argsort(sizes, kind="stable")[:MAX_LISTED])
         which = "that differ most" if differences else "that come first"
         caption = caption.add(f"Of {len(caption.classes)} classes, the {MAX_LISTED} {which}.")
-    shown, columns = [_short(caption.classes)[i] for i in order], 2 if differences else 1
-    rows = range(len(order))
+    names, columns = _short(caption.classes), 2 if differences else 1
+    shown, rows = [names[i] for i in order], range(len(order))
     figure, body = new_figure(caption, 4.6 * columns + 0.6, 0.34 * len(order) + 1.6)
     axes = body.subplots(1, columns, squeeze=False, sharey=True)[0]
     for role, estimates in precisions.items():

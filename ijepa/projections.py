@@ -69,6 +69,11 @@ class Maps:
     tsne: Mapping[str, TsneProjection]
     pca: Mapping[str, PcaProjection]  # on the components of all images
 
+    @property
+    def perplexity(self) -> float | None:
+        """That of the t-SNE maps; None where there are only principal components."""
+        return next((m.perplexity for m in self.tsne.values() if m.perplexity > 0), None)
+
 
 def make_maps(
     embeddings: Mapping[str, Float[np.ndarray, "n _"]],

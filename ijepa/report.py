@@ -42,6 +42,8 @@ PACKAGES = ("torch", "torchvision", "transformers", "numpy", "scipy", "scikit-le
 PACKAGES += ("Pillow", "huggingface_hub")
 """Packages whose version can change a number."""
 MAX_QUERIES = 10
+MAX_CONFUSION = 300
+"""Classes in the matrices of metrics.json at most; those of 1,000 would take 30 MB."""
 SHOWN_SIDE = 224
 """Longest side of a neighbor's picture, in pixels."""
 NUM_DISAGREEMENTS = 4
@@ -98,10 +100,10 @@ def draw(comparison: Comparison, maps: Maps, split: Split) -> Iterator[tuple[str
         title = f"{title}: {split.name} {split.split}, n = {len(split):,}"
         return plots.Caption(title, footer, names, shown)
 
-    part = f" {len(maps.rows):,} images shown, equally many of each class."
+    part = f" {len(maps.rows):,} images shown, as many of each class as possible."
     part *= len(maps.rows) < len(split)
-    used = next(iter(maps.tsne.values())).perplexity
-    how = f"L2-normalized, PCA to {TSNE_WIDTH}, perplexity {used:.0f}, seed {seed}.{part} "
+    used = "" if maps.perplexity is None else f" perplexity {maps.perplexity:.0f},"
+    how = f"L2-normalized, PCA to {TSNE_WIDTH},{used} seed {seed}.{part} "
     how += "Distances between clusters and cluster sizes have no meaning."
     words = caption("t-SNE of the embeddings", how)
     yield "tsne_comparison.png", plots.plot_maps(maps.tsne, labels[maps.rows], words)
@@ -239,6 +241,7 @@ def metrics_content(
 ) -> dict[str, Any]:
     """The content of metrics.json without the artifacts, as JSON values."""
     undefined: list[str] = []
+    num_classes = len(facts["dataset"]["classes"])
     content = {
         "schema_version": SCHEMA_VERSION,
         "names": comparison.names,
@@ -255,8 +258,9 @@ def metrics_content(
             "rankings": comparison.rankings,
             "agreement": comparison.agreement,
             "neighbor_confusion": {
-                name: neighbor_confusion(analysis, len(facts["dataset"]["classes"])).tolist()
+                name: neighbor_confusion(analysis, num_classes).tolist()
                 for name, analysis in comparison.analyses.items()
+                if num_classes <= MAX_CONFUSION
             },
         },
         "references": comparison.references,
@@ -268,6 +272,10 @@ def metrics_content(
     expected = (".se", ".ci95[0]", ".ci95[1]", ".ratio.value")
     paths = [re.sub(r"\[\d+\]", "[...]", p[1:]) for p in undefined if not p.endswith(expected)]
     nulls = [f"{path} is undefined for this sample" for path in dict.fromkeys(paths)]
+    if num_classes > MAX_CONFUSION:
+        nulls.append(
+            f"comparison.neighbor_confusion leaves out matrices of {num_classes:,} classes"
+        )
     result["caveats"] = [*caveats, *nulls]
     return result
 

@@ -30,6 +30,7 @@ from ijepa.errors import (  # noqa: E402
     command_line,
     counted,
     flag_path,
+    home_path,
     is_first_process,
     nonempty,
     whole,
@@ -89,9 +90,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="images per forward pass (default: 16 on a CPU, else 64)")
     add("--seed", type=whole(0, 2**32 - 1), default=0,
         help="of the sample, the maps and the intervals (default: %(default)s)")
-    add("--cache-dir", type=flag_path,
+    kept = parser.add_mutually_exclusive_group().add_argument
+    kept("--cache-dir", type=flag_path,
         help="where embeddings and maps are kept between runs (default: ~/.cache/ijepa-compare)")
-    add("--no-cache", action="store_true", help="neither read nor keep embeddings and maps")
+    kept("--no-cache", action="store_true", help="neither read nor keep embeddings and maps")
     add("--json", action="store_true", help="print the summary as JSON instead of the table")
     add("--debug", action="store_true", help="show the traceback behind an error")
     add("--version", action="version", version=f"ijepa-compare {__version__}")
@@ -219,6 +221,17 @@ def check_size(split: "Split") -> None:
         )
 
 
+def check_sources(args: argparse.Namespace) -> None:
+    """Raise UserError if this run would replace or remove the embeddings that it is given."""
+    written = [(args.output_dir / f"embeddings_{role}.npz").resolve() for role in ("local", "hf")]
+    for source in (*args.local_checkpoint, args.hf_model):
+        if home_path(source).resolve() in written:
+            raise UserError(
+                f"{source} would be replaced by the embeddings of this run",
+                hint="give another --output-dir",
+            )
+
+
 def load_encoders(args: argparse.Namespace, cache: Path | None) -> list[Any]:
     """The models, the references that show what a number is worth, and other training seeds."""
     from ijepa.encoders import check_seeds, load_encoder, pixel_encoder, random_encoder
@@ -272,6 +285,11 @@ class Inputs:
     bank: "Split | None" = None
     bank_results: "dict[str, Embeddings]" = field(default_factory=dict)
 
+    @property
+    def compared(self) -> list[Any]:
+        """The encoders without further training seeds."""
+        return [one for one in self.loaded if not one.name.startswith("local_")]
+
 
 def load_bank(args: argparse.Namespace, inputs: Inputs) -> "Split | None":
     """The labeled images for the probe, None where there are none; notes say what to know."""
@@ -283,7 +301,7 @@ def load_bank(args: argparse.Namespace, inputs: Inputs) -> "Split | None":
 
     split = inputs.split
     try:
-        train = load_split(split.name, args.data_dir, "train", args.offline)
+        train = load_split(args.dataset or split.name, args.data_dir, "train", args.offline)
         if train.split != "train":
             raise UserError(f"{split.name} has no train split", hint="")
     except UserError as error:
@@ -298,16 +316,34 @@ def load_bank(args: argparse.Namespace, inputs: Inputs) -> "Split | None":
         )
         return None
     bank, excluded = select_bank(train, split, args.probe_samples or 0, args.seed)
+    if why := next(filter(None, (not_in_file(one, bank) for one in inputs.compared)), None):
+        inputs.notes.append(f"There is no probe: {why}.")
+        return None
     if excluded:
         left_out = f"{counted(excluded, 'training image')} found among the compared images"
         inputs.notes.append(f"The probe's bank leaves out {left_out}.")
     return bank
 
 
+def not_in_file(encoder: Any, bank: "Split") -> str | None:
+    """Why a file of embeddings does not serve a bank; None if it does, and for networks."""
+    from ijepa.encoders import PrecomputedEmbeddings
+
+    if not isinstance(encoder, PrecomputedEmbeddings):
+        return None
+    if encoder.description["matched_by"] == "index":
+        return f"{encoder.description['source']} has no image keys, and splits share their indices"
+    try:
+        encoder.look_up(bank.image_keys, bank.indices)
+    except UserError as error:
+        return f"{error.problem} of the bank"
+    return None
+
+
 def embed(args: argparse.Namespace, stages: Stages, cache: Path | None) -> Inputs:
     """Load images and models, and embed the sample and the probe's bank."""
     from ijepa.data import duplicates
-    from ijepa.distributed import first_process_first
+    from ijepa.distributed import first_process_first, num_processes
 
     with stages("load_images", "reading the images"), first_process_first():
         split = load_images(args)
@@ -325,13 +361,12 @@ def embed(args: argparse.Namespace, stages: Stages, cache: Path | None) -> Input
     with stages("extract_bank", "embedding the probe's bank"):
         if (bank := load_bank(args, inputs)) is None:
             return inputs
-        for name, result in results.items():
-            minutes = len(bank) / (result.images_per_second or math.inf) / 60
-            if minutes > 1:
+        for name in (one.name for one in inputs.compared if one.name in results):
+            rate = num_processes() * (results[name].images_per_second or math.inf)
+            if (minutes := len(bank) / rate / 60) > 1:
                 images = counted(len(bank), "bank image")
                 say(f"embedding {images} with {name} takes about {minutes:.0f} min")
-        models = [one for one in loaded if not one.name.startswith("local_")]
-        bank, inputs.bank_results = extract_all(args, models, bank, cache, stages.talks)
+        bank, inputs.bank_results = extract_all(args, inputs.compared, bank, cache, stages.talks)
         inputs.notes += [f"The probe's bank: {note}" for note in bank.notes]
         inputs.split = replace(split, unreadable=(*split.unreadable, *bank.unreadable))
         if len(bank):
@@ -346,9 +381,10 @@ def run(args: argparse.Namespace, talks: bool) -> None:
     if sys.flags.optimize > 1:
         problem = "python -OO removes the docstrings that transformers reads"
         raise UserError(problem, hint="run without -OO and PYTHONOPTIMIZE=2")
+    check_sources(args)
     stages = Stages(talks)
     with stages("import", "importing the libraries"):
-        from ijepa.devices import choose_device
+        from ijepa.devices import choose_device, memory_errors
         from ijepa.distributed import join_processes, leave_processes, num_processes
         from ijepa.embeddings import writable_cache
 
@@ -371,7 +407,9 @@ def run(args: argparse.Namespace, talks: bool) -> None:
         inputs.notes.append(note)
     assumed = [text for one in inputs.loaded for text in one.description.get("notes", ())]
     tell([*assumed, *inputs.notes])
-    report(args, stages, inputs, cache)
+    memory = f"out of memory on {pairs_device(args)} with {counted(len(inputs.split), 'image')}"
+    with memory_errors(memory, hint="try --device cpu, or lower --max-samples"):
+        report(args, stages, inputs, cache)
 
 
 def report(args: argparse.Namespace, stages: Stages, inputs: Inputs, cache: Path | None) -> None:

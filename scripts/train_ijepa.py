@@ -99,10 +99,11 @@ def load_images(dataset: str, data_dir: Path, batch_size: int) -> tuple[Any, Any
         load_unlabeled,
         reasons,
     )
+    from ijepa.files import is_folder
     from ijepa.images import doubtful_pixels
 
     folder = home_path(dataset)
-    labeled = dataset in DATASETS or not folder.is_dir() or has_classes(folder)
+    labeled = dataset in DATASETS or not is_folder(folder) or has_classes(folder)
     split = load_split(dataset, data_dir, "train", False) if labeled else load_unlabeled(folder)
     count = num_held_out(len(split))
     if len(split) < count + batch_size:
@@ -137,11 +138,12 @@ def num_held_out(num_images: int) -> int:
 
 
 def has_classes(folder: Path) -> bool:
-    """Whether at least two subfolders hold images, at any depth."""
-    from ijepa.data import find_images, subfolders
+    """Whether at least two subfolders, of the split train if there is one, hold images."""
+    from ijepa.data import choose_split, find_images, subfolders
 
-    above = (folder.resolve(),)
-    found = [find_images(path, defaultdict(Counter), above) for path in subfolders(folder)]
+    root = choose_split(folder, "train", defaultdict(Counter))
+    above = (root.resolve(),)
+    found = [find_images(path, defaultdict(Counter), above) for path in subfolders(root)]
     return sum(map(bool, found)) > 1
 
 
@@ -169,7 +171,7 @@ def say(text: str) -> None:
 
 def train_run(args: argparse.Namespace) -> int:
     """Load images, begin or resume a run, train it; the exit code."""
-    from ijepa.devices import choose_device, choose_dtype
+    from ijepa.devices import choose_device, choose_dtype, memory_errors
     from ijepa.distributed import join_processes, leave_processes, num_processes
     from ijepa.runs import Run, evaluate
     from ijepa.training import init_state
@@ -205,8 +207,10 @@ def train_run(args: argparse.Namespace) -> int:
         say(note)
     if resumed:
         say(f"resuming {args.output_dir} after {counted(state.step, 'update')}")
+    memory = f"out of memory on {device} with batches of {config.batch_size}"
     try:
-        stopped = train_epochs(args, run, state, split.images.to(device), watched)
+        with memory_errors(memory, hint="try a smaller --batch-size"):
+            stopped = train_epochs(args, run, state, split.images.to(device), watched)
     except FloatingPointError as error:
         hint = "try a lower --lr or --dtype float32; a state saved before is kept"
         raise UserError(str(error), hint=hint) from error

@@ -15,6 +15,7 @@ from sklearn.metrics import silhouette_score
 from sklearn.neighbors import NearestNeighbors
 
 from ijepa.checkpoint import load_checkpoint, save_checkpoint
+from ijepa.data import load_split
 from ijepa.model import VisionTransformer
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "compare_embeddings.py"
@@ -47,9 +48,10 @@ def images(make_image_folder):
 @pytest.fixture(scope="module")
 def run(script, tiny_models, images):
     def run(output, *flags, local=tiny_models[0]):
-        arguments = ["--offline", "--cache-dir", tiny_models[0].with_name("cache")]
-        arguments += ["--local-checkpoint", local, "--hf-model", tiny_models[1]]
+        arguments = ["--offline", "--local-checkpoint", local, "--hf-model", tiny_models[1]]
         arguments += ["--dataset", images, "--output-dir", output, *flags]
+        if "--no-cache" not in flags:
+            arguments += ["--cache-dir", tiny_models[0].with_name("cache")]
         return script.main([str(word) for word in arguments])
 
     return run
@@ -183,6 +185,51 @@ def test_what_the_bank_leaves_out_is_said(embed, make_image_folder):
     inputs = embed(*flags)
     assert inputs.bank is None
     assert inputs.notes[-1].endswith("no compared class is in the train split (a_too and b_too).")
+
+
+def test_the_bank_of_a_folder_named_like_a_data_set_is_its_own(
+    embed, make_image_folder, monkeypatch
+):
+    folder = make_image_folder(
+        {f"{split}/{name}": 4 for split in ("train", "test") for name in "ab"}
+    )
+    monkeypatch.chdir(folder.rename(folder.with_name("cifar10")).parent)
+    inputs = embed("--dataset", "./cifar10", "--probe-samples", "all", "--data-dir", "absent")
+    assert inputs.bank.paths[0] == "train/a/000.png"
+
+
+def test_a_file_of_embeddings_serves_a_bank_only_with_the_keys_of_its_images(
+    embed, make_image_folder, tmp_path
+):
+    folder = make_image_folder(
+        {f"{split}/{name}": 4 for split in ("train", "test") for name in "ab"}
+    )
+    test, train = (load_split(str(folder), tmp_path, one, True) for one in ("test", "train"))
+    keys = np.array([list(key) for key in (*test.image_keys, *train.image_keys)], np.uint8)
+    X = np.random.default_rng(0).normal(size=(16, 6)).astype(np.float32)
+    file, flags = tmp_path / "x.npz", ["--dataset", folder, "--probe-samples", "all"]
+    for names, words in (
+        ({"keys": keys[:8]}, "x.npz lacks 8 of 8 images of the bank."),
+        ({"indices": np.arange(8)}, "x.npz has no image keys, and splits share their indices."),
+    ):
+        np.savez(file, embeddings=X[:8], **names)
+        inputs = embed(*flags, "--hf-model", file)
+        assert inputs.bank is None
+        assert inputs.notes[-1] == f"There is no probe: {tmp_path}/{words}"
+        assert not inputs.bank_results
+    np.savez(file, embeddings=X, keys=keys)
+    np.testing.assert_array_equal(
+        embed(*flags, "--hf-model", file).bank_results["hf"].values, X[8:]
+    )
+
+
+def test_a_run_does_not_replace_the_embeddings_that_it_is_given(run, finished, capsys):
+    given = finished / "embeddings_hf.npz"
+    before = given.read_bytes()
+    assert run(finished, "--skip-unreadable", "--hf-model", "none", local=given) == 1
+    assert f"{given} would be replaced" in capsys.readouterr().err
+    assert given.read_bytes() == before
+    assert (finished / "metrics.json").exists()
 
 
 def test_a_second_run_elsewhere_repairs_the_cache_and_gives_the_same_numbers(
@@ -322,6 +369,7 @@ def test_an_interruption_is_exit_code_130(run, script, tmp_path, monkeypatch, ca
         ["--output-dir", ""],
         ["--dataset", ""],
         ["--hf-model", ""],
+        ["--no-cache", "--cache-dir", "x"],
     ],
 )
 def test_wrong_usage_exits_with_2(script, flags, capsys):

@@ -89,6 +89,16 @@ def test_numbers_of_any_kind_are_those_of_float32(kind):
     assert found.references == expected.references
 
 
+def test_labels_of_few_bits_are_those_of_many():
+    labels = np.arange(75) % 20
+    confusions = [
+        neighbor_confusion(compare({"local": X}, {}, one, seed=0).analyses["local"], 20)
+        for one in (labels.astype(np.int8), labels.astype(np.uint64), labels)
+    ]
+    for found in confusions[:2]:
+        np.testing.assert_array_equal(found, confusions[2])
+
+
 def test_a_model_without_a_name_is_called_by_its_role():
     found = compare({"local": X, "hf": X}, {}, LABELS, seed=0, names={"hf": "mine"})
     assert found.names == {"local": "Local model", "hf": "mine"}

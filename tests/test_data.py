@@ -1,8 +1,10 @@
 import hashlib
 import os
 import pickle
+import shutil
 import struct
 import tarfile
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -299,6 +301,7 @@ def test_what_is_no_data_set_is_refused_and_a_tilde_is_the_home_folder(tmp_path,
         ("cifar-11", "unknown data set.*cifar-11"),
         ("/no/such", "^no such folder: '/no/such'"),
         ("~/no/such", "no such folder: '~/no/such'"),
+        ("x" * 300, "no such folder"),
         ("~/set.zip", r"set\.zip' is a file"),
     ):
         with pytest.raises(UserError, match=words) as caught:
@@ -307,6 +310,33 @@ def test_what_is_no_data_set_is_refused_and_a_tilde_is_the_home_folder(tmp_path,
     assert "unpack" in caught.value.hint
     with pytest.raises(UserError, match=str(tmp_path / "data")):
         load_split("cifar10", Path("~/data"), "test", offline=True)
+
+
+@pytest.fixture
+def guarded():
+    """A folder with two classes and two folders that may not be entered, seen by no root."""
+    folder = Path(tempfile.mkdtemp())  # pytest's own may not be entered either
+    folder_of(folder, "a/1.png", "b/2.png", "lost+found/x", "c/3.png")
+    closed = (folder / "lost+found", folder / "c")
+    for path, mode in zip((folder, *closed), (0o755, 0, 0), strict=True):
+        path.chmod(mode)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    yield folder
+    if is_root:
+        os.seteuid(0)
+    for path in closed:
+        path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def test_what_may_not_be_entered_is_refused_and_a_system_folder_left_out(guarded):
+    with pytest.raises(UserError, match=r"cannot read folder '.*/c': Permission denied"):
+        load(guarded)
+    for path in (guarded / "c" / "deeper", guarded / "c" / "3.png"):
+        with pytest.raises(UserError, match="no such folder"):
+            load(path)
 
 
 def test_names_are_kept_and_only_those_that_are_not_utf8_refused(tmp_path):

@@ -72,6 +72,8 @@ def test_the_local_description_says_what_defines_the_embeddings(checkpoint):
     expected |= {"dtype": "bfloat16", "losses": None, "notes": []}
     sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert description == expected | {"sha256": sha256}
+    named = checkpoint.rename(checkpoint.with_name("vit.h.14-300e.pth.tar"))
+    assert load(named).description["short_name"] == "vit.h.14-300e (target)"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -164,7 +166,7 @@ def test_the_key_follows_what_decides_the_embeddings_and_no_path_or_name(checkpo
 
 
 def test_a_source_that_is_not_there_is_a_user_error_that_names_it(tmp_path):
-    for source in (tmp_path / "none.pt", "none.pt", "./none", "a/b/c", "~none/x"):
+    for source in (tmp_path / "none.pt", "none.pt", "./none", "a/b/c", "~none/x", "./" + 300 * "x"):
         with pytest.raises(UserError, match="no checkpoint at"):
             load_encoder(source, "local", device=CPU, offline=True)
     for name in ("none.npz", "none.NPZ"):

@@ -148,6 +148,7 @@ def test_no_weight_is_left_at_a_random_value_and_unused_ones_are_reported(kind, 
     write(kind, tmp_path)
     notes = load(tmp_path).description["notes"]
     assert kind != "clip" or "text_model" in notes[0]
+    assert all(note.startswith(f"{tmp_path}: tensors that ") for note in notes)
     if "Classification" in MODELS[kind][0]:
         assert "classifier (2)" in notes[0]
     tensors = load_file(tmp_path / "model.safetensors")
@@ -340,6 +341,14 @@ def test_a_model_whose_facts_are_kept_is_loaded_when_it_is_needed(folder, tmp_pa
         assert file.read_bytes() == whole
     change_json(folder / PREPROCESSOR, image_mean=[0.3, 0.2, 0.1])
     assert load(folder, cache=kept).description["mean"] == [0.3, 0.2, 0.1]
+
+
+def test_a_note_names_the_directory_of_this_run_and_not_of_the_first(tmp_path):
+    write("clip", tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        (note,) = load(folder, cache=tmp_path / "kept").description["notes"]
+        assert note.startswith(f"{folder}: tensors that CLIPVisionModel does not use: logit_scale")
 
 
 def test_an_exported_model_loads_in_one_line_in_float32_and_embeds_alike(tiny_models):

@@ -31,10 +31,11 @@ def shake(network):
     [
         ViTConfig(16, 8, 8, 1, 2),
         ViTConfig(24, 4, 32, 3, 4, mlp_ratio=2.0),
+        ViTConfig(32, 8, 28, 1, 1, mlp_ratio=61 / 28),  # times 28 it is less than 61
         ViTConfig(),
         pytest.param(VIT_B, marks=pytest.mark.slow),
     ],
-    ids=["tiny", "narrow mlp", "default", "ViT-B/16"],
+    ids=["tiny", "narrow mlp", "odd mlp", "default", "ViT-B/16"],
 )
 def test_outputs_equal_huggingface_with_the_same_weights(config):
     torch.manual_seed(0)
@@ -45,7 +46,7 @@ def test_outputs_equal_huggingface_with_the_same_weights(config):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     sizes = {"hidden_size": config.embed_dim, "num_hidden_layers": config.depth}
     sizes |= {"num_attention_heads": config.num_heads, "layer_norm_eps": LAYER_NORM_EPS}
-    sizes |= {"intermediate_size": int(config.mlp_ratio * config.embed_dim)}
+    sizes |= {"intermediate_size": round(config.mlp_ratio * config.embed_dim)}
     sizes |= {"image_size": config.image_size, "patch_size": config.patch_size}
     theirs = IJepaModel.from_pretrained(
         None,

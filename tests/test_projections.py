@@ -57,6 +57,12 @@ def test_tsne_gives_the_same_map_whatever_the_threads_and_the_lengths_of_embeddi
     np.testing.assert_array_equal(first.coordinates, scaled.coordinates)
 
 
+def test_the_perplexity_is_that_of_a_model_that_has_a_map():
+    labels, equal = np.arange(24) % 2, np.ones((24, 6), np.float32)
+    assert make_maps({"local": equal, "hf": embeddings()}, labels, 0).perplexity == 23 / 3
+    assert make_maps({"local": equal}, labels, 0).perplexity is None
+
+
 def test_kept_neighbors_are_counted_by_two_sorts():
     X = embeddings(40)
     projection = project_tsne(X, seed=0)

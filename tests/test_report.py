@@ -164,6 +164,14 @@ def test_metrics_hold_every_number_of_the_comparison(run):
     assert "probe.l2[...] is undefined for this sample" in found["caveats"]
 
 
+def test_matrices_of_very_many_classes_are_left_out_with_a_caveat(run):
+    comparison, split, _ = run
+    split = replace(split, classes=tuple(map(str, range(301))))
+    found = report.metrics_content(comparison, report.complete(comparison, split, {}), [])
+    assert found["comparison"]["neighbor_confusion"] == {}
+    assert any("leaves out matrices of 301 classes" in caveat for caveat in found["caveats"])
+
+
 def test_queries_come_from_the_seed_and_one_of_each_class():
     labels = np.repeat(np.arange(12), 5)
     queries, again, other = (report.draw_queries(labels, seed) for seed in (3, 3, 4))

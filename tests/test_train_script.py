@@ -411,8 +411,14 @@ def test_splits_that_are_not_used_and_odd_pixels_are_told(train, make_image_fold
     assert train(folder / "run", "--dataset", str(folder), "--batch-size", "8") == 0
     said = capsys.readouterr().err.splitlines()
     assert "only the split train is used" in said
+    assert any(line.endswith("P@5 by 2 classes") for line in said)
     assert any(line.startswith("several frames, of which one is used") for line in said)
     assert train(folder / "run", "--dataset", str(folder), "--batch-size", "8") == 0
+    shutil.rmtree(folder / "test")
+    shutil.rmtree(folder / "run")
+    capsys.readouterr()
+    assert train(folder / "run", "--dataset", str(folder), "--batch-size", "8") == 0
+    assert "P@5 by 2 classes" in capsys.readouterr().err
 
 
 def test_debug_shows_where_an_error_comes_from(script, tmp_path):
