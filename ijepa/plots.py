@@ -9,7 +9,6 @@ Dimension key: n images, c classes, q queries, k neighbors of each.
 import math
 import textwrap
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -125,9 +124,8 @@ def readable(text: str, limit: int | None = None) -> str:
 def _short(classes: Sequence[str]) -> list[str]:
     """Class names cut to fit; names that are then equal get the number of their class."""
     cut = [readable(name, MAX_NAME) for name in classes]
-    times = Counter(cut)
     return [
-        name if times[name] == 1 else readable(f"{i} {classes[i]}", MAX_NAME)
+        name if cut.count(name) == 1 else readable(f"{i} {classes[i]}", MAX_NAME)
         for i, name in enumerate(cut)
     ]
 
@@ -218,7 +216,6 @@ def plot_maps(
         look = {"columnspacing": 1.2, "handlelength": 1.2, "handletextpad": 0.1}
         body.legend(handles=handles, ncols=math.ceil(len(shown) / rows), **look, **LEGEND)
     figure.draw_without_rendering()  # names are placed in the final layout
-    figure.set_layout_engine("none")
     for ax, projection in zip(axes, maps.values(), strict=True):
         _name_classes(ax, projection.coordinates[:, :2], labels, shown)
     return figure
@@ -272,8 +269,7 @@ def plot_similarity_matrices(
     caption: Caption,
 ) -> Figure:
     """Cosine similarity of class means, raw above and centered below; then HF - local."""
-    names = _short(caption.classes)
-    shown = [names[label] for label in np.unique(labels)]
+    shown = np.array(_short(caption.classes))[np.unique(labels)].tolist()
     if len(shown) > MAX_LISTED:
         caption = caption.add(f"{len(shown)} classes, in the order of their labels.")
     side, columns = float(np.clip(0.33 * len(shown), 2.6, 5)), 2 * len(embeddings) - 1
@@ -366,8 +362,8 @@ def plot_class_precision(
         order = np.sort(np.argsort(sizes, kind="stable")[:MAX_LISTED])
         which = "that differ most" if differences else "that come first"
         caption = caption.add(f"Of {len(caption.classes)} classes, the {MAX_LISTED} {which}.")
-    names, columns = _short(caption.classes), 2 if differences else 1
-    shown, rows = [names[i] for i in order], range(len(order))
+    shown = np.array(_short(caption.classes))[order].tolist()
+    rows, columns = range(len(order)), 2 if differences else 1
     figure, body = new_figure(caption, 4.6 * columns + 0.6, 0.34 * len(order) + 1.6)
     axes = body.subplots(1, columns, squeeze=False, sharey=True)[0]
     for role, estimates in precisions.items():
