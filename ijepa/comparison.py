@@ -102,7 +102,15 @@ def analyze(  # noqa: PLR0913
 
 def measure(a: Analysis) -> dict[str, Estimate]:
     """Every metric of the table, with an interval where there is one."""
-    return {name: estimate(metric(a), a.deviations_of(name)) for name, metric in METRICS.items()}
+    return {name: of_one(metric(a), a.deviations_of(name)) for name, metric in METRICS.items()}
+
+
+def of_one(value: float, deviations: Float[np.ndarray, " r"]) -> Estimate:
+    """The estimate of one model, without an interval where all deviations are 0.
+
+    All halves of few images may have all neighbors right; of other images some would be wrong.
+    """
+    return estimate(value, deviations if deviations.any() else deviations[:0])
 
 
 @dataclass(frozen=True)
@@ -263,7 +271,7 @@ def gain(local: Analysis, reference: Analysis) -> Estimate:
 def class_precision(a: Analysis) -> list[Estimate]:
     """P@5 of each class that occurs, with its interval, in the order of the labels."""
     means = [float(a.precisions(5)[a.labels == label].mean()) for label in np.unique(a.labels)]
-    return [estimate(*one) for one in zip(means, a.class_deviations.T, strict=True)]
+    return [of_one(*one) for one in zip(means, a.class_deviations.T, strict=True)]
 
 
 def ranking(a: Analysis) -> dict[str, Any]:

@@ -27,14 +27,14 @@ from ijepa.uncertainty import MIN_IMAGES_PER_CLASS
 
 MANY_TIED = 0.05  # share of the images whose fifth neighbor is a matter of their order
 FILES = {
-    "metrics.json": "every number with its standard error and interval",
+    "metrics.json": "every number, with standard error and interval where there is one",
     "report.html": "the same to explore by hand",
     "per_image.csv": "every image: label, scores, neighbors, place on the maps",
     "tsne_comparison.png": "t-SNE maps, for looking only",
     "pca_comparison.png": "the first two principal components",
     "similarity_matrices.png": "cosine similarity of class means",
     "variance_explained.png": "variance by component",
-    "class_precision.png": "precision@5 by class with intervals",
+    "class_precision.png": "precision@5 by class",
     "nn_queries.png": "neighbors of one image of each class, drawn by the seed",
     "nn_disagreement.png": "images whose first neighbor is right in only one model",
     "embeddings_*.npz": "the embeddings",

@@ -139,16 +139,17 @@ def retrieval_finding(comparison: Comparison) -> str:
     """What the answer leaves out: rulings on the references, and tests on single images."""
     if undefined(comparison):
         return ""
-    per_image = tested = ""
+    per_image = changed = ""
     if facts := comparison.differences.get(P5):
         halves = f" (p = {p_value(facts['p'])} from half-samples)" * math.isfinite(facts["p"])
         per_image = (
             f"Per image, the HF model is better on {facts['wins']:,}, equal on "
             f"{facts['ties']:,} and worse on {facts['losses']:,}{halves}."
         )
-        tested = f" (McNemar p = {p_value(comparison.differences['precision_at_1']['mcnemar_p'])})"
+        estimate = comparison.differences["precision_at_1"]["estimate"]
+        changed = f", HF - local {gap('precision_at_1', estimate)}"
     first = f"The first neighbor has the image's class: {by_model(comparison, 'precision_at_1')}"
-    return paragraph(*reference_rulings(comparison), per_image, f"{first}{tested}.")
+    return paragraph(*reference_rulings(comparison), per_image, f"{first}{changed}.")
 
 
 def efficiency_finding(comparison: Comparison) -> str:
@@ -209,7 +210,8 @@ def separability_finding(comparison: Comparison) -> str:
         separability_ruling(comparison),
         f"Mean silhouette, from -1 to 1: {by_model(comparison, 'silhouette')}.",
         f"By cosine distance: {by_model(comparison, 'silhouette_cosine')}.",
-        "Values this close to 0 mean that classes overlap, even if neighbors are pure." * small,
+        "Values this close to 0 mean that an image is hardly nearer to its own class than to the "
+        "next; its neighbors may be pure all the same." * small,
     )
 
 
@@ -246,10 +248,11 @@ def class_groups_finding(comparison: Comparison, classes: Sequence[str]) -> str:
     groups, said = comparison.class_groups, {}
     for role in comparison.analyses if groups else ():
         sides = [sorted(classes[row] for row in side) for side in groups[role]["top"]]
-        small, large = map(listed, sorted(sides, key=lambda side: (len(side), side)))
+        sides.sort(key=lambda side: (len(side), side))
+        (small, large), verb = map(listed, sides), "joins" if len(sides[0]) == 1 else "join"
         first, second, _ = groups[role]["merges"][0]
         merged = listed(sorted(classes[row] for row in [*first, *second]))
-        said[role] = f"{small} join {large} last; {merged} join first."
+        said[role] = f"{small} {verb} {large} last; {merged} join first."
     parts = [f"In {called(role)}, {sides}" for role, sides in said.items()]
     if len(said) == 2 and len(set(said.values())) == 1:
         parts = [f"In both models, {said['local']}"]
@@ -283,12 +286,16 @@ def agreement_finding(comparison: Comparison) -> str:
         shown = interval("mutual_knn", facts["mutual_knn"])
         levels = ("mutual_knn_chance", "mutual_knn_class_only")
         chance, class_only = (number("mutual_knn", facts[level]) for level in levels)
+        only = f"; models that agree only on classes would share {class_only}"
+        only *= math.isfinite(facts["mutual_knn_class_only"])
         parts += [
             f"They share {shown} of their 10 nearest neighbors (mutual 10-NN).",
-            f"Chance is {chance}; models that agree only on classes would share {class_only}.",
+            f"Chance is {chance}{only}.",
         ]
-    if math.isfinite(cka := facts["cka"]):
-        null, p = facts["cka_null_p99"], facts["cka_null_p"]
+    cka, null, p = (facts[name] for name in ("cka", "cka_null_p99", "cka_null_p"))
+    if math.isfinite(cka) and not math.isfinite(p):
+        parts.append(f"Debiased linear CKA is {number('cka', cka)}.")
+    elif math.isfinite(cka):
         parts += [
             f"The geometries {'show' if p < SIGNIFICANT else 'do not show'} more in common than "
             f"the classes (debiased linear CKA {number('cka', cka)}, p = {p_value(p)}).",

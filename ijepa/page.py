@@ -78,7 +78,8 @@ def page(  # noqa: PLR0913
     environment.filters |= {"words": in_words, "breakable": breakable}
     environment.filters |= {"titled": lambda role: capital(label(role))}
     precisions = precision_rows(comparison)
-    caption = plots.Caption("Precision@5 in percent, 95% interval", names=comparison.names)
+    title = "Precision@5 in percent" + ", 95% interval" * bool(comparison.num_halves)
+    caption = plots.Caption(title, names=comparison.names)
     return environment.get_template("page.html").render(
         policy=policy(script, style),
         style=Markup(style),
@@ -170,7 +171,7 @@ def similarity_tables(comparison: Comparison, classes: Sequence[str]) -> dict[st
 
 def variance_table(maps: Maps) -> Rows:
     """Shares of the variance in component k and in the first k."""
-    shares = {role: pca.variance_shares for role, pca in maps.pca.items()}
+    shares = {role: pca.variance_shares[: pca.rank] for role, pca in maps.pca.items()}
     ends = ("this one", "up to here")
     rows = [["Components", *(f"{capital(label(role))}: {end}" for role in shares for end in ends)]]
     for k in RANKS:

@@ -301,7 +301,7 @@ def plot_variance_explained(projections: Mapping[str, PcaProjection], caption: C
     for role, pca in projections.items():
         shares, d = pca.variance_shares, len(pca.variance_shares)
         ranks, sums = np.arange(1, d + 1), np.cumsum(shares)
-        marks = [k for k in (10, 50) if k <= d]
+        marks = [k for k in (10, 50) if k <= pca.rank]
         words = f"{model_title(role, caption.names)} (d = {d})"
         words += "".join(f", {number('share', sums[k - 1], extra=1)} in {k} PCs" for k in marks)
         look = {"color": MODEL_COLORS[role], "linestyle": MODEL_LINES[role], "label": words}

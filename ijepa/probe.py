@@ -125,7 +125,7 @@ def probe(
         differences=change(found["hf"], found["local"]) if paired else {},
         gains={name: change(found["local"], found[name]) for name in references},
         per_class=per_class(found, query_labels),
-        notes=notes(codes, int((~np.isin(query_labels, bank_labels)).sum())),
+        notes=notes(codes, int((~np.isin(query_labels, bank_labels)).sum()), found),
         correct={
             name: {m: answers.scores[key][0] for m, key in MEASURES.items()}
             for name, answers in found.items()
@@ -133,8 +133,11 @@ def probe(
     )
 
 
-def notes(codes: BankLabels, num_missing: int) -> list[str]:
+def notes(codes: BankLabels, num_missing: int, found: Mapping[str, Answers]) -> list[str]:
     """What was capped or left out."""
+    tried = [name for name, one in found.items() if one.chosen["held_out_accuracy"]]
+    edge = [name for name in tried if found[name].chosen["l2"] == L2_GRID[-1]]
+    weak = ", ".join(name.replace("_", " ") for name in edge)
     n, counts = len(codes), np.bincount(codes)
     fewest, singles = int(counts.min()), int((counts < 2).sum())
     none, some = singles == len(counts), n < ENOUGH and 0 < singles < len(counts)
@@ -143,6 +146,7 @@ def notes(codes: BankLabels, num_missing: int) -> list[str]:
     missing = counted(num_missing, "compared image")
     found = {
         f"The bank lacks the class of {missing}, counted as wrong.": num_missing,
+        f"A weaker L2 than the weakest tried may give a better linear probe: {weak}.": weak,
         f"k = {capped} means the whole bank of {counted(n, 'image')}.": capped,
         f"The bank has {counted(fewest, 'image')} of a class: no draws of {skipped}.": skipped,
         "No class has two images: no L2 is chosen; intervals hold for this bank only.": none,

@@ -35,6 +35,11 @@ class PcaProjection:
     variance_shares: Float[np.ndarray, " d"]  # of all components, descending, in [0, 1]
 
     @property
+    def rank(self) -> int:
+        """Components that n images of d dimensions can have: min(n - 1, d)."""
+        return min(len(self.coordinates) - 1, len(self.variance_shares))
+
+    @property
     def note(self) -> str:
         """A caption for the two axes: each one's component and share of the variance."""
         shares = [*self.variance_shares[:2], 0.0]  # one-dimensional embeddings have no second
@@ -49,7 +54,7 @@ class TsneProjection:
     kl_divergence: float  # left at the end, in nats, lower is better; NaN without t-SNE
     kept_neighbors: float
     """Share of the 10 nearest neighbors by cosine that are among the 10 nearest in the plane, in
-    [0, 1], higher is better; NaN for a single image."""
+    [0, 1], higher is better; NaN for up to 11 images, which all are neighbors."""
     perplexity: float  # 30, lowered to stay under n/3; NaN without t-SNE
 
     @property
@@ -57,7 +62,8 @@ class TsneProjection:
         """How faithful the map is, in words."""
         if not np.isfinite(self.kl_divergence):
             return "no t-SNE of so few or equal images: principal components"
-        return f"KL {self.kl_divergence:.2f}, keeps {self.kept_neighbors:.0%} of the 10 nearest"
+        kept = f", keeps {self.kept_neighbors:.0%} of the 10 nearest"
+        return f"KL {self.kl_divergence:.2f}" + kept * bool(np.isfinite(self.kept_neighbors))
 
 
 @dataclass(frozen=True)
@@ -171,10 +177,10 @@ def kept_neighbors(original: Embeddings, plane: Plane) -> float:
     """Share of the 10 nearest neighbors in `original` that are also among them in `plane`."""
     from sklearn.neighbors import NearestNeighbors
 
-    if len(plane) == 1:
+    if len(plane) <= 11:
         return NAN
     # Without an argument, kneighbors leaves each point out of its own neighbors by index.
-    search = NearestNeighbors(n_neighbors=min(10, len(plane) - 1))
+    search = NearestNeighbors(n_neighbors=10)
     before, after = (search.fit(Z).kneighbors(return_distance=False) for Z in (original, plane))
     return float((before[:, :, None] == after[:, None, :]).sum() / before.size)
 

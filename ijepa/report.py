@@ -42,7 +42,7 @@ PACKAGES = ("torch", "torchvision", "transformers", "numpy", "scipy", "scikit-le
 PACKAGES += ("Pillow", "huggingface_hub")
 """Packages whose version can change a number."""
 MAX_QUERIES = 10
-MAX_CONFUSION = 300
+MAX_MATRIX = 300
 """Classes in the matrices of metrics.json at most; those of 1,000 would take 30 MB."""
 SHOWN_SIDE = 224
 """Longest side of a neighbor's picture, in pixels."""
@@ -260,7 +260,7 @@ def metrics_content(
             "neighbor_confusion": {
                 name: neighbor_confusion(analysis, num_classes).tolist()
                 for name, analysis in comparison.analyses.items()
-                if num_classes <= MAX_CONFUSION
+                if num_classes <= MAX_MATRIX
             },
         },
         "references": comparison.references,
@@ -272,7 +272,7 @@ def metrics_content(
     expected = (".se", ".ci95[0]", ".ci95[1]", ".ratio.value")
     paths = [re.sub(r"\[\d+\]", "[...]", p[1:]) for p in undefined if not p.endswith(expected)]
     nulls = [f"{path} is undefined for this sample" for path in dict.fromkeys(paths)]
-    if num_classes > MAX_CONFUSION:
+    if num_classes > MAX_MATRIX:
         nulls.append(
             f"comparison.neighbor_confusion leaves out matrices of {num_classes:,} classes"
         )

@@ -107,8 +107,10 @@ class Run:
         path = self.folder / CHECKPOINT
         if not path.exists():
             return
-        old = load_checkpoint(path).training.get("settings", {})
-        if {**old, "epochs": None} != {**self.settings, "epochs": None}:
+        training = load_checkpoint(path).training
+        old, images = (training.get(name, {}) for name in ("settings", "images"))
+        changed = {**old, "epochs": None} != {**self.settings, "epochs": None}
+        if changed or images.get("sha256") != self.images["sha256"]:
             raise UserError(
                 f"{path} is the checkpoint of another run, without a state to resume",
                 hint="give another --output-dir, and --init-from with this folder to go on from it",
@@ -253,13 +255,19 @@ def evaluate(
     labels: Int[np.ndarray, " n"] | None,
     dtype: torch.dtype,
 ) -> dict[str, float | None]:
-    """P@5 (None without labels), effective rank and mean variance of plain images' mean tokens."""
+    """P@5 (None without labels), effective rank and mean variance of plain images' mean tokens.
+
+    Raises:
+        FloatingPointError: If they are not finite.
+    """
     parts = []
     for batch in images.split(256):
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             tokens = encoder(standardize(batch.float() / 255))
         parts.append(tokens.float().mean(dim=1).cpu())
     embeddings = torch.cat(parts).numpy()
+    if not np.isfinite(embeddings).all():
+        raise FloatingPointError("the embeddings are no longer numbers")
     precision = None
     if labels is not None:
         precision = float(precision_at_k(nearest_neighbors(embeddings, 5)[0], labels, 5).mean())

@@ -393,8 +393,11 @@ def run(args: argparse.Namespace, talks: bool) -> None:
     cache, note = (None, None) if args.no_cache else writable_cache(args.cache_dir, args.output_dir)
     # Processes meet in the cache; without one that is kept they need one for this run.
     passing = args.output_dir / ".cache-of-this-run"
+    exhausted = f"out of memory on {args.device}", "try --device cpu, or lower --max-samples"
     try:
-        inputs = embed(args, stages, passing if args.no_cache and num_processes() > 1 else cache)
+        with memory_errors(*exhausted):
+            shared = passing if args.no_cache and num_processes() > 1 else cache
+            inputs = embed(args, stages, shared)
         leave_processes()
     finally:
         if talks:
@@ -407,8 +410,7 @@ def run(args: argparse.Namespace, talks: bool) -> None:
         inputs.notes.append(note)
     assumed = [text for one in inputs.loaded for text in one.description.get("notes", ())]
     tell([*assumed, *inputs.notes])
-    memory = f"out of memory on {pairs_device(args)} with {counted(len(inputs.split), 'image')}"
-    with memory_errors(memory, hint="try --device cpu, or lower --max-samples"):
+    with memory_errors(*exhausted):
         report(args, stages, inputs, cache)
 
 

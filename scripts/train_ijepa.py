@@ -171,8 +171,13 @@ def say(text: str) -> None:
 
 def train_run(args: argparse.Namespace) -> int:
     """Load images, begin or resume a run, train it; the exit code."""
-    from ijepa.devices import choose_device, choose_dtype, memory_errors
-    from ijepa.distributed import join_processes, leave_processes, num_processes
+    from ijepa.devices import choose_device, choose_dtype
+    from ijepa.distributed import (
+        first_process_first,
+        join_processes,
+        leave_processes,
+        num_processes,
+    )
     from ijepa.runs import Run, evaluate
     from ijepa.training import init_state
 
@@ -184,12 +189,17 @@ def train_run(args: argparse.Namespace) -> int:
             f"{num_processes()} processes cannot share a batch of {config.batch_size} evenly",
             hint="give a --batch-size that is a multiple of their number",
         )
-    split, held_out = load_images(args.dataset, args.data_dir, config.batch_size)
+    if device.type == "mps" and num_processes() > 1:
+        raise UserError("processes cannot train together on mps", hint="use --device cpu")
+    with first_process_first():  # which may download them
+        split, held_out = load_images(args.dataset, args.data_dir, config.batch_size)
     hashed = hashlib.sha256(split.images.numpy().tobytes())
     hashed.update(held_out.images.numpy().tobytes())
     images = {"dataset": args.dataset, "num_images": len(split), "sha256": hashed.hexdigest()}
-    init_from = args.init_from and str(args.init_from)
-    settings = asdict(config) | {"recipe": args.recipe, "init_from": init_from}
+    settings = asdict(config) | {
+        "recipe": args.recipe,
+        "init_from": args.init_from and str(args.init_from),
+    }
     run, state = Run(args.output_dir, config, settings, images), init_state(config, device, dtype)
     watched = (held_out.images.to(device), held_out.labels if held_out.classes else None, dtype)
     run.random_rank = evaluate(state.target_encoder, *watched)["effective_rank"]
@@ -207,10 +217,8 @@ def train_run(args: argparse.Namespace) -> int:
         say(note)
     if resumed:
         say(f"resuming {args.output_dir} after {counted(state.step, 'update')}")
-    memory = f"out of memory on {device} with batches of {config.batch_size}"
     try:
-        with memory_errors(memory, hint="try a smaller --batch-size"):
-            stopped = train_epochs(args, run, state, split.images.to(device), watched)
+        stopped = train_epochs(args, run, state, split.images.to(device), watched)
     except FloatingPointError as error:
         hint = "try a lower --lr or --dtype float32; a state saved before is kept"
         raise UserError(str(error), hint=hint) from error
@@ -267,7 +275,8 @@ def catch_signals() -> list[int]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             text = "stopping after this update; press Ctrl-C again to quit without saving\n"
-            os.write(sys.stderr.fileno(), text.encode())
+            with suppress(OSError):  # its reader has got the signal too, as `tee` does
+                os.write(sys.stderr.fileno(), text.encode())
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, catch)
@@ -313,10 +322,12 @@ def main(arguments: list[str] | None = None) -> int:
     # Pillow refuses what is twice as large as what it warns of.
     warnings.filterwarnings("ignore", ".*could be decompression bomb")
     try:
+        from ijepa.devices import memory_errors
         from ijepa.files import own_folder
 
         # Of torchrun's processes the first holds the folder for all.
-        with own_folder(args.output_dir) if is_first_process() else nullcontext():
+        memory = memory_errors("out of memory", "try a smaller --batch-size, or --device cpu")
+        with memory, own_folder(args.output_dir) if is_first_process() else nullcontext():
             return train_run(args)
     except UserError as error:
         if args.debug:

@@ -4,7 +4,7 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from ijepa import agreement, compare
+from ijepa import agreement, compare, narrative
 from ijepa.metrics import nearest_neighbors
 
 
@@ -53,8 +53,14 @@ def test_cka_is_nan_where_it_is_not_defined():
 def test_shuffles_that_change_nothing_are_as_large_as_the_observed_cka():
     for seed in range(4):
         rng = np.random.default_rng(seed)
-        pair = {name: rng.normal(size=(30, 8)) for name in ("local", "hf")}
-        assert compare(pair, {}, np.arange(30), seed=0).agreement["cka_null_p"] == 1
+        once = {name: rng.normal(size=(15, 8)) for name in ("local", "hf")}
+        twice = {name: X.repeat(2, axis=0) for name, X in once.items()}
+        assert compare(twice, {}, np.arange(30) // 2, seed=0).agreement["cka_null_p"] == 1
+        without_pairs = compare(once, {}, np.arange(15), seed=0)
+        assert np.isnan(without_pairs.agreement["cka_null_p"])
+        said = narrative.agreement_finding(without_pairs)
+        assert "Debiased linear CKA is " in said
+        assert "Chance is 71.4%." in said
 
 
 def test_cka_next_to_the_classes_ignores_their_means():

@@ -37,12 +37,20 @@ def pair():
 def test_intervals_are_where_the_coverage_study_has_them():
     X, labels = cloud(60, per_class=50)
     Y, _ = cloud(70, per_class=50, seed=1)
-    wide = compare({"local": X, "hf": Y}, {}, labels, seed=0)
+    perfect = compare({"local": X, "hf": Y}, {}, labels, seed=0)
+    noise = np.random.default_rng(2).normal(size=(2, 150, 70)).astype(np.float32)
+    pair = {"local": X + 3 * noise[0, :, :60], "hf": Y + 3 * noise[1]}
+    wide = compare(pair, {}, labels, seed=0)
     differences = {name: facts["estimate"] for name, facts in wide.differences.items()}
     for numbers in (*wide.metrics.values(), differences):
         assert list(numbers) == list(METRICS)
         found = {name for name, estimate in numbers.items() if np.isfinite(estimate.se)}
         assert found == WITH_INTERVALS
+    # All neighbors are right in all halves: that they always would be is not shown.
+    for one in (perfect.metrics["hf"]["precision_at_5"], perfect.class_precision["hf"][2]):
+        assert one.value == 1
+        assert np.isnan(one.se)
+    assert perfect.differences["precision_at_5"]["estimate"].ci95 == (0, 0)
 
 
 def test_a_model_that_has_collapsed_has_no_intervals_next_to_one_that_has_them():

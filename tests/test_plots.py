@@ -277,6 +277,10 @@ def test_figures_of_few_or_equal_images_show_no_undefined_number_and_no_other_mo
         assert CAPTION.title in words
         assert "HF" not in words
         assert "nan" not in words
+    few = make_maps({"local": embeddings(24, 60)}, np.arange(24) % 2, 0)
+    words = " ".join(texts(shown(plots.plot_variance_explained(few.pca, CAPTION))))
+    assert "in 10 PCs" in words
+    assert "in 50 PCs" not in words  # of 24 images there are 23
 
 
 PRECISIONS = {

@@ -248,6 +248,19 @@ def test_queries_of_a_class_that_the_bank_lacks_count_as_wrong():
     assert any("20 compared images" in note and "lacks" in note for note in probed.notes)
 
 
+@pytest.mark.parametrize(("apart", "weakest"), [(1e-3, True), (3e-3, False)])
+def test_a_penalty_at_the_end_of_the_grid_is_told(apart, weakest):
+    """The classes differ in a direction of little variance, which needs large weights."""
+    labels = np.arange(800) % 2
+    column = np.random.default_rng(0).normal(size=800)
+    X = np.stack([column, column + apart * (2 * labels - 1)], axis=1).astype(np.float32)
+    bank, queries = ({"local": part, "pixels": part} for part in (X[:400], X[400:]))
+    probed = probe(bank, queries, labels[:400], labels[400:], 0)
+    told = [note for note in probed.notes if note.startswith("A weaker L2 than the weakest")]
+    assert (probed.models["local"]["l2"] == 1e-6) == weakest
+    assert any(note.endswith(": local.") or ": local, " in note for note in told) == weakest
+
+
 @pytest.mark.parametrize("counts", [[1], [5], [1, 1, 1], [2, 1], [3, 1, 12]])
 def test_tiny_banks_give_numbers_and_say_what_is_left_out(counts):
     labels = np.repeat(np.arange(len(counts)), counts)

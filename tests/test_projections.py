@@ -72,6 +72,8 @@ def test_kept_neighbors_are_counted_by_two_sorts():
     kept = sum(len({*a} & {*b}) for a, b in zip(*lists, strict=True))
     assert 0.3 < projection.kept_neighbors < 1
     assert projection.kept_neighbors == pytest.approx(kept / 400)
+    assert f"keeps {kept / 400:.0%} of the 10 nearest" in projection.note
+    assert "keeps" not in project_tsne(X[:11], seed=0).note  # all are near
 
 
 @pytest.mark.parametrize(("n", "expected"), [(4, 1.0), (31, 10.0), (91, 30.0), (100, 30.0)])
@@ -88,7 +90,7 @@ def test_too_few_or_equal_embeddings_are_shown_by_their_principal_components(X):
     assert "no t-SNE" in projection.note
     assert np.isnan(projection.kl_divergence)
     assert np.isnan(projection.perplexity)
-    assert np.isnan(projection.kept_neighbors) == (len(X) == 1)
+    assert np.isnan(projection.kept_neighbors)
 
 
 @pytest.mark.parametrize("n", [30, 2, 1])

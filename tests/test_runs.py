@@ -26,6 +26,9 @@ def test_a_run_is_monitored_by_the_mean_tokens_of_plain_images(tiny_vit):
     shuffled = evaluate(encoder, images, np.arange(258) // 2 % 2, FLOAT)
     assert shuffled["heldout_precision_at_5"] < 0.8
     assert evaluate(encoder, images, None, FLOAT) == {**result, "heldout_precision_at_5": None}
+    encoder.norm.bias.data[0] = np.inf
+    with pytest.raises(FloatingPointError, match="no longer numbers"):
+        evaluate(encoder, images, None, FLOAT)
 
 
 @pytest.mark.parametrize(

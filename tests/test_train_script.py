@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +233,20 @@ def test_a_reader_that_leaves_early_stops_no_training(tmp_path, flags):
     assert len(read_log(tmp_path)) == 1
 
 
+def test_a_signal_that_the_reader_of_messages_got_too_saves_the_state(tmp_path, flags):
+    """As Ctrl-C with `2>&1 | tee log`."""
+    read_end, write_end = os.pipe()
+    words = [sys.executable, str(SCRIPT), *flags, "--epochs", "999", "--output-dir", str(tmp_path)]
+    with subprocess.Popen(words, stderr=write_end, stdout=write_end) as run:
+        os.read(read_end, 1)  # the first message follows the loading of the images
+        while not (tmp_path / "state.pt").exists() and run.poll() is None:
+            time.sleep(0.05)
+        os.close(read_end)
+        run.send_signal(signal.SIGINT)
+    os.close(write_end)
+    assert run.returncode == 130
+
+
 def test_a_second_ctrl_c_ends_at_once_and_keeps_the_state(train, tmp_path, signal_after, capfd):
     signal_after(2, signal.SIGINT, signal.SIGINT)
     assert train(tmp_path) == 130
@@ -244,9 +259,10 @@ def test_a_second_ctrl_c_ends_at_once_and_keeps_the_state(train, tmp_path, signa
 def test_the_checkpoint_of_another_run_is_not_replaced(train, tmp_path, finished, capsys):
     shutil.copy(finished / "checkpoint_latest.pt", tmp_path)
     before = contents(tmp_path)
-    assert train(tmp_path, "--seed", "1") == 1
-    assert "is the checkpoint of another run" in error_of(capsys)
-    assert contents(tmp_path) == before
+    for other in (["--seed", "1"], ["--dataset", "digits"]):
+        assert train(tmp_path, *other) == 1
+        assert "is the checkpoint of another run" in error_of(capsys)
+        assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("content", [[1], {"model": {}}])
