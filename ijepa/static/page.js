@@ -264,9 +264,10 @@ async function begin() {
     update();
     if (state.wanted !== null) goTo(state.wanted);
   };
-  addEventListener("hashchange", () => {
-    if (!isState(location.hash)) return;
-    readFragment(location.hash.slice(1));
+  addEventListener("hashchange", ({ newURL }) => {
+    const { hash } = new URL(newURL); // the page may have written its own into the address since
+    if (!isState(hash)) return;
+    readFragment(hash.slice(1));
     follow();
   });
   dark.addEventListener("change", () => {
