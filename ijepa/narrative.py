@@ -136,7 +136,7 @@ def answer(comparison: Comparison) -> str:
 
 
 def retrieval_finding(comparison: Comparison) -> str:
-    """What the answer leaves out: rulings on the references, and tests on single images."""
+    """What the answer leaves out: rulings on the references, wins, and first neighbors."""
     if undefined(comparison):
         return ""
     per_image = changed = ""

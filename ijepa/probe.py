@@ -133,10 +133,9 @@ def probe(
     )
 
 
-def notes(codes: BankLabels, num_missing: int, found: Mapping[str, Answers]) -> list[str]:
+def notes(codes: BankLabels, num_missing: int, models: Mapping[str, Answers]) -> list[str]:
     """What was capped or left out."""
-    tried = [name for name, one in found.items() if one.chosen["held_out_accuracy"]]
-    edge = [name for name in tried if found[name].chosen["l2"] == L2_GRID[-1]]
+    edge = [name for name, answers in models.items() if answers.chosen["l2"] == L2_GRID[-1]]
     weak = ", ".join(name.replace("_", " ") for name in edge)
     n, counts = len(codes), np.bincount(codes)
     fewest, singles = int(counts.min()), int((counts < 2).sum())

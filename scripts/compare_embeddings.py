@@ -538,8 +538,6 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         hint = "run make setup, then use .venv/bin/python or activate it: . .venv/bin/activate"
         problem = UserError(f"the package {error.name} is not installed", hint=hint)
-    except MemoryError:
-        problem = UserError("out of memory", hint="lower --max-samples or --batch-size")
     except KeyboardInterrupt:
         kept = "" if args.no_cache else "; finished embeddings are kept, run again to continue"
         say(f"interrupted{kept}")
