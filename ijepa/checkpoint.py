@@ -6,12 +6,10 @@ none can run code. What a file does not record is assumed, and `notes` says so.
 """
 
 import json
-import os
-import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import isfinite, isqrt
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ijepa.errors import UserError, counted
-from ijepa.files import DAMAGED, check_archive, pointer_hint, write_atomically, write_text
+from ijepa.files import (
+    DAMAGED,
+    check_archive,
+    is_file,
+    pointer_hint,
+    write_atomically,
+    write_text,
+)
 from ijepa.model import LAYER_NORM_EPS, VisionTransformer, ViTConfig
 
 FORMAT = "ijepa-compare/1"
@@ -32,9 +37,6 @@ PATCHES = "patch_embed.proj.weight"
 # Words in front of a tensor's name that say which encoder it belongs to.
 KINDS = dict.fromkeys(("context", "context_encoder", "student", "online", "encoder"), "context")
 KINDS |= dict.fromkeys(("target", "target_encoder", "teacher", "ema", "model_ema"), "target")
-# What torch.load was seen to raise on such files, besides.
-NOT_LOADED = (TypeError, AttributeError, AssertionError, ArithmeticError, MemoryError)
-NOT_LOADED += (pickle.UnpicklingError,)
 # The names that released files have; transformers of every version reads these.
 HUGGINGFACE_NAMES = (
     (r"^patch_embed\.proj", "embeddings.patch_embeddings.projection"),
@@ -68,20 +70,12 @@ class Checkpoint:
     epochs: int | None
     """Epochs of training so far; None if the file does not say."""
     training: dict[str, Any]
+    losses: str | None
+    """The terms of the training loss in words; None if unknown."""
     notes: tuple[str, ...] = ()
     """What was assumed or chosen, one sentence each."""
-
-    @property
-    def losses(self) -> str | None:
-        """The terms of the training loss in words; None if unknown."""
-        if "terms" in self.training:
-            return " + ".join(self.training["terms"])
-        if "settings" not in self.training:
-            return None
-        weights = {"matching_weight": "view matching (InfoNCE)"}
-        weights["spread_weight"] = "variance/covariance"
-        extra = [term for name, term in weights.items() if self.training["settings"].get(name)]
-        return " + ".join(["I-JEPA prediction", *extra])
+    predictor: StateDict = field(default_factory=dict)
+    """Its tensors, with which training can continue; empty if the file has none."""
 
     def build(self) -> VisionTransformer:
         """The encoder with these weights, in float32 and evaluation mode."""
@@ -127,7 +121,7 @@ def read_torch_file(path: Path) -> Any:
     """
     import safetensors.torch
 
-    if not os.path.isfile(path):  # noqa: PTH113  pathlib raises where a name is too long
+    if not is_file(path):
         hint = "check the path, or train one: scripts/train_ijepa.py"
         raise UserError(f"no checkpoint at {path}", hint=hint)
     try:
@@ -135,7 +129,7 @@ def read_torch_file(path: Path) -> Any:
             return safetensors.torch.load_file(path)
         check_archive(path)  # a flipped bit would load as another weight
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (*DAMAGED, *NOT_LOADED, safetensors.SafetensorError) as error:
+    except (*DAMAGED, MemoryError, safetensors.SafetensorError) as error:
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise UserError(
                 f"{path} contains code or objects ({code[1]}) and was not loaded",
@@ -179,18 +173,6 @@ def load_checkpoint(
     return checkpoint
 
 
-def load_predictor(path: Path) -> StateDict | None:
-    """The predictor's tensors, None where a checkpoint that `load_checkpoint` reads has none."""
-    content = read_torch_file(path)
-    if content.get("format") != FORMAT or "predictor" not in content["weights"]:
-        return None
-    found = dict(named_tensors(content["weights"]))
-    found = {name[10:]: found[name] for name in found if name.startswith("predictor.")}
-    if not found or not all(value.isfinite().all() for value in found.values()):
-        raise UserError(f"cannot use {path}: the predictor has no finite tensors", hint=EXPECTED)
-    return found
-
-
 def from_own(content: dict[str, Any], weights: str, num_heads: int | None) -> Checkpoint:
     """Interpret our own format; KeyError, TypeError or ValueError say what is wrong."""
     if weights not in content["weights"]:
@@ -202,8 +184,29 @@ def from_own(content: dict[str, Any], weights: str, num_heads: int | None) -> Ch
     mean, std = (tuple(map(float, content["preprocessing"][name])) for name in ("mean", "std"))
     if not len(mean) == len(std) == 3 or not all(map(isfinite, mean + std)) or min(std) <= 0:
         raise ValueError(f"mean {mean} and std {std} must be three finite numbers, std positive")
-    config = infer_config(state_dict, heads)
-    return Checkpoint(config, state_dict, weights, mean, std, training["epochs"], training)
+    return Checkpoint(
+        infer_config(state_dict, heads),
+        state_dict,
+        weights,
+        mean,
+        std,
+        training["epochs"],
+        training,
+        losses_of(training),
+        predictor=dict(named_tensors(content["weights"].get("predictor", {}))),
+    )
+
+
+def losses_of(training: Mapping[str, Any]) -> str | None:
+    """The terms that a file of ours records, or has settings for; None if it has neither."""
+    if "terms" in training:
+        return " + ".join(training["terms"])
+    if "settings" not in training:
+        return None
+    weights = {"matching_weight": "view matching (InfoNCE)"}
+    weights["spread_weight"] = "variance/covariance"
+    extra = [term for name, term in weights.items() if training["settings"].get(name)]
+    return " + ".join(["I-JEPA prediction", *extra])
 
 
 def from_other(name: str, content: Any, weights: str, num_heads: int | None) -> Checkpoint:
@@ -226,7 +229,7 @@ def from_other(name: str, content: Any, weights: str, num_heads: int | None) -> 
             f"{name} does not record its attention heads: assumed {num_heads} "
             f"({width // num_heads} channels each); --local-num-heads changes it"
         )
-    authors = not {"encoder", "target_encoder"}.isdisjoint(content)
+    authors = content.keys() >= {"encoder", "predictor", "target_encoder"}
     return Checkpoint(
         infer_config(state_dict, num_heads),
         state_dict,
@@ -234,7 +237,8 @@ def from_other(name: str, content: Any, weights: str, num_heads: int | None) -> 
         IMAGENET_MEAN,
         IMAGENET_STD,
         epochs=content["epoch"] if isinstance(content.get("epoch"), int) else None,
-        training={"terms": ["I-JEPA prediction"]} if authors else {},
+        training={},
+        losses="I-JEPA prediction" if authors else None,
         notes=tuple(notes),
     )
 
@@ -294,7 +298,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
         network.load_state_dict(checkpoint.state_dict, assign=True)
     except RuntimeError as error:  # several lines that name all wrong tensors
         raise ValueError(" ".join(str(error).split())) from error
-    for name, value in checkpoint.state_dict.items():
+    for name, value in (checkpoint.state_dict | checkpoint.predictor).items():
         if not value.float().isfinite().all():
             raise ValueError(f"{name!r} has NaN or infinite values")
 

@@ -417,18 +417,13 @@ def balanced_rows(
     if max_samples >= len(labels):
         return np.arange(len(labels))
     rng = np.random.default_rng(seed)
-    counts = np.bincount(labels, minlength=num_classes)
-    take = np.zeros_like(counts)
-    priority = rng.permutation(len(counts))
-    while (left := max_samples - take.sum()) > 0:
-        open_classes = [c for c in priority if take[c] < counts[c]]
-        share = left // len(open_classes)
-        if share == 0:
-            take[open_classes[:left]] += 1
-        else:
-            take[open_classes] = np.minimum(take[open_classes] + share, counts[open_classes])
-    rows = [rng.permutation(np.flatnonzero(labels == c))[: take[c]] for c in range(len(counts))]
-    return np.sort(np.concatenate(rows))
+    priority = np.argsort(rng.permutation(num_classes))
+    rank = np.empty(len(labels), np.int64)  # of each image in its class
+    for label in range(num_classes):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        rank[members] = np.arange(len(members))
+    # The first image of every class, classes in the order drawn, then the second ones, and so on.
+    return np.sort(np.lexsort((priority[labels], rank))[:max_samples])
 
 
 def balanced_sample(split: Split, max_samples: int, seed: int) -> Split:

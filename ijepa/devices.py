@@ -25,21 +25,13 @@ def choose_device(name: str) -> torch.device:
     Raises:
         UserError: If there is no such device here.
     """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(kind for kind, present in available.items() if present)
-    kind, colon, number = name.partition(":")
-    present = available.get(kind, False)
-    if colon:
-        count = torch.cuda.device_count() if kind == "cuda" else 1
-        present = present and number in map(str, range(count))
-    if not present:
-        known = ", ".join(kind for kind, here in available.items() if here)
-        raise UserError(f"device {name!r} is not available", hint=f"choose auto or one of: {known}")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = {"cuda": gpus > 0, "mps": torch.backends.mps.is_available(), "cpu": True}
+    known = [kind for kind, present in here.items() if present]
+    name = known[0] if name == "auto" else name
+    if name not in (*known, *(f"cuda:{number}" for number in range(gpus))):
+        hint = f"choose auto or one of: {', '.join(known)}"
+        raise UserError(f"device {name!r} is not available", hint=hint)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return torch.device(name)
 

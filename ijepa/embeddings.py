@@ -226,30 +226,24 @@ def compute(
 def prepare(
     tables: Sequence[Table], split: Split, failures: dict[int, str], rows: Sequence[int]
 ) -> list[tuple[Table, list[int], Tensor]]:
-    """Decode images; for each table that lacks some of them, their rows and prepared pixels."""
-    return [
-        (table, lacking, table.encoder.prepare([images[row] for row in lacking]))
-        for images in decoded(split, failures, rows)
-        for table in tables
-        if (lacking := [row for row in images if not table.done[row]])
-    ]
+    """Decode images; for each table that lacks some of them, their rows and prepared pixels.
 
-
-def decoded(
-    split: Split, failures: dict[int, str], rows: Sequence[int]
-) -> Iterator[dict[int, Tensor]]:
-    """Images by their row, all at once or, where they are large, a part at a time."""
+    Large images are prepared a part at a time, so that they can be dropped.
+    """
     images: dict[int, Tensor] = {}
+    prepared = []
     for row in rows:
         try:
             images[row] = split.images[row]
         except UserError as error:
             failures[row] = error.problem
-        if sum(image.numel() for image in images.values()) >= BATCH_VALUES:
-            yield images
+        if row == rows[-1] or sum(image.numel() for image in images.values()) >= BATCH_VALUES:
+            for table in tables:
+                if lacking := [one for one in images if not table.done[one]]:
+                    pixels = table.encoder.prepare([images[one] for one in lacking])
+                    prepared.append((table, lacking, pixels))
             images = {}
-    if images:
-        yield images
+    return prepared
 
 
 def prefetch(
@@ -272,12 +266,10 @@ def one_behind(items: Iterator[Item]) -> Iterator[Item]:
 
 
 def read_chunk(file: Path, width: int) -> tuple[list[bytes], Float[np.ndarray, "b d"]] | None:
-    """Keys and embeddings of a file of the cache: none if it is gone, None if it is damaged."""
+    """Keys and embeddings of a file of the cache; None if it is damaged or gone."""
     try:
         arrays = read_arrays(file, "keys", "embeddings")
         keys, values = arrays["keys"], arrays["embeddings"]
-    except FileNotFoundError:  # another run has removed it
-        return [], np.zeros((0, width), np.float32)
     except (ValueError, KeyError):
         return None
     shapes = keys.dtype == np.uint8 and keys.shape == (len(values), 16)

@@ -233,7 +233,9 @@ def kind_of(text: str, path: Path) -> str:
     if is_folder(path):
         return "a directory"
     # A hub id has at most one slash and no file's ending.
-    is_path = is_file(path) or text.count("/") > 1 or text.startswith((".", "/", "~"))
+    is_path = (
+        is_file(path) or text.partition("@")[0].count("/") > 1 or text.startswith((".", "/", "~"))
+    )
     return "a file of weights" if is_path or path.suffix in WEIGHT_SUFFIXES else "a hub id"
 
 
@@ -313,23 +315,19 @@ def load_file_encoder(
 
 def check_seeds(local: Any, seeds: list[Any]) -> None:
     """Raise UserError unless the checkpoints can be several seeds of one training."""
-    seen = []
-    for other in (local, *seeds):
-        source = other.description["source"]
-        identity = [other.description.get(name) for name in ("sha256", "revision")]
-        if identity in seen:
-            raise UserError(
-                f"checkpoint {source} is given twice",
-                hint="every --local-checkpoint must be another seed of the same training",
-            )
+    seen, first = [], local.description
+    for facts in (one.description for one in (local, *seeds)):
+        identity = [facts.get(name) for name in ("sha256", "revision")]
+        problems = ["is given twice"] * (identity in seen)
+        problems += [
+            f"has {key} {facts.get(key)}, the first has {first.get(key)}"
+            for key in ("parameters", "input_size", "epochs")
+            if facts.get(key) != first.get(key)
+        ]
+        if problems:
+            hint = "every --local-checkpoint must be another seed of the same training"
+            raise UserError(f"checkpoint {facts['source']} {problems[0]}", hint=hint)
         seen.append(identity)
-        for key in ("parameters", "input_size", "epochs"):
-            found, expected = other.description.get(key), local.description.get(key)
-            if found != expected:
-                raise UserError(
-                    f"checkpoint {source} has {key} {found}, the first has {expected}",
-                    hint="give checkpoints of the same training that differ in their seed",
-                )
 
 
 def random_encoder(trained: FrozenEncoder, seed: int) -> FrozenEncoder:

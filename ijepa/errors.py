@@ -70,16 +70,18 @@ def is_first_process() -> bool:
     return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["RANK"] == "0"
 
 
-def command_line(script: str, words: Sequence[str]) -> str:
+def command_line(
+    parser: argparse.ArgumentParser, script: str, arguments: Sequence[str] | None
+) -> str:
     """The line that runs a script with these arguments, in as many processes as now.
 
-    Raises:
-        ValueError: If an argument is not UTF-8, or not read as such, as no report could hold it.
+    An argument that is not UTF-8, or not read as such, is wrong usage: no report could hold it.
     """
+    words = sys.argv[1:] if arguments is None else arguments
     if any("\udc80" <= character <= "\udcff" for word in words for character in word):
         locale = sys.getfilesystemencoding()
         how = "" if locale == "utf-8" else f" (read as {locale}: set PYTHONUTF8=1)"
-        raise ValueError(f"arguments must be UTF-8{how}, got {words!a}")
+        parser.error(f"arguments must be UTF-8{how}, got {words!a}")
     count = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = ["torchrun", "--nproc-per-node", count] if count else ["python"]
     return shlex.join([*launcher, script, *words])

@@ -3,7 +3,9 @@
 import errno
 import hashlib
 import os
+import pickle
 import secrets
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,9 +21,11 @@ from ijepa.errors import UserError
 TEMPORARY = ".ijepa-tmp"
 """Ending of the names of unfinished files; only a killed run leaves one behind."""
 LOCK = ".ijepa-lock"
-# What zipfile and NumPy were seen to raise on damaged, cut and foreign archives.
-DAMAGED = (OSError, EOFError, ValueError, LookupError, SyntaxError, RuntimeError)
-DAMAGED += (zipfile.BadZipFile, zlib.error)
+# What zipfile, NumPy, Pillow, torch and transformers were seen to raise on damaged, cut and foreign
+# files, besides errors of their own.
+DAMAGED = (OSError, EOFError, ValueError, LookupError, SyntaxError, RuntimeError, TypeError)
+DAMAGED += (AttributeError, ArithmeticError, AssertionError, ImportError, struct.error, zlib.error)
+DAMAGED += (zipfile.BadZipFile, pickle.UnpicklingError)
 
 
 def is_folder(path: Path) -> bool:
@@ -156,14 +160,11 @@ def read_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
     """Those of the named arrays that an `.npz` file has; pickled objects are refused.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged or no such archive.
+        ValueError: If it is missing, damaged or no such archive.
     """
     try:
         check_archive(path)  # before NumPy believes any number in it
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in names if name in arrays}
-    except FileNotFoundError:
-        raise
     except DAMAGED as error:
         raise ValueError(str(error) or type(error).__name__) from error

@@ -21,24 +21,13 @@ from torch import Tensor, nn
 
 from ijepa.devices import memory_errors
 from ijepa.errors import UserError
-from ijepa.files import pointer_hint, sha256
+from ijepa.files import DAMAGED, pointer_hint, sha256
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 FILES = ["config.json", *PROCESSORS, "*.safetensors", "*.safetensors.index.json"]
 WEIGHTS = "[!.]*.safetensors"  # hidden ones are macOS's, not the model's
 BACKEND = "torchvision"
 """Of image processors; transformers' default depends on what is installed."""
-# What transformers was seen to raise on damaged and foreign files.
-UNREADABLE = (
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
-    ImportError,
-)
 TRAINING = {"recipe": str, "epochs": int, "planned_epochs": int, "losses": str}
 """What an export of ours records of its training in config.json."""
 RETRY = "take all files from the same model, or download or export them again"
@@ -170,7 +159,7 @@ def family_of(folder: Path, source: str) -> tuple[str, Family]:
         )
     try:
         kind = str(json.loads((folder / "config.json").read_text("utf-8")).get("model_type"))
-    except UNREADABLE as error:
+    except DAMAGED as error:
         problem = f"cannot read config.json of {source!r}: {first_line(error)}"
         raise UserError(problem, hint=RETRY) from error
     if kind == "siglip2":  # fixed-size SigLIP 2 models are of kind `siglip`
@@ -264,12 +253,12 @@ def read_model(
             sides = check_processor(processor, model.config.image_size, family.any_size)
             recorded = getattr(model.config, "ijepa_training", {})  # of our own exports
             training = {
-                name: recorded[name]
-                for name, kind in TRAINING.items()
-                if isinstance(recorded.get(name), kind)
+                name: value
+                for name, value in recorded.items()
+                if isinstance(value, TRAINING.get(name, ()))
             }
             model = model.to(device)
-    except (*UNREADABLE, SafetensorError, StrictDataclassError) as error:
+    except (*DAMAGED, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"cannot load {source!r}: {first_line(error)}", hint=RETRY) from error
     prefix = f"{model.base_model_prefix}."
     names = (name.removeprefix(prefix) for name in report["unexpected_keys"])

@@ -16,16 +16,12 @@ from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageErr
 from torch import Tensor
 
 from ijepa.errors import UserError
+from ijepa.files import DAMAGED
 
 COMMON_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "PPM", "JPEG2000")
 """A file may hold any of these whatever its suffix; other formats only below their own suffix."""
 REFUSED_FORMATS = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FLI")
 """Documents that Pillow gives to other programs, data that it only recognizes, and video."""
-# What Pillow's decoders raise on damaged files.
-BAD_IMAGES = (
-    *(OSError, SyntaxError, ValueError, RuntimeError, AssertionError),
-    Image.DecompressionBombError,
-)
 DOUBTS: dict[str, Callable[[Image.Image], bool]] = {
     "several frames, of which one is used": lambda image: (
         image.format != "MPO" and getattr(image, "is_animated", False)
@@ -54,15 +50,12 @@ class FolderImages:
         Raises:
             UserError: If a file cannot be read.
         """
-        found = []
-        for file in self.files:
-            try:
-                found.append(blake2b(file.read_bytes(), digest_size=16).digest())
-            except OSError as error:
-                hint = "it could be read when the run began: leave the files alone, and run again"
-                problem = f"cannot read {str(file)!r}: {error.strerror}"
-                raise UserError(problem, hint=hint) from error
-        return found
+        try:
+            return [blake2b(file.read_bytes(), digest_size=16).digest() for file in self.files]
+        except OSError as error:
+            hint = "it could be read when the run began: leave the files alone, and run again"
+            problem = f"cannot read {str(error.filename)!r}: {error.strerror}"
+            raise UserError(problem, hint=hint) from error
 
     def __getitem__(self, row: int) -> UInt8[Tensor, "3 h w"]:
         return read_image(self.files[row])
@@ -72,11 +65,6 @@ def check_mode(image: Image.Image) -> None:
     """Raise ValueError for 32-bit and signed values, whose white is not defined."""
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise ValueError(f"32-bit or signed values (mode {image.mode}); convert to 8 or 16 bits")
-
-
-def white_is_zero(image: Image.Image) -> bool:
-    """Whether a TIFF file counts from white to black, as X-rays may; Pillow turns only 8 bits."""
-    return getattr(image, "tag_v2", {}).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
 
 
 def to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
@@ -91,7 +79,9 @@ def to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255
         high = (np.asarray(image) >> 8).astype(np.uint8)
-        image = Image.fromarray(255 - high if white_is_zero(image) else high)
+        # A TIFF file may count from white to black, as X-rays do; Pillow turns only 8 bits.
+        kind = getattr(image, "tag_v2", {}).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION)
+        image = Image.fromarray(255 - high if kind == 0 else high)
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -122,7 +112,7 @@ def read_image(file: Path, use: Callable[[Image.Image], Result] = to_rgb) -> Res
                 raise
             with Image.open(BytesIO(without_texts(content)), formats=("PNG",)) as image:
                 return use(image)
-    except BAD_IMAGES as error:
+    except (*DAMAGED, Image.DecompressionBombError) as error:
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "not an image, or damaged" if unknown else str(error) or repr(error)
         raise UserError(f"{reason}: {str(file)!r}", hint="replace or remove that file") from error

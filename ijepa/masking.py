@@ -55,16 +55,12 @@ def sample_masks(
     top, left = sample_corners(
         (batch_size, config.num_targets), grid_size, height, width, generator
     )
-    blocks = cover(grid_size, top, left, height, width)  # (B, T, N)
-    free = ~blocks.any(dim=1)  # (B, N)
-
     # Too few patches left: the last block moves onto the first, until the context fits.
-    for last in range(config.num_targets - 1, 0, -1):
+    for last in reversed(range(config.num_targets)):
+        free = ~cover(grid_size, top, left, height, width).any(dim=1)  # (B, N)
         crowded = free.sum(dim=1) < config.context_patches
         top[:, last] = torch.where(crowded, top[:, 0], top[:, last])
         left[:, last] = torch.where(crowded, left[:, 0], left[:, last])
-        blocks = cover(grid_size, top, left, height, width)
-        free = ~blocks.any(dim=1)
     if grid_size**2 - height * width < config.context_patches:
         raise ValueError(
             f"a {grid_size} x {grid_size} grid with a {height} x {width} target block leaves fewer "

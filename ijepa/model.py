@@ -10,6 +10,7 @@ M patches each, D encoder width, P predictor width.
 """
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -110,19 +111,6 @@ class Attention(nn.Module):
         return self.proj(mixed.transpose(1, 2).reshape(B, N, D))
 
 
-class MLP(nn.Module):
-    """Two linear layers around a GELU."""
-
-    def __init__(self, embed_dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(embed_dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, embed_dim)
-
-    def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        """Transform each token by itself."""
-        return self.fc2(F.gelu(self.fc1(tokens)))
-
-
 class Block(nn.Module):
     """Pre-norm Transformer block."""
 
@@ -131,7 +119,9 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
         self.attn = Attention(embed_dim, num_heads)
         self.norm2 = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
-        self.mlp = MLP(embed_dim, round(embed_dim * mlp_ratio))
+        hidden_dim = round(embed_dim * mlp_ratio)
+        fc1, fc2 = nn.Linear(embed_dim, hidden_dim), nn.Linear(hidden_dim, embed_dim)
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, gelu=nn.GELU(), fc2=fc2))
 
     def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """Attention, then MLP, each added to its input."""

@@ -167,7 +167,7 @@ def project_tsne_cached(X: Embeddings, seed: int, cache: Path | None) -> TsnePro
     try:
         kept = read_arrays(file, "coordinates", *facts)
         return TsneProjection(kept["coordinates"], *(float(kept[name]) for name in facts))
-    except (FileNotFoundError, ValueError, KeyError):
+    except (ValueError, KeyError):
         made = project_tsne(X, seed)
         write_atomically(file, lambda opened: np.savez(opened, **asdict(made)))
         return made

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ijepa import plots
 from ijepa.augmentation import standardize
-from ijepa.checkpoint import load_checkpoint, load_predictor, read_torch_file, save_checkpoint
+from ijepa.checkpoint import load_checkpoint, read_torch_file, save_checkpoint
 from ijepa.distributed import num_processes
 from ijepa.errors import UserError, counted
 from ijepa.files import write_atomically, write_text
@@ -171,9 +171,9 @@ class Run:
             )
         state.target_encoder.load_state_dict(target.state_dict)
         state.context_encoder.load_state_dict(context.state_dict)
-        if predictor := load_predictor(path):
+        if target.predictor:
             try:
-                state.predictor.load_state_dict(predictor)
+                state.predictor.load_state_dict(target.predictor)
             except RuntimeError as error:
                 hint = "give the folder of a run with a predictor of the usual size"
                 raise UserError(f"the predictor in {path} does not fit", hint=hint) from error
@@ -187,9 +187,8 @@ class Run:
     def log(self, row: dict[str, Any]) -> None:
         """Add the row of one epoch, with six significant digits."""
         self.epoch_seconds = 0.0
-        whole = (int, type(None))
         self.rows.append(
-            {k: v if isinstance(v, whole) else float(f"{v:.6g}") for k, v in row.items()}
+            {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
         )
 
     def collapse_warning(self) -> str | None:

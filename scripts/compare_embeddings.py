@@ -99,11 +99,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--version", action="version", version=f"ijepa-compare {__version__}")
     # fmt: on
     args = parser.parse_args(arguments)
-    words = sys.argv[1:] if arguments is None else arguments
-    try:
-        args.command = command_line("scripts/compare_embeddings.py", words)
-    except ValueError as error:
-        parser.error(str(error))
+    args.command = command_line(parser, "scripts/compare_embeddings.py", arguments)
     if args.hf_model == "none" and (args.hf_revision or args.hf_pooling != "mean"):
         parser.error("--hf-revision and --hf-pooling mean nothing with --hf-model none")
     if args.hf_model is None:

@@ -70,11 +70,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("argument --num-views: must be at least 2 with --recipe matched, 1 with paper")
     if args.recipe == "matched" and vars(args).get("batch_size") == 1:
         parser.error("argument --batch-size: must be at least 2 with --recipe matched")
-    try:
-        words = sys.argv[1:] if arguments is None else arguments
-        args.command = command_line("scripts/train_ijepa.py", words)
-    except ValueError as error:
-        parser.error(str(error))
+    args.command = command_line(parser, "scripts/train_ijepa.py", arguments)
     return args
 
 
@@ -91,14 +87,7 @@ def load_images(dataset: str, data_dir: Path, batch_size: int) -> tuple[Any, Any
     import torch
     from torchvision.transforms.v2 import functional as transforms
 
-    from ijepa.data import (
-        DATASETS,
-        balanced_sample,
-        find_unreadable,
-        load_split,
-        load_unlabeled,
-        reasons,
-    )
+    from ijepa.data import DATASETS, balanced_sample, load_split, load_unlabeled, reasons
     from ijepa.files import is_folder
     from ijepa.images import doubtful_pixels
 
@@ -115,16 +104,16 @@ def load_images(dataset: str, data_dir: Path, batch_size: int) -> tuple[Any, Any
                 [f"use at least {enough} images, or a smaller --batch-size", *split.notes]
             ),
         )
-    bad, pixels = dict(find_unreadable(split)), []
-    for row in range(len(split)) if split.paths else ():
-        try:
-            pixels.append(transforms.resize(split.images[row], [32, 32]))
-        except UserError as error:
-            bad.setdefault(row, error.problem)
-    if bad:
-        problem = f"cannot read {len(bad):,} of {len(split):,} images: {reasons([*bad.items()])}"
-        raise UserError(problem, hint="remove or replace these files")
     if split.paths:
+        bad, pixels = [], []
+        for row in range(len(split)):
+            try:
+                pixels.append(transforms.resize(split.images[row], [32, 32]))
+            except UserError as error:
+                bad.append((row, error.problem))
+        if bad:
+            problem = f"cannot read {len(bad):,} of {len(split):,} images: {reasons(bad)}"
+            raise UserError(problem, hint="remove or replace these files")
         notes = [*split.notes, *doubtful_pixels(split.images.files)]
         notes += ["only the split train is used"] * (split.split == "train")
         split = replace(split, images=torch.stack(pixels), notes=tuple(notes))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ijepa.checkpoint import FORMAT, load_checkpoint, load_predictor
+from ijepa.checkpoint import FORMAT, load_checkpoint
 from ijepa.checkpoint import save_checkpoint as save
 from ijepa.errors import UserError
 from ijepa.model import VisionTransformer, ViTConfig
@@ -93,9 +93,9 @@ def test_a_saved_checkpoint_comes_back_with_weights_architecture_and_provenance(
         assert {parameter.dtype for parameter in built.parameters()} == {torch.float32}
         assert not any(parameter.requires_grad for parameter in built.parameters())
     assert list(path.parent.iterdir()) == [path]
-    assert load_predictor(path) is None
+    assert load_checkpoint(path).predictor == {}
     save(path, TINY, {**encoders, "predictor": torch.nn.Linear(2, 3)}, (0.5, 0.25), TRAINING)
-    shapes = {name: value.shape for name, value in load_predictor(path).items()}
+    shapes = {name: value.shape for name, value in load_checkpoint(path).predictor.items()}
     assert shapes == {"weight": (3, 2), "bias": (3,)}
 
 
@@ -109,6 +109,11 @@ def test_the_terms_of_the_loss_are_named_where_the_file_records_them(saved):
     ):
         path = saved(changed({**TRAINING, **training}, "training"))
         assert load_checkpoint(path).losses == losses
+
+
+@pytest.mark.parametrize("training", [{"terms": 5}, {"settings": 3}])
+def test_a_record_of_the_training_that_is_none_is_an_error(saved, training):
+    failure(saved(changed({**TRAINING, **training}, "training")))
 
 
 def test_a_checkpoint_of_the_authors_gives_the_encoder_that_was_asked_for(saved):
@@ -137,6 +142,7 @@ def test_a_checkpoint_of_the_authors_gives_the_encoder_that_was_asked_for(saved)
         lambda sd: {"state_dict": wrapped("model._orig_mod.", sd)},
         lambda sd: {"model": wrapped("module.backbone.", sd), "optimizer": {"step": 3}},
         lambda sd: {"model_state_dict": wrapped("encoder.", sd), "args": {"lr": 0.1}},
+        lambda sd: {"encoder": sd},
         lambda sd: {"teacher": wrapped("backbone.", sd), "student": wrapped("backbone.", {})},
         lambda sd: wrapped("_orig_mod.module.", sd),
     ],

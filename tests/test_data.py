@@ -399,6 +399,20 @@ def test_twelve_bit_data_transparency_and_several_frames_are_noted(tmp_path):
     assert doubtful_pixels(()) == ()
 
 
+def test_a_file_that_ends_in_its_second_frame_is_read_and_not_noted(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (2, 8, 8), dtype=np.uint8)
+    first, second = (Image.fromarray(frame) for frame in noise)
+    whole = tmp_path / "whole.gif"
+    first.save(whole, save_all=True, append_images=[second])
+    content = whole.read_bytes()
+    start = content.rindex(b"\x2c\0\0\0\0")  # of the second frame's header
+    cut = tmp_path / "cut.gif"
+    for end in range(start, start + 12):
+        cut.write_bytes(content[:end])
+        assert torch.equal(read_image(cut), read_image(whole))
+        assert all(note.endswith(": 1 of 1 files checked") for note in doubtful_pixels([cut]))
+
+
 # --- decoding
 
 

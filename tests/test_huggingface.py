@@ -382,7 +382,7 @@ def test_what_a_configuration_says_of_training_is_taken_only_where_it_makes_sens
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OLDER = "89abcdef0123456789abcdef0123456789abcdef"
-REVISIONS = {"main": COMMIT, "v1": OLDER, COMMIT: COMMIT, OLDER: OLDER}
+REVISIONS = {"main": COMMIT, "v1": OLDER, "refs%2Fpr%2F1": OLDER, COMMIT: COMMIT, OLDER: OLDER}
 STATUS = {"unknown": (404, "RepoNotFound"), "private": (401, "RepoNotFound")}
 STATUS |= {"unauthorized": (401, None), "gated": (403, "GatedRepo"), "broken": (500, None)}
 
@@ -526,7 +526,8 @@ def test_a_hub_model_is_downloaded_once_and_found_again_without_a_network(hub, t
 @pytest.mark.usefixtures("hub")
 def test_a_revision_is_a_branch_a_tag_or_a_commit():
     found = [load("someone/vit@v1"), load("someone/vit", revision=OLDER), load("someone/vit@main")]
-    assert [encoder.description["revision"] for encoder in found] == [OLDER, OLDER, COMMIT]
+    found.append(load("someone/vit@refs/pr/1"))
+    assert [encoder.description["revision"] for encoder in found] == [OLDER, OLDER, COMMIT, OLDER]
     assert found[0].key == found[1].key != found[2].key
     assert "no revision 'v2'" in failure("someone/vit@v2").problem
 
