@@ -36,9 +36,9 @@ TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 4 --dist lo
 test: setup
 	$(TEST)
 
-# The same with the shape and type of every argument and result checked, in half as much time again.
+# The same and the slow ones with the shape and type of every argument and result checked.
 test-types: setup
-	$(TEST) --jaxtyping-packages=ijepa,beartype.beartype
+	$(TEST) -m "not gpu and not browser" --jaxtyping-packages=ijepa,beartype.beartype
 
 test-browser: setup $(VENV)/browser $(AXE_FILE)
 	$(RUN) -m pytest -q -rs -m browser tests/test_browser.py

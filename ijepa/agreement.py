@@ -24,6 +24,7 @@ MAX_SPEARMAN_IMAGES = 2000  # with two million pairs
 NUM_PERMUTATIONS = 200
 
 Other = Float[np.ndarray, "n e"]  # the second model's embeddings
+Values = Mapping[str, Mapping[str, Estimate]]  # by model, then metric
 
 
 def mutual_knn(a: Int[np.ndarray, "n m"], b: Int[np.ndarray, "n l"], k: int = 10) -> PerImage:
@@ -162,11 +163,7 @@ def add_holm(rows: Sequence[dict[str, Any]], test: str, name: str) -> None:
 
 
 def compare_pair(
-    local: Analysis,
-    hf: Analysis,
-    values: Mapping[str, Mapping[str, Estimate]],
-    halves: uncertainty.Halves,
-    seed: int,
+    local: Analysis, hf: Analysis, values: Values, halves: uncertainty.Halves, seed: int
 ) -> dict[str, Any]:
     """All numbers of two models, by field of `Comparison`.
 
@@ -197,9 +194,7 @@ def ratio(local: float, hf: float) -> float:
     return local / hf if hf > 0 and local >= 0 else NAN
 
 
-def differences(
-    local: Analysis, hf: Analysis, values: Mapping[str, Mapping[str, Estimate]]
-) -> dict[str, dict[str, Any]]:
+def differences(local: Analysis, hf: Analysis, values: Values) -> dict[str, dict[str, Any]]:
     """By metric: `estimate` is hf - local and `ratio` local / hf, each with its interval.
 
     The ratio is NaN where the interval of hf reaches 0 or local is negative. P@5 also has `p`,

@@ -31,13 +31,10 @@ METRICS: dict[str, Callable[[Analysis], float]] = {
     "components_80": lambda a: metrics.num_components(a.eigenvalues, 0.80),
     "components_90": lambda a: metrics.num_components(a.eigenvalues, 0.90),
     "components_95": lambda a: metrics.num_components(a.eigenvalues, 0.95),
-    "silhouette": lambda a: float(a.silhouettes["euclidean"].mean()),
-    "silhouette_cosine": lambda a: float(a.silhouettes["cosine"].mean()),
-    "precision_at_1": lambda a: float(a.precisions(1).mean()),
-    "precision_at_5": lambda a: float(a.precisions(5).mean()),
-    "precision_at_10": lambda a: float(a.precisions(10).mean()),
-    "precision_at_20": lambda a: float(a.precisions(20).mean()),
-    "knn_accuracy": lambda a: float(a.scores["knn_accuracy"].mean()),
+    **{
+        name: lambda a, name=name: float(a.scores[name].mean())
+        for name in ("silhouette", "silhouette_cosine", *uncertainty.NEIGHBOR_SCORES)
+    },
     "effective_rank": lambda a: metrics.effective_rank(a.eigenvalues),
     "effective_rank_uncentered": lambda a: metrics.effective_rank(
         metrics.covariance_spectrum(a.embeddings, centered=False)
@@ -81,19 +78,20 @@ def analyze(  # noqa: PLR0913
         deviations |= uncertainty.spectrum_deviations(eigenvalues, components)
     else:
         eigenvalues = metrics.covariance_spectrum(X)
-    precisions = {
-        f"precision_at_{k}": metrics.precision_at_k(lists[0], labels, k)
-        for k in uncertainty.PRECISION_KS
+    scores = {
+        "silhouette": pairs.silhouettes,
+        "silhouette_cosine": metrics.cosine_silhouettes(X, labels),
+        "knn_accuracy": metrics.knn_correct(*lists, labels),
     }
-    cosine = metrics.cosine_silhouettes(X, labels)
+    for k in uncertainty.PRECISION_KS:
+        scores[f"precision_at_{k}"] = metrics.precision_at_k(lists[0], labels, k)
     return Analysis(
         embeddings=X,
         labels=labels,
         neighbors=pairs.neighbors,
         similarities=pairs.similarities,
         eigenvalues=eigenvalues,
-        silhouettes={"euclidean": pairs.silhouettes, "cosine": cosine},
-        scores=precisions | {"knn_accuracy": metrics.knn_correct(*lists, labels)},
+        scores=scores,
         halves=found,
         class_deviations=by_class["precision_at_5"],
         deviations=deviations,
@@ -182,6 +180,8 @@ def compare(  # noqa: PLR0913
     labels = as_labels(labels)
     if "local" not in embeddings or not embeddings.keys() <= MODEL_NAMES.keys():
         raise ValueError(f"embeddings must be of local, or local and hf, got {list(embeddings)}")
+    if not references.keys().isdisjoint(MODEL_NAMES):
+        raise ValueError(f"references must have other names than the models, got {[*references]}")
     seeds = {f"local_{row}": X for row, X in enumerate(other_seeds, start=2)}
     given = {name: embeddings[name] for name in MODEL_NAMES if name in embeddings}
     given |= {**references, **seeds}
@@ -252,9 +252,8 @@ def seed_spread(trainings: Sequence[Mapping[str, Estimate]]) -> dict[str, SeedSp
 
     It is kept apart from the intervals, which are over images.
     """
-    if len(trainings) < 2:
-        return {}
-    columns = {metric: [one[metric].value for one in trainings] for metric in METRICS}
+    several = METRICS if len(trainings) > 1 else {}
+    columns = {metric: [one[metric].value for one in trainings] for metric in several}
     return {
         metric: SeedSpread(values, float(np.mean(values)), float(np.std(values, ddof=1)))
         for metric, values in columns.items()
@@ -287,26 +286,23 @@ def ranking(a: Analysis) -> dict[str, Any]:
     purest = int(class_average(a.precisions(5), codes).argmax())
     shares = confusion(codes, codes[a.neighbors[:, :5]], len(classes), np.ones(5))
     confused = uncertainty.most_confused(shares)
-    whole = len(uncertainty.small_classes(a.labels)) > 0
-    purest_in = [] if whole else a.halves.values["precision_at_5"].argmax(axis=1)
-    confused_in = [] if whole else a.halves.confused
     pairs = {pair[:2] for pair in confused}
+    halves = zip(a.halves.values["precision_at_5"].argmax(axis=1), a.halves.confused, strict=True)
+    repeated = [(first == purest, found == pairs) for first, found in halves]
+    if not repeated or len(uncertainty.small_classes(a.labels)):
+        repeated = [(NAN, NAN)]
+    same_purest, same_confusions = np.mean(repeated, axis=0).tolist()
     return {
         "purest_class": {
             "label": int(classes[purest]),
-            "share_of_halves": share_of([found == purest for found in purest_in]),
+            "share_of_halves": same_purest,
         },
         "confusions": [
             {"from": int(classes[row]), "to": int(classes[column]), "share": share}
             for row, column, share in confused
         ],
-        "confusions_share_of_halves": share_of([found == pairs for found in confused_in]),
+        "confusions_share_of_halves": same_confusions,
     }
-
-
-def share_of(repeated: Sequence[Any]) -> float:
-    """Share of the halves that repeat something; NaN without halves."""
-    return float(np.mean(repeated)) if len(repeated) else NAN
 
 
 def neighbor_confusion(analysis: Analysis, num_classes: int) -> Float[np.ndarray, "C C"]:

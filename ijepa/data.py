@@ -417,9 +417,9 @@ def balanced_rows(
     if max_samples >= len(labels):
         return np.arange(len(labels))
     rng = np.random.default_rng(seed)
-    priority = np.argsort(rng.permutation(num_classes))
+    priority = np.argsort(rng.permutation(len(np.bincount(labels, minlength=num_classes))))
     rank = np.empty(len(labels), np.int64)  # of each image in its class
-    for label in range(num_classes):
+    for label in range(len(priority)):
         members = rng.permutation(np.flatnonzero(labels == label))
         rank[members] = np.arange(len(members))
     # The first image of every class, classes in the order drawn, then the second ones, and so on.

@@ -89,10 +89,13 @@ def command_line(
 
 def git_commit() -> str | None:
     """The project's commit, marked when files differ from it; None without git or a checkout."""
+    root = Path(__file__).resolve().parents[1]
     try:
         result = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=Path(__file__).resolve().parent,
+            cwd=root,
+            # An installed package may lie below the checkout of another project.
+            env={**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)},
             capture_output=True,
             text=True,
             check=False,

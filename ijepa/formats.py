@@ -78,11 +78,6 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def named(name: str) -> str:
-    """A class inside a sentence: in quotation marks if it could be read as a number of it."""
-    return name if any(map(str.isalpha, name)) else f'"{name}"'
-
-
 def listed(names: Sequence[str]) -> str:
     """Names as `a, b and c`, at most `MAX_NAMES` of them."""
     shown = list(names[:MAX_NAMES])

@@ -14,15 +14,7 @@ from ijepa.errors import counted
 from ijepa.formats import NO_INTERVALS, P5, capital, label, listed, number
 from ijepa.narrative import RETRIEVAL, called, count
 from ijepa.projections import PERPLEXITY, Maps
-from ijepa.tables import (
-    HEADLINES,
-    INTERVALS,
-    ROWS,
-    Rows,
-    finding_tables,
-    headline_table,
-    model_facts,
-)
+from ijepa.tables import HEADLINES, INTERVALS, ROWS, finding_tables, headline_table, model_facts
 from ijepa.uncertainty import MIN_IMAGES_PER_CLASS
 
 MANY_TIED = 0.05  # share of the images whose fifth neighbor is a matter of their order
@@ -122,7 +114,7 @@ def protocol(comparison: Comparison, facts: Mapping[str, Any]) -> str:
     )
 
 
-def console_table(rows: Rows) -> str:
+def console_table(rows: list[list[str]]) -> str:
     """Cells as aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -133,7 +125,7 @@ def console_table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def markdown_table(rows: Rows) -> str:
+def markdown_table(rows: list[list[str]]) -> str:
     """Cells as a Markdown table, shown as they are."""
     lines = ["| " + " | ".join(map(literal, row)) + " |" for row in rows]
     lines.insert(1, "|" + " --- |" * len(rows[0]))
@@ -159,6 +151,7 @@ def caveats(
     dtypes, epochs = (unlike(comparison, models, key) for key in ("dtype", "epochs"))
     sizes = np.unique(comparison.analyses["local"].labels, return_counts=True)[1]
     single, small = int((sizes == 1).sum()), comparison.small_classes
+    same = same_weights(comparison, models)
     limit = float(np.average(np.minimum(sizes - 1, 5) / 5, weights=sizes))
     seeds = "see the training seeds" if comparison.seeds else "one checkpoint is one draw"
     undefined = narrative.undefined(comparison)
@@ -168,45 +161,30 @@ def caveats(
         for metric in HEADLINES
         if metric != P5 and math.isnan(values[metric].value)
     ]
-    rules = [
-        (
-            same_weights(comparison, models),
-            "Both sides hold the same weights or give the same embeddings.",
-        ),
-        (dtypes, f"The two sides differ in dtype: {dtypes}."),
-        (epochs, f"The two sides differ in epochs of training: {epochs}."),
-        (
-            data["split"] == "train",
-            "The checkpoint may have been trained on these images (train split): "
-            "the intervals do not hold for new images.",
-        ),
-        (True, f"The intervals cover images, not training: {seeds}."),
-        (True, f"Precision@k and kNN accuracy depend on the number of images, here {n:,}."),
-        (
-            True,
-            "Explained variance and effective rank depend on n and on the embedding's width; "
-            "they describe a shape, not quality.",
-        ),
-        (undefined, undefined),
-        (missing, f"Undefined for this sample: {listed(missing)}."),
-        (
-            single and not undefined,
-            f"Precision and silhouette count as 0 in {counted(single, 'class')} with one image.",
-        ),
-        (
-            limit < 1 and not undefined,
-            "Where a class has fewer than six images, some of five neighbors must be of other "
-            f"classes: precision@5 cannot exceed {number(P5, limit)} here.",
-        ),
-        (not comparison.num_halves, NO_INTERVALS),
-        (
-            small and comparison.num_halves,
-            f"Intervals leave out the spread within {counted(small, 'class')} of fewer than "
-            f"{MIN_IMAGES_PER_CLASS} images, which all half-samples keep whole.",
-        ),
-    ]
+    rules = {
+        "Both sides hold the same weights or give the same embeddings.": same,
+        f"The two sides differ in dtype: {dtypes}.": dtypes,
+        f"The two sides differ in epochs of training: {epochs}.": epochs,
+        "The checkpoint may have been trained on these images (train split): "
+        "the intervals do not hold for new images.": data["split"] == "train",
+        f"The intervals cover images, not training: {seeds}.": True,
+        f"Precision@k and kNN accuracy depend on the number of images, here {n:,}.": True,
+        "Explained variance and effective rank depend on n and on the embedding's width; "
+        "they describe a shape, not quality.": True,
+        undefined: undefined,
+        f"Undefined for this sample: {listed(missing)}.": missing,
+        f"Precision and silhouette count as 0 in {counted(single, 'class')} with one image.": single
+        and not undefined,
+        "Where a class has fewer than six images, some of five neighbors must be of other "
+        f"classes: precision@5 cannot exceed {number(P5, limit)} here.": limit < 1
+        and not undefined,
+        NO_INTERVALS: not comparison.num_halves,
+        f"Intervals leave out the spread within {counted(small, 'class')} of fewer than "
+        f"{MIN_IMAGES_PER_CLASS} images, which all half-samples keep whole.": small
+        and comparison.num_halves,
+    }
     found = [note for model in models.values() for note in model.get("notes", ())]
-    found += [*notes, *(sentence for holds, sentence in rules if holds)]
+    found += [*notes, *(sentence for sentence, holds in rules.items() if holds)]
     for role in comparison.analyses:
         found += model_caveats(comparison, role, models[role])
     if len(maps.rows) < n:
@@ -247,29 +225,16 @@ def model_caveats(comparison: Comparison, role: str, model: Mapping[str, Any]) -
     no_interval = math.isfinite(rank.value) and not math.isfinite(rank.se)
     similarities = comparison.analyses[role].similarities
     tied = (similarities[:, 4:5] == similarities[:, 5:6]).mean() if n > 6 else 0.0
-    rules = [
-        (
-            planned not in (None, epochs),
-            f"{capital(name)} had {epochs} of {planned} planned epochs.",
-        ),
-        (
-            no_interval and comparison.num_halves,
-            f"The effective rank of {name} is above n / 2, near its bound: no interval.",
-        ),
-        (
-            tied > MANY_TIED and math.isfinite(rank.value),
-            f"To {name} the fifth and the sixth neighbor of {number('share', tied)} of the images "
-            "are equally similar up to a millionth, and the order of the images decides: numbers "
-            "and verdicts on neighbors depend on it. Where the embeddings have a large mean, "
-            "subtract it.",
-        ),
-        (
-            math.isnan(rank.value),
-            f"All embeddings of {name} are the same: the model has collapsed.",
-        ),
-        (
-            rank.value < few and precision < 1 and precision <= baseline,
-            f"{capital(name)} looks collapsed: few dimensions, and no baseline retrieves worse.",
-        ),
-    ]
-    return [sentence for holds, sentence in rules if holds]
+    low = rank.value < few and precision < 1 and precision <= baseline
+    rules = {
+        f"{capital(name)} had {epochs} of {planned} planned epochs.": planned not in (None, epochs),
+        f"The effective rank of {name} is above n / 2, near its bound: no interval.": no_interval
+        and comparison.num_halves,
+        f"To {name} the fifth and the sixth neighbor of {number('share', tied)} of the images are "
+        "equally similar up to a millionth, and the order of the images decides: numbers and "
+        "verdicts on neighbors depend on it. Where the embeddings have a large mean, subtract "
+        "it.": tied > MANY_TIED and math.isfinite(rank.value),
+        f"All embeddings of {name} are the same: the model has collapsed.": math.isnan(rank.value),
+        f"{capital(name)} looks collapsed: few dimensions, and no baseline retrieves worse.": low,
+    }
+    return [sentence for sentence, holds in rules.items() if holds]

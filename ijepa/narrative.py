@@ -14,18 +14,7 @@ import numpy as np
 from ijepa.agreement import MAX_SPEARMAN_IMAGES
 from ijepa.comparison import Comparison
 from ijepa.errors import counted
-from ijepa.formats import (
-    NO_INTERVALS,
-    P5,
-    capital,
-    gap,
-    interval,
-    label,
-    listed,
-    named,
-    number,
-    p_value,
-)
+from ijepa.formats import NO_INTERVALS, P5, capital, gap, interval, label, listed, number, p_value
 from ijepa.uncertainty import KNN_K, Estimate
 
 CLAIMS = {
@@ -341,7 +330,6 @@ def seeds_finding(comparison: Comparison) -> str:
     trainings = len(comparison.seeds[P5].values)
     return paragraph(
         f"The local model was trained {trainings} times with different seeds.",
-        "All intervals cover the error over images, not the deviation over trainings.",
         f"The deviation of {trainings} trainings is only rough." * (trainings < 5),
     )
 
@@ -357,7 +345,8 @@ def probe_finding(probe: Any) -> str:
 
 def findings(comparison: Comparison, classes: Sequence[str], probe: Any = None) -> dict[str, str]:
     """The findings by title, some empty; what `answer` says is not among them."""
-    classes = [named(name) for name in classes]
+    # In quotation marks if a name could be read as a number of the sentence.
+    classes = [name if any(map(str.isalpha, name)) else f'"{name}"' for name in classes]
     learned = [class_groups_finding(comparison, classes), confusion_finding(comparison, classes)]
     return {
         "Representation Efficiency": efficiency_finding(comparison),

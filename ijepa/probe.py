@@ -20,18 +20,11 @@ from scipy.special import ndtri, stdtr, stdtrit
 from scipy.stats import binomtest
 from sklearn.neighbors import NearestNeighbors
 
+from ijepa import metrics
 from ijepa.agreement import add_holm, mcnemar_exact_p
 from ijepa.data import Split, balanced_rows
 from ijepa.errors import counted
-from ijepa.metrics import (
-    SILENT,
-    Embeddings,
-    Labels,
-    Progress,
-    knn_vote,
-    row_norms,
-    validate_embeddings,
-)
+from ijepa.metrics import SILENT, Embeddings, Labels, Progress, knn_vote, unit_rows
 from ijepa.uncertainty import Estimate, half_deviations
 
 KS = (20, 10, 100, 200)  # numbers of neighbors; the first is the headline
@@ -105,7 +98,7 @@ def probe(
         UserError: Embeddings are not finite or zero.
     """
     for name, X in [*banks.items(), *queries.items()]:
-        validate_embeddings(X, name)
+        metrics.validate_embeddings(X, name)
     codes = np.unique(bank_labels, return_inverse=True)[1]
     parts, found = draw_parts(codes, seed), {}
     with progress(total=len(banks) * len(query_labels), desc="probe") as bar:
@@ -209,7 +202,7 @@ def answer(
 def knn_answers(X: Bank, codes: BankLabels, Q: Embeddings, ks: Sequence[int]) -> list[Labels]:
     """For each k, `knn_vote` of each query's k nearest by cosine, or of all images if fewer."""
     # Of unit length: scikit-learn takes rows shorter than about 1e-6 for zero.
-    X, Q = ((rows / row_norms(rows)[:, None]).astype(np.float32) for rows in (X, Q))
+    X, Q = (unit_rows(rows).astype(np.float32) for rows in (X, Q))
     search = NearestNeighbors(n_neighbors=min(max(ks), len(X)), metric="cosine").fit(X)
     distances, nearest = search.kneighbors(Q)
     num_classes = int(codes.max()) + 1

@@ -149,10 +149,8 @@ def project_tsne(X: Embeddings, seed: int) -> TsneProjection:
 def project_tsne_cached(X: Embeddings, seed: int, cache: Path | None) -> TsneProjection:
     """`project_tsne`, read from the folder `cache` if it is there, else made and saved in it.
 
-    With None nothing is kept.
-
-    The file's name is a hash of the embeddings, the settings and the versions of the libraries. A
-    damaged file is replaced.
+    With None nothing is kept. The file's name is a hash of the embeddings, the settings and the
+    versions of the libraries. A damaged file is replaced.
 
     Raises:
         UserError: If the folder cannot be written.

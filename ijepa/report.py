@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from matplotlib.figure import Figure
 
-from ijepa import plots
+from ijepa import markdown, plots
 from ijepa.comparison import Comparison, neighbor_confusion
 from ijepa.data import Split
 from ijepa.embeddings import save_embeddings
@@ -29,8 +29,6 @@ from ijepa.errors import git_commit
 from ijepa.files import sha256, write_text
 from ijepa.formats import NO_INTERVALS
 from ijepa.images import shrink
-from ijepa.markdown import caveats as find_caveats
-from ijepa.markdown import markdown
 from ijepa.metrics import KNN_K, TEMPERATURE
 from ijepa.page import page
 from ijepa.projections import PERPLEXITY, TSNE_WIDTH, Maps, make_maps
@@ -114,8 +112,7 @@ def draw(comparison: Comparison, maps: Maps, split: Split) -> Iterator[tuple[str
     yield "pca_comparison.png", plots.plot_maps(maps.pca, labels[maps.rows], words)
     how = "Raw: class means as they are. Centered: minus the mean of all images."
     words = caption("Cosine similarity of class means", how)
-    figure = plots.plot_similarity_matrices(embeddings, labels, words)
-    yield "similarity_matrices.png", figure
+    yield "similarity_matrices.png", plots.plot_similarity_matrices(embeddings, labels, words)
     how = "Share of the total variance; marks at 10 and 50 components."
     words = caption("Explained variance", how)
     yield "variance_explained.png", plots.plot_variance_explained(maps.pca, words)
@@ -194,9 +191,8 @@ def per_image_csv(comparison: Comparison, maps: Maps, split: Split, probe: Any =
     for name, analysis in comparison.analyses.items():
         places = np.full((len(split), 2), np.nan)
         places[maps.rows] = maps.tsne[name].coordinates
-        columns[f"precision_at_5_{name}"] = blank_nan(analysis.precisions(5))
-        columns[f"silhouette_{name}"] = blank_nan(analysis.silhouettes["euclidean"])
-        columns[f"silhouette_cosine_{name}"] = blank_nan(analysis.silhouettes["cosine"])
+        for metric in ("precision_at_5", "silhouette", "silhouette_cosine"):
+            columns[f"{metric}_{name}"] = blank_nan(analysis.scores[metric])
         columns[f"neighbors_{name}"] = [
             " ".join(map(str, split.indices[found])) for found in analysis.neighbors[:, :5]
         ]
@@ -329,8 +325,9 @@ def write_report(
     facts = complete(comparison, split, facts or {})
     X = {role: analysis.embeddings for role, analysis in comparison.analyses.items()}
     maps = maps or make_maps(X, split.labels, comparison.seed)
-    notes = [*split.notes, *filter(None, [plots.font_note([split.name, *split.classes])])]
-    caveats = find_caveats(comparison, facts, maps, notes)
+    shown = [split.name, *comparison.names.values(), *split.classes]
+    notes = [*split.notes, *filter(None, [plots.font_note(shown)])]
+    caveats = markdown.caveats(comparison, facts, maps, notes)
     written: list[Path] = []
     with suppress(OSError):  # while it is missing, the report is unfinished
         (folder / "metrics.json").unlink()
@@ -346,7 +343,7 @@ def write_report(
         write(name, plots.save_figure, figure)
     write("per_image.csv", write_text, per_image_csv(comparison, maps, split, probe))
     files = [*(path.name for path in written), "report.html", "metrics.json"]
-    write("report.md", write_text, markdown(comparison, facts, caveats, files, probe))
+    write("report.md", write_text, markdown.markdown(comparison, facts, caveats, files, probe))
 
     content = metrics_content(comparison, facts, caveats, probe)
     content["artifacts"] = [artifact(path) for path in written]
@@ -357,6 +354,8 @@ def write_report(
     if "seconds" in content["run"]:
         content["run"]["seconds"]["write"] = round(time.perf_counter() - began, 3)
     write("metrics.json", write_text, json_text(content))
-    for left in {folder / name for name in NOT_ALWAYS_MADE} - set(written):
+    # Of arrays there are no images, and the arrays may come from files of this folder.
+    stale = NOT_ALWAYS_MADE if split.images is not None else NOT_ALWAYS_MADE[2:]
+    for left in {folder / name for name in stale} - set(written):
         left.unlink(missing_ok=True)
     return written

@@ -51,9 +51,8 @@ def class_means(comparison: Comparison) -> dict[str, float]:
     sizes = np.unique(comparison.analyses["local"].labels, return_counts=True)[1]
     if sizes.min() == sizes.max():
         return {}
-    values = {r: [row.value for row in rows] for r, rows in comparison.class_precision.items()}
-    defined = {role: [x for x in shares if math.isfinite(x)] for role, shares in values.items()}
-    return {role: float(np.mean(x)) if x else math.nan for role, x in defined.items()}
+    precisions = comparison.class_precision.items()
+    return {role: float(np.mean([one.value for one in rows])) for role, rows in precisions}
 
 
 def model_facts(model: Mapping[str, Any]) -> dict[str, str]:

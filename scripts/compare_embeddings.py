@@ -287,10 +287,8 @@ class Inputs:
         return [one for one in self.loaded if not one.name.startswith("local_")]
 
 
-def load_bank(args: argparse.Namespace, inputs: Inputs) -> "Split | None":
-    """The labeled images for the probe, None where there are none; notes say what to know."""
-    if args.probe_samples == 0:
-        return None
+def load_bank(args: argparse.Namespace, inputs: Inputs) -> "Split | str":
+    """The labeled images for the probe, or why there are none; notes say what to know."""
     from ijepa.data import find_unreadable, load_split
     from ijepa.formats import listed
     from ijepa.probe import select_bank
@@ -301,20 +299,14 @@ def load_bank(args: argparse.Namespace, inputs: Inputs) -> "Split | None":
         if train.split != "train":
             raise UserError(f"{split.name} has no train split", hint="")
     except UserError as error:
-        inputs.notes.append(f"There is no probe: {error.problem}.")
-        return None
+        return error.problem
     train = train.readable(find_unreadable(train), args.skip_unreadable)
     found, compared = ({s.classes[i] for i in s.labels} for s in (train, split))
     if found.isdisjoint(compared):
-        names = listed(sorted(found))
-        inputs.notes.append(
-            f"There is no probe: no compared class is in the train split ({names})."
-        )
-        return None
+        return f"no compared class is in the train split ({listed(sorted(found))})"
     bank, excluded = select_bank(train, split, args.probe_samples or 0, args.seed)
     if why := next(filter(None, (not_in_file(one, bank) for one in inputs.compared)), None):
-        inputs.notes.append(f"There is no probe: {why}.")
-        return None
+        return why
     if excluded:
         left_out = f"{counted(excluded, 'training image')} found among the compared images"
         inputs.notes.append(f"The probe's bank leaves out {left_out}.")
@@ -355,7 +347,10 @@ def embed(args: argparse.Namespace, stages: Stages, cache: Path | None) -> Input
         note = f"{copied:,} images have an exact copy in the sample{other}."
         inputs.notes.append(f"{note} Copies are neighbors and make the intervals too narrow.")
     with stages("extract_bank", "embedding the probe's bank"):
-        if (bank := load_bank(args, inputs)) is None:
+        if args.probe_samples == 0:
+            return inputs
+        if isinstance(bank := load_bank(args, inputs), str):
+            inputs.notes.append(f"There is no probe: {bank}.")
             return inputs
         for name in (one.name for one in inputs.compared if one.name in results):
             rate = num_processes() * (results[name].images_per_second or math.inf)
@@ -401,7 +396,8 @@ def run(args: argparse.Namespace, talks: bool) -> None:
     if not talks:
         return
     inputs.notes += filter(None, [note])
-    if both_bundled(inputs.loaded):
+    sources = [Path(one.description["source"]).resolve() for one in inputs.loaded[:2]]
+    if sources == [BUNDLED / "checkpoint_latest.pt", BUNDLED / "hf"]:
         note = "The second model is bundled, trained with the paper's loss; it is no ViT-Huge."
         inputs.notes.append(note)
     assumed = [text for one in inputs.loaded for text in one.description.get("notes", ())]
@@ -481,7 +477,6 @@ def describe_run(args: argparse.Namespace, stages: Stages, inputs: Inputs) -> di
     return {
         "run": {
             "command": args.command,
-            "seed": args.seed,
             "seconds": stages.seconds,
             "device": args.device.type,
             "dtype": inputs.loaded[0].description.get("dtype"),
@@ -503,12 +498,6 @@ def describe_run(args: argparse.Namespace, stages: Stages, inputs: Inputs) -> di
             if one.name not in ("pixels", "random_weights")
         },
     }
-
-
-def both_bundled(loaded: list[Any]) -> bool:
-    """Whether the two sides are the bundled checkpoint and the bundled export."""
-    sources = [Path(one.description["source"]).resolve() for one in loaded[:2]]
-    return sources == [BUNDLED / "checkpoint_latest.pt", BUNDLED / "hf"]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,8 +6,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import subprocess
 import sys
 from dataclasses import replace
-from importlib import util
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -49,20 +47,6 @@ def make_image_folder(tmp_path_factory):
         return folder
 
     return make
-
-
-@pytest.fixture(scope="session")
-def load_script():
-    """Import a script by name, so that its `main` runs without a process of its own."""
-
-    def load(name):
-        path = Path(__file__).resolve().parents[1] / "scripts" / f"{name}.py"
-        spec = util.spec_from_file_location(name, path)
-        module = sys.modules[name] = util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    return load
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import pickle
 import random
 import zipfile
 from collections import OrderedDict
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -242,27 +242,13 @@ def test_files_that_are_missing_cut_or_of_another_kind_or_model_are_named(saved,
     failure(path)
 
 
-def test_no_flipped_bit_changes_a_weight_or_a_setting_unnoticed(saved):
-    path = saved(own_content())
-    whole, expected = path.read_bytes(), load_checkpoint(path)
-    generator = random.Random(1)
-    refused = 0
-    # Most bytes are weights: aim two thirds of the flips at the pickle at the start and the end.
-    for trial in range(60):
-        ends = [generator.randrange(3000), len(whole) - 1 - generator.randrange(3000)]
-        place = [*ends, generator.randrange(len(whole))][trial % 3]
-        damaged = bytearray(whole)
-        damaged[place] ^= 1 << generator.randrange(8)
-        path.write_bytes(damaged)
-        try:
-            found = load_checkpoint(path)
-        except UserError:
-            refused += 1
-            continue
-        assert replace(found, state_dict={}) == replace(expected, state_dict={}), place
-        assert_same(found.state_dict, expected.state_dict)
-    # The rest is padding and what zip records twice.
-    assert refused > 30
+def test_a_flipped_bit_of_a_weight_is_noticed(saved):
+    content = own_content()
+    path, weight = saved(content), content["weights"]["target"]["patch_embed.proj.weight"]
+    whole = path.read_bytes()
+    at = whole.index(weight.numpy().tobytes())
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    failure(path)
 
 
 class Trap:

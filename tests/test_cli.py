@@ -6,7 +6,9 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
+import compare_embeddings as script
 import numpy as np
 import pytest
 import torch
@@ -24,11 +26,7 @@ FILES = {
     *("tsne_comparison.png", "pca_comparison.png", "class_precision.png", "nn_queries.png"),
     *("similarity_matrices.png", "variance_explained.png"),
 }
-
-
-@pytest.fixture(scope="module")
-def script(load_script):
-    return load_script("compare_embeddings")
+SPLITS = {f"{split}/{name}": 4 for split in ("train", "test") for name in "ab"}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +44,7 @@ def images(make_image_folder):
 
 
 @pytest.fixture(scope="module")
-def run(script, tiny_models, images):
+def run(tiny_models, images):
     def run(output, *flags, local=tiny_models[0]):
         arguments = ["--offline", "--local-checkpoint", local, "--hf-model", tiny_models[1]]
         arguments += ["--dataset", images, "--output-dir", output, *flags]
@@ -123,7 +121,7 @@ def test_unreadable_images_and_duplicates_are_counted_and_paths_are_everywhere(f
 
 
 @pytest.fixture
-def embed(script, tiny_models, tmp_path):
+def embed(tiny_models, tmp_path):
     """What the script embeds of images in a folder with one model."""
 
     def embed(*flags):
@@ -135,7 +133,7 @@ def embed(script, tiny_models, tmp_path):
     return embed
 
 
-def test_images_that_fail_only_when_decoded_are_left_out_too(script, embed, make_image_folder):
+def test_images_that_fail_only_when_decoded_are_left_out_too(embed, make_image_folder):
     folder = make_image_folder({"a": 4, "b": 4})
     cut = folder / "a" / "001.png"
     cut.write_bytes(cut.read_bytes()[:-200])
@@ -190,9 +188,7 @@ def test_what_the_bank_leaves_out_is_said(embed, make_image_folder):
 def test_the_bank_of_a_folder_named_like_a_data_set_is_its_own(
     embed, make_image_folder, monkeypatch
 ):
-    folder = make_image_folder(
-        {f"{split}/{name}": 4 for split in ("train", "test") for name in "ab"}
-    )
+    folder = make_image_folder(SPLITS)
     monkeypatch.chdir(folder.rename(folder.with_name("cifar10")).parent)
     inputs = embed("--dataset", "./cifar10", "--probe-samples", "all", "--data-dir", "absent")
     assert inputs.bank.paths[0] == "train/a/000.png"
@@ -201,9 +197,7 @@ def test_the_bank_of_a_folder_named_like_a_data_set_is_its_own(
 def test_a_file_of_embeddings_serves_a_bank_only_with_the_keys_of_its_images(
     embed, make_image_folder, tmp_path
 ):
-    folder = make_image_folder(
-        {f"{split}/{name}": 4 for split in ("train", "test") for name in "ab"}
-    )
+    folder = make_image_folder(SPLITS)
     test, train = (load_split(str(folder), tmp_path, one, True) for one in ("test", "train"))
     keys = np.array([list(key) for key in (*test.image_keys, *train.image_keys)], np.uint8)
     X = np.random.default_rng(0).normal(size=(16, 6)).astype(np.float32)
@@ -217,6 +211,8 @@ def test_a_file_of_embeddings_serves_a_bank_only_with_the_keys_of_its_images(
         assert inputs.bank is None
         assert inputs.notes[-1] == f"There is no probe: {tmp_path}/{words}"
         assert not inputs.bank_results
+        np.testing.assert_array_equal(inputs.results["hf"].values, X[:8])
+        assert inputs.results["hf"].from_cache
     np.savez(file, embeddings=X, keys=keys)
     np.testing.assert_array_equal(
         embed(*flags, "--hf-model", file).bank_results["hf"].values, X[8:]
@@ -295,7 +291,7 @@ def test_one_model_is_reported_by_itself_and_what_was_assumed_is_said(
         assert words in (tmp_path / "out" / "report.md").read_text()
 
 
-def test_models_of_any_kind_take_either_side_and_are_named_apart(script, tiny_models, tmp_path):
+def test_models_of_any_kind_take_either_side_and_are_named_apart(tiny_models, tmp_path):
     """Equal names have the folders of the files, or the roles of the models."""
     local, hf = map(str, tiny_models)
     copied = shutil.copy(local, tmp_path)
@@ -350,11 +346,8 @@ def test_only_other_seeds_of_the_same_training_are_seeds(run, tiny_models, tmp_p
         assert words in capsys.readouterr().err
 
 
-def test_an_interruption_is_exit_code_130(run, script, tmp_path, monkeypatch, capsys):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(script, "load_encoders", interrupt)
+def test_an_interruption_is_exit_code_130(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("PIL.Image.open", Mock(side_effect=KeyboardInterrupt))
     assert run(tmp_path, "--split", "train") == 130
     assert "interrupted; finished embeddings are kept" in capsys.readouterr().err
 
@@ -372,7 +365,7 @@ def test_an_interruption_is_exit_code_130(run, script, tmp_path, monkeypatch, ca
         ["--no-cache", "--cache-dir", "x"],
     ],
 )
-def test_wrong_usage_exits_with_2(script, flags, capsys):
+def test_wrong_usage_exits_with_2(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         script.main(flags)
     assert stopped.value.code == 2
@@ -386,7 +379,7 @@ def test_a_photo_of_108_megapixels_is_no_warning(run, make_image_folder, tmp_pat
     assert "too few to compare: 3 images of 2 classes" in capsys.readouterr().err
 
 
-def test_progress_in_a_log_is_a_plain_line_now_and_then(script, capsys):
+def test_progress_in_a_log_is_a_plain_line_now_and_then(capsys):
     with script.make_progress(True)(total=3000, desc="embedding") as bar:
         bar.update(64)
         assert capsys.readouterr().err == ""

@@ -1,5 +1,4 @@
 import threading
-import types
 from dataclasses import replace
 from functools import partial
 from unittest.mock import Mock
@@ -7,6 +6,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from ijepa.data import Split, load_split
@@ -71,18 +71,6 @@ def test_every_encoder_gives_the_embedding_of_each_image_in_order(batch_size):
         assert found[encoder.name].values.dtype == np.float32
         assert not found[encoder.name].from_cache
         assert found[encoder.name].images_per_second > 0
-
-
-def test_embeddings_of_an_earlier_run_are_looked_up():
-    split = make_split()
-    look_up = Mock(return_value=np.ones((21, 2), np.float32))
-    stored = types.SimpleNamespace(name="hf", embed_dim=2, look_up=look_up)
-    found = embed(split, None, [ENCODER, stored])
-    assert list(found) == ["local", "hf"]
-    assert found["hf"].values is look_up.return_value
-    assert found["hf"].from_cache
-    keys, indices = look_up.call_args.args
-    assert (keys, indices.tolist()) == (split.image_keys, split.indices.tolist())
 
 
 def test_no_batch_is_larger_than_asked_for_and_large_images_make_smaller_ones():
@@ -154,15 +142,14 @@ def test_a_gpu_has_its_next_batch_before_the_result_of_one_is_awaited():
 def test_each_file_is_decoded_once_and_only_for_an_encoder_without_a_cache_of_its_own(
     tmp_path, make_image_folder, monkeypatch
 ):
-    folder, decoded = make_image_folder({"a": 5, "b": 6}), []
-    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    monkeypatch.setattr("ijepa.images.read_image", lambda file: decoded.append(file) or image)
+    folder, opened = make_image_folder({"a": 5, "b": 6}), Mock(wraps=Image.open)
+    monkeypatch.setattr(Image, "open", opened)
     first = [ENCODER, PIXELS]
     for encoders, expected in ((first, 11), (first, 0), ([*first, OTHER], 11)):
         split = load_split(str(folder), folder, "test", offline=True)
-        decoded.clear()
+        opened.reset_mock()
         embed(split, tmp_path, encoders, batch_size=4)
-        assert len(decoded) == expected
+        assert opened.call_count == expected
     assert {path.name for path in tmp_path.iterdir()} == {ENCODER.key, PIXELS.key, OTHER.key}
 
 

@@ -83,7 +83,9 @@ def test_a_failed_write_leaves_no_metrics_and_a_later_run_removes_what_it_does_n
 
 def test_two_labeled_arrays_from_anywhere_make_a_report(tmp_path):
     X = np.random.default_rng(0).normal(size=(2, 75, 12)).astype(np.float32)
-    names, labels = {"local": "mine", "hf": "yours"}, np.repeat(np.arange(3), 25)
+    names, labels = {"local": "mine", "hf": "yours\u0378"}, np.repeat(np.arange(3), 25)
+    for name in ("embeddings_hf.npz", "nn_queries.png"):
+        (tmp_path / name).touch()
     written = report.write_report(
         tmp_path, compare(dict(zip(names, X, strict=True)), {}, labels, 0, names=names)
     )
@@ -92,7 +94,10 @@ def test_two_labeled_arrays_from_anywhere_make_a_report(tmp_path):
     assert {"report.md", "report.html", "metrics.json", "tsne_comparison.png"} <= set(files)
     metrics = json.loads(written[-1].read_text())
     assert metrics["names"] == names
-    assert any("50 PCs of the local model" in caveat for caveat in metrics["caveats"])
+    for words in ("50 PCs of the local model", "no installed font has 1 character"):
+        assert any(words in caveat for caveat in metrics["caveats"])
+    assert (tmp_path / "embeddings_hf.npz").exists()  # the arrays may come from it
+    assert not (tmp_path / "nn_queries.png").exists()
 
 
 def test_per_image_rows_read_back_as_the_numbers(run):

@@ -94,8 +94,9 @@ def test_a_power_of_two_changes_no_bit_of_any_number():
     assert small.agreement == same.agreement == large.agreement
 
 
-def test_what_is_no_number_is_refused_with_the_image():
+@pytest.mark.parametrize("bad", [np.nan, -np.inf, 0])
+def test_what_is_no_number_or_direction_is_refused_with_the_image(bad):
     broken = X.copy()
-    broken[7, 2] = -np.inf
-    with pytest.raises(UserError, match="image 7"):
+    broken[[7, 9]] = bad
+    with pytest.raises(UserError, match=r"hf model gives .* for image 7 \(2 of 120 images\)"):
         compare({"local": X, "hf": broken}, {"pixels": X}, LABELS, 0)
