@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-# The accessibility checker runs in tests alone and is 640 kB of another licence (MPL-2.0), so it is
+# The accessibility checker runs in tests alone and is 640 kB of another license (MPL-2.0), so it is
 # fetched at this version and not kept here.
 AXE := axe-core@4.14.1
 AXE_FILE := $(VENV)/npm/node_modules/axe-core/axe.min.js
@@ -30,7 +30,7 @@ example: compare
 	$(CHROMIUM) --headless --no-sandbox --hide-scrollbars --window-size=1280,1010 \
 		--screenshot=comparison_results/page.png comparison_results/digits.html
 
-# A process per core, each with one thread: together they would take the cores from each other.
+# One process per core, at most four, each with one thread: more would compete for the cores.
 TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test: setup
@@ -69,7 +69,7 @@ campaigns: setup
 	$(RUN) benchmarks/kills.py train --kills 60
 	$(RUN) benchmarks/hostile_files.py
 
-# Known vulnerabilities of the pinned packages; --strict, so that one not looked up is no pass.
+# Known vulnerabilities of the pinned packages; --strict fails if one cannot be looked up.
 audit: setup
 	$(VENV)/bin/pip install --quiet pip-audit
 	$(VENV)/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt

@@ -75,7 +75,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     """What was assumed or chosen, one sentence each."""
     predictor: StateDict = field(default_factory=dict)
-    """Its tensors, with which training can continue; empty if the file has none."""
+    """Its tensors in a file of ours that has one: training continues with them."""
 
     def build(self) -> VisionTransformer:
         """The encoder with these weights, in float32 and evaluation mode."""
@@ -193,7 +193,7 @@ def from_own(content: dict[str, Any], weights: str, num_heads: int | None) -> Ch
         training["epochs"],
         training,
         losses_of(training),
-        predictor=dict(named_tensors(content["weights"].get("predictor", {}))),
+        predictor=dict(named_tensors(content["weights"].get("predictor") or {})),
     )
 
 
@@ -298,7 +298,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
         network.load_state_dict(checkpoint.state_dict, assign=True)
     except RuntimeError as error:  # several lines that name all wrong tensors
         raise ValueError(" ".join(str(error).split())) from error
-    for name, value in (checkpoint.state_dict | checkpoint.predictor).items():
+    for name, value in (*checkpoint.state_dict.items(), *checkpoint.predictor.items()):
         if not value.float().isfinite().all():
             raise ValueError(f"{name!r} has NaN or infinite values")
 

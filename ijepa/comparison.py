@@ -173,16 +173,16 @@ def compare(  # noqa: PLR0913
         progress: See `Progress`.
 
     Raises:
-        ValueError: If there are other models, labels do not number classes from 0, or embeddings
-            are no rows of real numbers, one for each label.
+        ValueError: If there are other models or references of their names, labels do not number
+            classes from 0, or embeddings are no rows of real numbers, one for each label.
         UserError: If a row has NaN or infinity, or only zeros.
     """
     labels = as_labels(labels)
     if "local" not in embeddings or not embeddings.keys() <= MODEL_NAMES.keys():
         raise ValueError(f"embeddings must be of local, or local and hf, got {list(embeddings)}")
-    if not references.keys().isdisjoint(MODEL_NAMES):
-        raise ValueError(f"references must have other names than the models, got {[*references]}")
     seeds = {f"local_{row}": X for row, X in enumerate(other_seeds, start=2)}
+    if not references.keys().isdisjoint({*MODEL_NAMES, *seeds}):
+        raise ValueError(f"references must have other names than the models, got {[*references]}")
     given = {name: embeddings[name] for name in MODEL_NAMES if name in embeddings}
     given |= {**references, **seeds}
     arrays = {name: as_rows(X, name, len(labels)) for name, X in given.items()}

@@ -29,7 +29,8 @@ def choose_device(name: str) -> torch.device:
     here = {"cuda": gpus > 0, "mps": torch.backends.mps.is_available(), "cpu": True}
     known = [kind for kind, present in here.items() if present]
     name = known[0] if name == "auto" else name
-    if name not in (*known, *(f"cuda:{number}" for number in range(gpus))):
+    numbered = [f"cuda:{number}" for number in range(gpus)]
+    if name not in (*known, *numbered, *(f"{kind}:0" for kind in known)):
         hint = f"choose auto or one of: {', '.join(known)}"
         raise UserError(f"device {name!r} is not available", hint=hint)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

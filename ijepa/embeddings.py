@@ -80,7 +80,7 @@ class Table:
         for file in sorted(self.folder.glob("*.npz")) if self.folder else ():
             chunk = read_chunk(file, self.encoder.embed_dim)
             if chunk is None:
-                self.damaged.append(file)
+                self.damaged += [file] * file.exists()  # another run may have removed it
                 file.unlink(missing_ok=True)
                 continue
             for key, values in zip(*chunk, strict=True):

@@ -251,7 +251,7 @@ def load_embeddings(path: Path, role: str) -> PrecomputedEmbeddings:
             raise ValueError(f"indices are {names.dtype} of shape {names.shape}")
         if not by_key and len(np.unique(names)) < len(names):
             raise ValueError("an index occurs twice")
-    except (OSError, ValueError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise UserError(
             f"cannot read embeddings from {path}: {error}",
             hint="it needs embeddings (n x d floating-point numbers) and keys (n x 16 uint8) or "

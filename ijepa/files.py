@@ -5,7 +5,6 @@ import hashlib
 import os
 import pickle
 import secrets
-import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,11 +20,11 @@ from ijepa.errors import UserError
 TEMPORARY = ".ijepa-tmp"
 """Ending of the names of unfinished files; only a killed run leaves one behind."""
 LOCK = ".ijepa-lock"
-# What zipfile, NumPy, Pillow, torch and transformers were seen to raise on damaged, cut and foreign
-# files, besides errors of their own.
+# What zipfile, NumPy, torch and transformers were seen to raise on damaged, cut and foreign files,
+# besides errors of their own.
 DAMAGED = (OSError, EOFError, ValueError, LookupError, SyntaxError, RuntimeError, TypeError)
-DAMAGED += (AttributeError, ArithmeticError, AssertionError, ImportError, struct.error, zlib.error)
-DAMAGED += (zipfile.BadZipFile, pickle.UnpicklingError)
+DAMAGED += (AttributeError, ArithmeticError, AssertionError, ImportError)
+DAMAGED += (zlib.error, zipfile.BadZipFile, pickle.UnpicklingError)
 
 
 def is_folder(path: Path) -> bool:

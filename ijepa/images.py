@@ -1,5 +1,6 @@
 """Image files: what Pillow decodes, as uint8 tensors of RGB pixels."""
 
+import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageErr
 from torch import Tensor
 
 from ijepa.errors import UserError
-from ijepa.files import DAMAGED
 
 COMMON_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "PPM", "JPEG2000")
 """A file may hold any of these whatever its suffix; other formats only below their own suffix."""
 REFUSED_FORMATS = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FLI")
 """Documents that Pillow gives to other programs, data that it only recognizes, and video."""
+# What Pillow's decoders raise on damaged files.
+BAD_IMAGES = (OSError, SyntaxError, ValueError, RuntimeError, AssertionError, LookupError)
+BAD_IMAGES += (struct.error, Image.DecompressionBombError)
 DOUBTS: dict[str, Callable[[Image.Image], bool]] = {
     "several frames, of which one is used": lambda image: (
         image.format != "MPO" and getattr(image, "is_animated", False)
@@ -50,12 +53,15 @@ class FolderImages:
         Raises:
             UserError: If a file cannot be read.
         """
-        try:
-            return [blake2b(file.read_bytes(), digest_size=16).digest() for file in self.files]
-        except OSError as error:
-            hint = "it could be read when the run began: leave the files alone, and run again"
-            problem = f"cannot read {str(error.filename)!r}: {error.strerror}"
-            raise UserError(problem, hint=hint) from error
+        found = []
+        for file in self.files:
+            try:
+                found.append(blake2b(file.read_bytes(), digest_size=16).digest())
+            except OSError as error:
+                hint = "it could be read when the run began: leave the files alone, and run again"
+                problem = f"cannot read {str(file)!r}: {error.strerror}"
+                raise UserError(problem, hint=hint) from error
+        return found
 
     def __getitem__(self, row: int) -> UInt8[Tensor, "3 h w"]:
         return read_image(self.files[row])
@@ -92,9 +98,8 @@ def to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
 def read_image(file: Path, use: Callable[[Image.Image], Result] = to_rgb) -> Result:
     """The pixels of an image file, or what another function makes of it once its header is read.
 
-    Decoding takes up to 10 bytes per pixel, so at most 1.8 GB: Pillow refuses twice
-    Image.MAX_IMAGE_PIXELS (179 million). From once that number on it warns, which scripts may
-    ignore.
+    Decoding takes up to 10 bytes per pixel, so at most 1.8 GB: Pillow refuses images above 179
+    million pixels, twice Image.MAX_IMAGE_PIXELS. Above half of that it warns.
 
     Raises:
         UserError: If the file is no readable image, or `use` raises ValueError.
@@ -112,7 +117,7 @@ def read_image(file: Path, use: Callable[[Image.Image], Result] = to_rgb) -> Res
                 raise
             with Image.open(BytesIO(without_texts(content)), formats=("PNG",)) as image:
                 return use(image)
-    except (*DAMAGED, Image.DecompressionBombError) as error:
+    except BAD_IMAGES as error:
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "not an image, or damaged" if unknown else str(error) or repr(error)
         raise UserError(f"{reason}: {str(file)!r}", hint="replace or remove that file") from error

@@ -1,7 +1,7 @@
 """Pure functions from the embeddings of one model to the numbers that describe them.
 
 Most functions return a number, or one number per image. Shares and precisions are
-fractions in [0, 1]. What is not defined is NaN. Statistics run in float64 on float32 embeddings,
+fractions in [0, 1]. Undefined values are NaN. Statistics run in float64 on float32 embeddings,
 because sums of thousands of float32 products lose about three digits. Only `all_pairs` and the
 scores of `principal_scores` are float32.
 

@@ -315,7 +315,8 @@ def write_report(
 
     Only the first two arguments are needed. A split with pictures adds figures of neighbors,
     `facts` (`run`, `dataset`, `models`, `settings`) what is known of the run. Maps are made unless
-    they are given. Files of an earlier run that this one does not make are removed.
+    they are given. Files of an earlier run that this one does not make are removed, but
+    for embeddings where there are no pictures.
 
     Raises:
         UserError: If a file cannot be written.
@@ -354,8 +355,8 @@ def write_report(
     if "seconds" in content["run"]:
         content["run"]["seconds"]["write"] = round(time.perf_counter() - began, 3)
     write("metrics.json", write_text, json_text(content))
-    # Of arrays there are no images, and the arrays may come from files of this folder.
-    stale = NOT_ALWAYS_MADE if split.images is not None else NOT_ALWAYS_MADE[2:]
-    for left in {folder / name for name in stale} - set(written):
-        left.unlink(missing_ok=True)
+    for left in {folder / name for name in NOT_ALWAYS_MADE} - set(written):
+        # Compared arrays may come from an earlier run's embeddings in this folder.
+        if split.images is not None or left.suffix != ".npz":
+            left.unlink(missing_ok=True)
     return written

@@ -56,7 +56,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "an .npz of an earlier run, a Hugging Face directory or hub id; given again: more seeds of "
         f"the same training (default: {BUNDLED.name}/checkpoint_latest.pt)")
     add("--local-weights", choices=["target", "context"], default="target",
-        help="which encoder of that file (default: %(default)s)")
+        help="which encoder of such a file (default: %(default)s)")
     add("--local-num-heads", type=whole(1), metavar="N",
         help="attention heads, for files that do not record them (default: by the width)")
     add("--hf-model", metavar="SOURCE", type=nonempty,
@@ -89,7 +89,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=whole(1), metavar="N",
         help="images per forward pass (default: 16 on a CPU, else 64)")
     add("--seed", type=whole(0, 2**32 - 1), default=0,
-        help="of the sample, the maps and the intervals (default: %(default)s)")
+        help="of every random choice: sample, bank, maps, intervals (default: %(default)s)")
     kept = parser.add_mutually_exclusive_group().add_argument
     kept("--cache-dir", type=flag_path,
         help="where embeddings and maps are kept between runs (default: ~/.cache/ijepa-compare)")

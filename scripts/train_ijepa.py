@@ -45,7 +45,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--resume", action="store_true", help="fail if there is no run to resume")
     add("--init-from", type=flag_path, help="begin with the weights and the log of the run there")
-    add("--epochs", type=whole(1), default=300, help="passes over the images, earlier ones too")
+    add(
+        "--epochs",
+        type=whole(1),
+        default=300,
+        help="passes over the images, with those of earlier runs",
+    )
     data = "cifar10, digits, or a folder of images"
     add("--dataset", type=nonempty, default="cifar10", help=data)
     add("--data-dir", type=flag_path, default=Path("data"), help="where CIFAR-10 is or will be put")
@@ -58,9 +63,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--depth", type=whole(1), default=6, help="encoder blocks")
     add("--patch-size", type=int, choices=[1, 2, 4], default=4, help="side of a patch in pixels")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help="matrix products")
+    how = "of matrix products; auto: bfloat16 where it is faster, else float32"
+    add("--dtype", default="auto", choices=["auto", "bfloat16", "float32"], help=how)
     add("--seed", type=whole(0, 2**32 - 1), default=0, help="of weights, order, crops and masks")
-    add("--save-every", type=whole(1), default=1, metavar="EPOCHS", help="between checkpoints")
+    add("--save-every", type=whole(1), default=1, metavar="N", help="epochs between checkpoints")
     add("--debug", action="store_true", help="show the traceback of an error")
     add("--version", action="version", version=f"ijepa-compare {__version__}")
     args = parser.parse_args(arguments)

@@ -111,6 +111,16 @@ def test_the_terms_of_the_loss_are_named_where_the_file_records_them(saved):
         assert load_checkpoint(path).losses == losses
 
 
+def test_tensors_of_the_predictor_are_checked_and_hide_no_others(saved):
+    content = own_content()
+    content["weights"]["target"]["norm.bias"][0] = torch.nan
+    content["weights"]["predictor"] = {"norm.bias": torch.zeros(16)}
+    assert "'norm.bias' has NaN" in failure(saved(content)).problem
+    content = own_content()
+    content["weights"]["predictor"] = {"mask_token": torch.tensor([torch.inf])}
+    assert "'mask_token' has NaN" in failure(saved(content)).problem
+
+
 @pytest.mark.parametrize("training", [{"terms": 5}, {"settings": 3}])
 def test_a_record_of_the_training_that_is_none_is_an_error(saved, training):
     failure(saved(changed({**TRAINING, **training}, "training")))

@@ -83,6 +83,8 @@ def test_other_models_other_images_and_labels_that_number_nothing_are_value_erro
         compare(models, {}, labels, seed=0)
     with pytest.raises(ValueError, match="other names than the models"):
         compare({"local": X}, {"hf": X}, LABELS, seed=0)
+    with pytest.raises(ValueError, match="other names than the models"):
+        compare({"local": X}, {"local_2": X}, LABELS, seed=0, other_seeds=[X])
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.int8, np.int64, ">f4", list, torch.tensor])

@@ -466,13 +466,19 @@ def test_wrong_usage_is_exit_code_2(wrong, capsys):
     assert re.search(f"argument {wrong[0]}|UTF-8", capsys.readouterr().err)
 
 
-def test_without_git_and_below_another_checkout_there_is_no_commit(monkeypatch, tmp_path):
-    copy = tmp_path / "site-packages" / "ijepa" / "errors.py"
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_the_commit_is_that_of_this_project_or_none(monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    copy = tmp_path / "project" / "ijepa" / "errors.py"
     copy.parent.mkdir(parents=True)
     shutil.copy(errors.__file__, copy)
+    find = runpy.run_path(str(copy))["git_commit"]
     author = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    for words in (["init"], [*author, "commit", "--allow-empty", "-m", "x"]):
-        subprocess.run(["git", *words, "-q"], cwd=tmp_path, check=True)
-    assert runpy.run_path(str(copy))["git_commit"]() is None
+    for folder, expected in ((tmp_path, r"None"), (copy.parents[1], r"[0-9a-f]{40}")):
+        for words in (["init"], [*author, "commit", "--allow-empty", "-m", "x"]):
+            subprocess.run(["git", *words, "-q"], cwd=folder, check=True)
+        assert re.fullmatch(expected, str(find()))
     monkeypatch.setenv("PATH", "")
-    assert errors.git_commit() is None
+    assert find() is None
