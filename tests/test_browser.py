@@ -200,8 +200,16 @@ def test_the_browser_is_sorted_by_disagreement_and_found_by_index(opened, exampl
     page.keyboard.press("Enter")
     assert page.locator("#missing").inner_text() == "image 99999999 is not on this page"
     page.get_by_label("Sorted by").select_option("index")
+    assert not page.locator("#missing").is_visible()
     page.get_by_role("button", name="Next").click()
-    assert state(page) == {"image": index, "sort": "index", "page": "2"}
+    page.get_by_role("radio", name="Agreement").check()  # another color, the same images
+    expected = {"image": index, "sort": "index", "page": "2", "color": "mutual"}
+    assert state(page) == expected
+    legend = page.locator("#legend > span").all_inner_texts()
+    assert legend[1:] == ["0", "1–2", "3–4", "5–6", "7–8", "9–10"]
+    signs = page.evaluate("Array.from({ length: 11 }, (_, n) => signOf(n / 10).join())")
+    assert [signs[n] for n in (1, 3, 5, 7, 9)] == [signs[n] for n in (2, 4, 6, 8, 10)]
+    assert len(set(signs)) == 6
 
 
 def test_everything_can_be_done_by_keyboard(opened):
@@ -253,6 +261,16 @@ def test_an_address_brings_back_what_was_seen(opened, index):
     page.evaluate("location.hash = 'projection=tsne&color=mutual'")
     page.wait_for_function("state.color === 'mutual'")
     assert page.locator("#chosen .empty").count() == 1
+
+
+@pytest.mark.parametrize("fragment", ["", "classes=1"])
+def test_back_from_a_definition_keeps_the_selection(opened, fragment):
+    page = opened(fragment)
+    page.evaluate("select(new Set(shownRows().slice(0, 3)))")
+    page.locator("a[href='#def-silhouette']").first.click()
+    page.wait_for_timeout(400)  # meanwhile the state returns to the address
+    page.go_back()
+    assert page.evaluate("[state.selected.size, state.classes.size]") == [3, len(fragment) // 9]
 
 
 def test_a_link_to_an_image_opens_at_the_map(opened, index):

@@ -36,7 +36,7 @@ function drawSign(g, [shape, fill], x, y, r) {
   g.stroke();
 }
 
-const signOf = (share) => [LEVELS[Math.min(2, Math.floor(share * 2.999))], SCALE[Math.round(share * 5)]];
+const signOf = (share) => [LEVELS[Math.round(share * 5) >> 1], SCALE[Math.round(share * 5)]];
 
 // All signs that can occur, and the number of the one that an image has.
 function signs(model) {
@@ -134,10 +134,10 @@ class Panel {
       const [x, y] = this.place(row);
       if (x > -9 && y > -9 && x < this.width + 9 && y < this.height + 9) shown.push([row, x, y]);
     }
-    const dim = ([row]) => state.selected && !state.selected.has(row);
-    if (state.selected) shown.sort((a, b) => dim(b) - dim(a));
+    const dim = ([row]) => state.selected?.has(row) === false;
+    shown.sort((a, b) => dim(b) - dim(a));
     for (const [row, x, y] of shown) {
-      const mark = this.stamp(kinds[kindOf(row)], radius, Boolean(dim([row])));
+      const mark = this.stamp(kinds[kindOf(row)], radius, dim([row]));
       g.drawImage(mark, Math.round(x * ratio - mark.width / 2), Math.round(y * ratio - mark.width / 2));
     }
     g.setTransform(ratio, 0, 0, ratio, 0, 0);
@@ -235,7 +235,7 @@ class Panel {
 
   // The next image in a direction: near, and not far off the line.
   next(row, dx, dy) {
-    if (row < 0 || !visible(row)) return this.nearest(this.width / 2, this.height / 2, Infinity);
+    if (row < 0 || !visible(row)) return this.nearest(this.width / 2, this.height / 2);
     const [x, y] = this.place(row);
     const found = this.best((u, v) => {
       const along = (u - x) * dx + (v - y) * dy;
@@ -264,7 +264,7 @@ class Panel {
   // Brings an image into sight without moving what is there already.
   reveal(row) {
     const [x, y] = this.place(row);
-    if (x > 20 && y > 20 && x < this.width - 20 && y < this.height - 20) return;
+    if (x > 9 && y > 9 && x < this.width - 9 && y < this.height - 9) return;
     this.panBy(this.width / 2 - x, this.height / 2 - y);
   }
 

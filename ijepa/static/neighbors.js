@@ -63,7 +63,7 @@ function queryRow(query) {
   );
   const sides = models.map((model) => {
     const ring = make("span", { ariaHidden: "true" }, RINGS[model.key]);
-    const precision = make("span", {}, `precision@5: ${fraction(hits(model, query))}`);
+    const precision = make("span", {}, `precision@5: ${fraction(model, query)}`);
     const tiles = model.neighbors[query].map((_, rank) => make("li", {}, neighborTile(query, model, rank)));
     return make("div", { className: model.key }, make("h3", {}, ring, ` ${model.name} `, precision), make("ol", {}, ...tiles));
   });
@@ -79,8 +79,8 @@ function sortedRows() {
     hf: (row) => -100 * gap(row) + mutual(row),
     local: (row) => 100 * gap(row) + mutual(row),
     shared: mutual,
-    worst: (row) => hits(models[0], row) ?? 0,
-    best: (row) => -(hits(models[0], row) ?? 0),
+    worst: (row) => models[0].hits?.[row] ?? 0,
+    best: (row) => -(models[0].hits?.[row] ?? 0),
     index: (row) => data.index[row],
   }[state.sort];
   return shownRows().filter((row) => !state.selected || state.selected.has(row)).sort((a, b) => cost(a) - cost(b) || a - b);
@@ -97,8 +97,9 @@ function showQueries() {
     const target = state.page + Number(button.dataset.page);
     button.disabled = target < 0 || target >= pages;
   }
-  const which = state.selected ? "selected images" : state.classes.size || state.disagree ? "images that pass the filters" : "images";
-  byId("found").textContent = `${rows.length.toLocaleString("en")} ${which}`;
+  const filters = state.classes.size || state.disagree ? " passing the filters" : "";
+  const noun = `${state.selected ? "selected " : ""}${rows.length === 1 ? "image" : "images"}`;
+  byId("found").textContent = `${rows.length.toLocaleString("en")} ${noun}${filters}`;
 }
 
 function showChosen() {
@@ -114,4 +115,5 @@ function goTo(index) {
   byId("missing").hidden = found;
   byId("missing").textContent = `image ${index} is not on this page`;
   byId(found ? "explore" : "missing").scrollIntoView({ block: "start" });
+  if (found) say(rowOf(index));
 }

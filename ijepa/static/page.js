@@ -22,6 +22,7 @@ function update({ list = true } = {}) {
   showStatus();
   showChosen();
   if (list) showQueries();
+  byId("missing").hidden = true;
   keepState();
 }
 
@@ -63,7 +64,8 @@ function signImage(kind) {
 
 function showLegend() {
   const [top, words] = state.color === "hits" ? [5, "Of five neighbors, right:"] : [10, "Of ten neighbors, shared:"];
-  const steps = [0, 1, 2, 3, 4, 5].map((step) => make("span", {}, signImage(signOf(step / 5)), `${(step * top) / 5}`));
+  const values = (step) => (top === 5 || !step ? `${step}` : `${2 * step - 1}–${2 * step}`);
+  const steps = [0, 1, 2, 3, 4, 5].map((step) => make("span", {}, signImage(signOf(step / 5)), values(step)));
   byId("legend").replaceChildren(...(state.color === "class" ? [] : [make("span", {}, words), ...steps]));
 }
 
@@ -93,13 +95,14 @@ function showSelection() {
   const thumbs = rows.slice(0, 40).map((row) =>
     makeButton(() => choose(row), { ariaLabel: `Image ${data.index[row]}, ${className(row)}` }, imageOf(row)));
   const more = rows.length > 40 ? " The first 40 are below." : "";
-  const words = `${rows.length} selected (${common.join(", ")}). Precision@5: ${means(rows)}.${more}`;
+  const found = `${rows.length} selected (${common.join(", ")}). Precision@5: ${means(rows)}.${more}`;
+  const words = rows.length ? found : "No selected image passes the filters.";
   const clear = makeButton(() => select(null), { id: "clear" }, "Clear selection");
   refill(box, make("p", {}, words), make("div", { className: "thumbs" }, ...thumbs), clear);
 }
 
 function say(row) {
-  const each = models.map((model) => `${model.name} ${fraction(hits(model, row))}`).join(", ");
+  const each = models.map((model) => `${model.name} ${fraction(model, row)}`).join(", ");
   byId("spoken").textContent = `Image ${data.index[row]}, ${className(row)}. Precision@5: ${each}.`;
 }
 
@@ -127,7 +130,9 @@ function setUpControls() {
   setUpChips();
   byId("browser").elements.sort.append(...Object.entries(SORTS).map(([value, name]) => new Option(name, value)));
   byId("tools").addEventListener("change", ({ target }) => {
-    restrict({ [target.name]: target.type === "checkbox" ? target.checked : target.value });
+    if (target.type === "checkbox") return restrict({ disagree: target.checked });
+    state[target.name] = target.value;
+    return update({ list: false });
   });
   byId("tools").addEventListener("click", ({ target }) => target.dataset.do && view(target.dataset.do, panels));
   byId("browser").addEventListener("submit", (event) => {
@@ -203,6 +208,7 @@ function setUpPointer(panel) {
     start = path = null;
     if (click) choose(panel.nearest(...at(event), event.pointerType === "mouse" ? 16 : 26));
     else if (drawn && event.type === "pointerup") select(panel.inside(drawn));
+    else panel.drawOver();
   };
   for (const type of ["pointerup", "pointercancel"]) box.addEventListener(type, end);
   box.addEventListener("pointerleave", () => !start && hover(-1));
@@ -229,7 +235,7 @@ function setUpKeys(panel) {
   const keys = {
     Enter: () => active() >= 0 && choose(active()),
     " ": () => active() >= 0 && toggle(active()),
-    Home: () => go(panel.nearest(panel.width / 2, panel.height / 2, Infinity)),
+    Home: () => go(panel.next(-1)),
     Escape: () => (hovered >= 0 || state.chosen >= 0 ? choose(-1) : select(null)),
   };
   panel.box.addEventListener("keydown", (event) => {
@@ -247,6 +253,7 @@ function setUpKeys(panel) {
 // ---- beginning
 
 async function begin() {
+  if (!Map.groupBy) return; // a browser from before 2024 keeps the notices
   for (const part of document.querySelectorAll(".scripted")) part.hidden = false;
   for (const part of document.querySelectorAll(".unscripted")) part.hidden = true;
   const sprite = byId("sprite");
@@ -256,19 +263,19 @@ async function begin() {
   sheet.drawImage(sprite, 0, 0);
   panels = models.map((model, i) => new Panel(document.querySelector(`[data-model="${model.key}"]`), model, i));
   setUpControls();
-  for (const panel of panels) {
-    setUpPointer(panel);
-    setUpKeys(panel);
-  }
+  panels.forEach(setUpPointer);
+  panels.forEach(setUpKeys);
   const follow = () => {
     update();
-    if (state.wanted !== null) goTo(state.wanted);
+    if (state.wanted) goTo(state.wanted);
   };
   addEventListener("hashchange", ({ newURL }) => {
     const { hash } = new URL(newURL); // the page may have written its own into the address since
-    if (!isState(hash)) return;
+    if (!isState(hash)) return keepState();
+    if (hash.slice(1) === fragment()) return undefined; // as after Back from a definition
+    hovered = pointed = -1;
     readFragment(hash.slice(1));
-    follow();
+    return follow();
   });
   dark.addEventListener("change", () => {
     for (const panel of panels) panel.stamps.clear();

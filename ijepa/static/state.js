@@ -25,17 +25,11 @@ const WHOLE = { x: 0.5, y: 0.5, zoom: 1 }; // the view of all images
 const state = {};
 
 const className = (id) => data.classes[data.label[id]];
-const hits = (model, row) => (model.hits ? model.hits[row] : null);
 const gap = (row) => (paired && models[0].hits ? models[1].hits[row] - models[0].hits[row] : 0);
 
-function visible(row) {
-  if (state.classes.size && !state.classes.has(data.label[row])) return false;
-  return !state.disagree || gap(row) !== 0;
-}
-
-const fraction = (count) => (count === null ? "not defined" : `${count} of 5`);
+const fraction = (model, row) => (model.hits ? `${model.hits[row]} of 5` : "not defined");
+const visible = (row) => (!state.classes.size || state.classes.has(data.label[row])) && (!state.disagree || gap(row) !== 0);
 const rowOf = (index) => (/^\d+$/.test(index) ? rowOfIndex.get(Number(index)) ?? -1 : -1);
-
 const shownRows = () => allRows.filter(visible); // those that pass the filters
 
 function fragment() {
