@@ -208,7 +208,7 @@ def confusion(
 def most_confused(shares: Float[np.ndarray, "C C"]) -> list[tuple[int, int, float]]:
     """The largest shares of `confusion` with another class: class, other class, and the share."""
     flat = np.where(np.eye(len(shares), dtype=bool), 0, shares).ravel()
-    # Sorting only the largest: all pairs of a thousand classes would take seconds in 200 halves.
+    # Of many classes there are too many pairs to sort all in every half.
     last = np.partition(flat, -min(NUM_CONFUSIONS, len(flat)))[-NUM_CONFUSIONS:].min()
     large = np.flatnonzero((flat >= last) & (flat > 0))
     best = large[np.argsort(-flat[large], kind="stable")][:NUM_CONFUSIONS]

@@ -45,12 +45,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--resume", action="store_true", help="fail if there is no run to resume")
     add("--init-from", type=flag_path, help="begin with the weights and the log of the run there")
-    add(
-        "--epochs",
-        type=whole(1),
-        default=300,
-        help="passes over the images, with those of earlier runs",
-    )
+    add("--epochs", type=whole(1), default=300, help="passes over the images, in all runs")
     data = "cifar10, digits, or a folder of images"
     add("--dataset", type=nonempty, default="cifar10", help=data)
     add("--data-dir", type=flag_path, default=Path("data"), help="where CIFAR-10 is or will be put")
