@@ -1,4 +1,5 @@
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from unittest.mock import Mock
@@ -108,6 +109,27 @@ def test_the_next_batch_is_prepared_while_one_is_embedded():
 
     found = embed(make_split(), None, replace(ENCODER, preprocess=preprocess, network=network), 8)
     np.testing.assert_array_equal(found.values, embed(make_split(), batch_size=8).values)
+
+
+def test_only_one_core_prepares_images_next_to_a_network_on_the_cpu():
+    before, cores = torch.get_num_threads(), {}
+
+    def preprocess(images):
+        cores["preparing"] = torch.get_num_threads()
+        return ENCODER.preprocess(images)
+
+    def network(pixels):
+        cores["embedding"] = torch.get_num_threads()
+        return ENCODER.network(pixels)
+
+    try:
+        torch.set_num_threads(3)
+        embed(make_split(), None, replace(ENCODER, preprocess=preprocess, network=network))
+        with ThreadPoolExecutor() as pool:
+            cores["later"] = pool.submit(torch.get_num_threads).result()
+    finally:
+        torch.set_num_threads(before)
+    assert cores == {"preparing": 1, "embedding": 3, "later": 3}
 
 
 def test_a_gpu_has_its_next_batch_before_the_result_of_one_is_awaited():
