@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy import stats
 from scipy.cluster.hierarchy import cophenet, linkage
 from scipy.spatial.distance import pdist, squareform
+from scipy.special import bdtr
 
 from ijepa import uncertainty
 from ijepa.metrics import NAN, Embeddings, Labels, PerImage, class_means, unit_rows
@@ -136,7 +136,16 @@ def similarity_spearman(X: Embeddings, Y: Other, seed: int = 0) -> float:
     values = [(Z @ Z.T)[pairs].round(10) for Z in (unit_rows(X), unit_rows(Y))]
     if any(np.ptp(similarities) == 0 for similarities in values):
         return NAN
-    return float(stats.spearmanr(*values).statistic)
+    return float(np.corrcoef(*map(average_ranks, values))[0, 1])
+
+
+def average_ranks(values: Float[np.ndarray, " p"]) -> Float[np.ndarray, " p"]:
+    """Ranks from 1 on; equal values share their mean rank.
+
+    As `scipy.stats.rankdata`, in half the time, and `scipy.stats` takes a second to import.
+    """
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
 def mcnemar_exact_p(correct_a: Bool[np.ndarray, " n"], correct_b: Bool[np.ndarray, " n"]) -> float:
@@ -145,7 +154,8 @@ def mcnemar_exact_p(correct_a: Bool[np.ndarray, " n"], correct_b: Bool[np.ndarra
     McNemar 1947, https://doi.org/10.1007/BF02295996.
     """
     only_a, only_b = int((correct_a & ~correct_b).sum()), int((correct_b & ~correct_a).sum())
-    return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+    # Either tail of the binomial distribution; they share the middle where both are equal.
+    return min(1.0, 2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5)))
 
 
 def add_holm(rows: Sequence[dict[str, Any]], test: str, name: str) -> None:

@@ -99,10 +99,10 @@ def find_model(source: str, revision: str | None, offline: bool) -> tuple[Path, 
     Raises:
         UserError: If the hub id cannot be found, reached or downloaded.
     """
-    from huggingface_hub import errors, snapshot_download
-
     if Path(source).is_dir():
         return Path(source), None
+    from huggingface_hub import errors, snapshot_download
+
     try:
         folder = snapshot_download(
             source,

@@ -251,11 +251,11 @@ def _matrix(ax: Axes, matrix: Float[np.ndarray, "c c"], names: list[str], **colo
     ax.set_xticks(np.arange(len(shown)) + 0.5, shown, rotation=90, fontsize=7.5)
     ax.set_yticks(np.arange(len(shown)) + 0.5, shown, fontsize=7.5)
     digits = 2 if np.nan_to_num(np.abs(matrix)).max() >= 0.1 else 3
+    dark = mesh.to_rgba(matrix)[..., :3] @ (0.299, 0.587, 0.114) < 0.5
     for row, column in np.argwhere(np.isfinite(matrix)) if count <= MAX_LABELED else []:
-        value = matrix[row, column]
-        dark = np.dot(mesh.to_rgba(value)[:3], (0.299, 0.587, 0.114)) < 0.5
-        text = number("similarity", value, extra=digits - 3)
-        look = {"color": "white" if dark else "black", "ha": "center", "va": "center"}
+        text = number("similarity", matrix[row, column], extra=digits - 3)
+        color = "white" if dark[row, column] else "black"
+        look = {"color": color, "ha": "center", "va": "center"}
         look["fontsize"] = min(6.5 if digits == 2 else 5.5, 100 / count)
         # It is inside of its cell; measuring it takes time.
         ax.text(column + 0.5, row + 0.5, text, in_layout=False, **look)
@@ -428,6 +428,9 @@ def plot_neighbors(
     shown = _short(caption.classes)
     figure, body = new_figure(caption, max(1 + sum(widths), 4) + 0.2, step * len(queries) + 1.1)
     ax = body.subplots()
+    bounds = {"xlim": (-0.05, 1 + sum(widths) + 0.05), "ylim": (step * len(queries), -0.35)}
+    ax.set(**bounds, autoscale_on=False)  # else each picture changes them, which takes time
+    ax.set_axis_off()
     ax.text(0.5, -0.12, "query", ha="center", fontweight="bold")
     for row, query in enumerate(queries):
         _picture(ax, image_of(int(query)), 0.0, step * row)
@@ -445,6 +448,4 @@ def plot_neighbors(
             _picture(ax, image_of(int(index)), x, y).set(edgecolor=color, linewidth=2.5)
             words = f"{sign} {cosines[row, rank]:.{digits}f}\n{shown[labels[index]]}"
             ax.text(x + 0.5, y + 1.05, words, ha="center", va="top", fontsize=7.5, color=color)
-    ax.set(xlim=(-0.05, 1 + sum(widths) + 0.05), ylim=(step * len(queries), -0.35), aspect="equal")
-    ax.set_axis_off()
     return figure

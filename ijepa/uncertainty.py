@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy import stats
+from scipy.special import stdtr, stdtrit
 
 from ijepa import metrics
 from ijepa.metrics import KNN_K, NAN, Eigenvalues, Embeddings, Labels, Neighbors, PerImage
@@ -101,7 +101,7 @@ def estimate(value: float, deviations: Deviations) -> Estimate:
     if not (len(deviations) and math.isfinite(value) and np.isfinite(deviations).all()):
         return Estimate(value, NAN, (NAN, NAN))
     se = float(np.sqrt(np.mean(np.square(deviations))))
-    margin = float(stats.t.ppf((1 + LEVEL) / 2, len(deviations) - 1)) * se
+    margin = float(stdtrit(len(deviations) - 1, (1 + LEVEL) / 2)) * se
     return Estimate(value, se, (value - margin, value + margin))
 
 
@@ -117,7 +117,7 @@ def student_p(value: float, deviations: Deviations) -> float:
     se = estimate(value, deviations).se
     if se == 0:
         return float(value == 0)
-    return float(2 * stats.t.sf(abs(value) / se, len(deviations) - 1))
+    return float(2 * stdtr(len(deviations) - 1, -abs(value) / se))
 
 
 def small_classes(labels: Labels) -> Int[np.ndarray, " s"]:

@@ -412,7 +412,6 @@ def report(args: argparse.Namespace, stages: Stages, inputs: Inputs, cache: Path
         from ijepa.comparison import compare
         from ijepa.markdown import console_table, model_caveats
         from ijepa.narrative import conclusions
-        from ijepa.probe import probe as measure_probe
         from ijepa.projections import make_maps
         from ijepa.report import summary_json, write_report
         from ijepa.tables import headline_table
@@ -431,6 +430,8 @@ def report(args: argparse.Namespace, stages: Stages, inputs: Inputs, cache: Path
     probe = None
     with stages("probe", "fitting the probes"):
         if inputs.bank is not None:
+            from ijepa.probe import probe as measure_probe
+
             banks = {name: result.values for name, result in inputs.bank_results.items()}
             queries = {name: X[name] for name in banks}
             labels = inputs.bank.labels, split.labels
