@@ -142,7 +142,7 @@ def similarity_spearman(X: Embeddings, Y: Other, seed: int = 0) -> float:
 def average_ranks(values: Float[np.ndarray, " p"]) -> Float[np.ndarray, " p"]:
     """Ranks from 1 on; equal values share their mean rank.
 
-    As `scipy.stats.rankdata`, in half the time, and `scipy.stats` takes a second to import.
+    As `scipy.stats.rankdata`, which is slower and takes a second to import.
     """
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[place]
@@ -154,7 +154,7 @@ def mcnemar_exact_p(correct_a: Bool[np.ndarray, " n"], correct_b: Bool[np.ndarra
     McNemar 1947, https://doi.org/10.1007/BF02295996.
     """
     only_a, only_b = int((correct_a & ~correct_b).sum()), int((correct_b & ~correct_a).sum())
-    # Either tail of the binomial distribution; they share the middle where both are equal.
+    # Twice the smaller tail; the tails of equal counts overlap.
     return min(1.0, 2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5)))
 
 

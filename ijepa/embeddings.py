@@ -204,10 +204,14 @@ def compute(
             table.encoder.load()
     failures: dict[int, str] = {}
     devices = {table.encoder.device.type for table in tables}
-    on_gpu = "cuda" in devices
-    size = batch_size or (CPU_BATCH if devices == {"cpu"} else GPU_BATCH)
+    on_gpu, on_cpu = "cuda" in devices, devices == {"cpu"}
+    size = batch_size or (CPU_BATCH if on_cpu else GPU_BATCH)
+    # With more threads than cores OpenMP puts those of a network on the CPU to sleep after each
+    # product: where two cores also prepared images, embedding took 1.5 times as long.
+    cores = 1 if on_cpu else torch.get_num_threads()
     batches = [missing[start : start + size] for start in range(0, len(missing), size)]
-    work = prefetch(partial(prepare, tables, split, failures), batches, on_gpu)
+    make = partial(prepare, tables, split, failures)
+    work = prefetch(make, batches, GPU_THREADS if on_gpu else 1, cores)
     launched = ([(table, rows, table.launch(x)) for table, rows, x in one] for one in work)
     with progress(total=len(missing), desc="embedding") as bar:
         # A GPU is given a batch before the results of the one before are awaited.
@@ -246,21 +250,19 @@ def prepare(
 
 
 def prefetch(
-    make: Callable[[list[int]], Item], batches: Sequence[list[int]], on_gpu: bool
+    make: Callable[[list[int]], Item], batches: Sequence[list[int]], threads: int, cores: int
 ) -> Iterator[Item]:
-    """What `make` gives for each batch, made ahead in threads."""
-    waiting, threads = iter(batches), GPU_THREADS if on_gpu else 1
-    cores = torch.get_num_threads()
-    # Next to a network on the CPU, preparing takes one core: with more threads than cores, OpenMP
-    # puts those of the network to sleep after each product, and embedding took 1.5 times as long.
-    start = partial(torch.set_num_threads, cores if on_gpu else 1)
-    with ThreadPoolExecutor(threads, initializer=start) as pool:
-        coming = deque(pool.submit(make, batch) for batch in islice(waiting, threads))
-        while coming:
-            item = coming.popleft().result()
-            coming.extend(pool.submit(make, batch) for batch in islice(waiting, 1))
-            yield item
-    torch.set_num_threads(cores)  # what threads that start later will have
+    """What `make` gives for each batch, made ahead in threads that compute with so many cores."""
+    waiting, usual = iter(batches), torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(cores)) as pool:
+            coming = deque(pool.submit(make, batch) for batch in islice(waiting, threads))
+            while coming:
+                item = coming.popleft().result()
+                coming.extend(pool.submit(make, batch) for batch in islice(waiting, 1))
+                yield item
+    finally:
+        torch.set_num_threads(usual)  # for threads that start later
 
 
 def one_behind(items: Iterator[Item]) -> Iterator[Item]:

@@ -250,9 +250,11 @@ def _matrix(ax: Axes, matrix: Float[np.ndarray, "c c"], names: list[str], **colo
     shown = names if count <= MAX_LISTED else []
     ax.set_xticks(np.arange(len(shown)) + 0.5, shown, rotation=90, fontsize=7.5)
     ax.set_yticks(np.arange(len(shown)) + 0.5, shown, fontsize=7.5)
+    if count > MAX_LABELED:
+        return mesh
     digits = 2 if np.nan_to_num(np.abs(matrix)).max() >= 0.1 else 3
     dark = mesh.to_rgba(matrix)[..., :3] @ (0.299, 0.587, 0.114) < 0.5
-    for row, column in np.argwhere(np.isfinite(matrix)) if count <= MAX_LABELED else []:
+    for row, column in np.argwhere(np.isfinite(matrix)):
         text = number("similarity", matrix[row, column], extra=digits - 3)
         color = "white" if dark[row, column] else "black"
         look = {"color": color, "ha": "center", "va": "center"}
@@ -406,7 +408,7 @@ def _picture(ax: Axes, image: UInt8[np.ndarray, "3 h w"], left: float, top: floa
     # Photographs are shrunk, where single pixels would flicker.
     smooth = "nearest" if max(height, width) <= 128 else "auto"
     extent = (left, left + w, top + h, top)
-    ax.imshow(image.transpose(1, 2, 0), extent=extent, interpolation=smooth)
+    ax.imshow(image.transpose(1, 2, 0), extent=extent, interpolation=smooth, aspect="equal")
     return ax.add_patch(Rectangle((left, top), w, h, fill=False, linewidth=0))
 
 
@@ -428,8 +430,8 @@ def plot_neighbors(
     shown = _short(caption.classes)
     figure, body = new_figure(caption, max(1 + sum(widths), 4) + 0.2, step * len(queries) + 1.1)
     ax = body.subplots()
-    bounds = {"xlim": (-0.05, 1 + sum(widths) + 0.05), "ylim": (step * len(queries), -0.35)}
-    ax.set(**bounds, autoscale_on=False)  # else each picture changes them, which takes time
+    # Before the pictures, which would change the limits one by one, and that takes time.
+    ax.set(xlim=(-0.05, 1 + sum(widths) + 0.05), ylim=(step * len(queries), -0.35))
     ax.set_axis_off()
     ax.text(0.5, -0.12, "query", ha="center", fontweight="bold")
     for row, query in enumerate(queries):
