@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -101,9 +102,9 @@ def test_a_run_writes_every_file_and_lists_them_by_the_schema(finished):
     assert any("3 of 9 planned epochs" in caveat for caveat in content["caveats"])
     assert {"scipy", "Pillow", "huggingface_hub"} <= content["run"]["versions"].keys()
     assert content["run"]["seconds"].keys() >= {"extract", "compare", "project", "write"}
-    sizes = {artifact["path"]: artifact["bytes"] for artifact in content["artifacts"]}
-    assert sizes.keys() == written - {"metrics.json"}
-    assert all((finished / name).stat().st_size == size for name, size in sizes.items())
+    made = {name: (finished / name).read_bytes() for name in written - {"metrics.json"}}
+    hashes = {name: (sha256(whole).hexdigest(), len(whole)) for name, whole in made.items()}
+    assert hashes == {one["path"]: (one["sha256"], one["bytes"]) for one in content["artifacts"]}
 
 
 def test_unreadable_images_and_duplicates_are_counted_and_paths_are_everywhere(finished):

@@ -1,5 +1,4 @@
 import csv
-import hashlib
 import io
 import json
 from dataclasses import replace
@@ -19,42 +18,6 @@ CLASSES = ('a,b "c"', "two\r\nlines\rand\nmore")
 def run(make_page):
     example = make_page(250, CLASSES)
     return example.comparison, example.split, example.maps
-
-
-@pytest.fixture(scope="module")
-def written(run, tmp_path_factory):
-    comparison, split, maps = run
-    facts = {"run": {"seconds": {"compare": 1.5}}, "models": {"local": {"losses": "those"}}}
-    folder = tmp_path_factory.mktemp("report")
-    return report.write_report(
-        folder, comparison, replace(split, notes=("A caveat.",)), facts, maps
-    )
-
-
-def test_artifacts_are_the_files_with_their_hashes_and_sizes(written):
-    assert written[-1].name == "metrics.json"
-    metrics = json.loads(written[-1].read_text())
-    listed = {artifact["path"]: artifact for artifact in metrics["artifacts"]}
-    for path in written[:-1]:
-        content = path.read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
-        assert listed.pop(path.name) == {"path": path.name, "sha256": digest, "bytes": len(content)}
-    assert not listed
-    assert set(written[0].parent.iterdir()) == set(written)
-
-
-def test_metrics_hold_what_is_known_of_the_run_and_the_time_of_writing(written):
-    metrics = json.loads(written[-1].read_text())
-    assert metrics["caveats"][0] == "A caveat."
-    assert metrics["run"]["seconds"]["compare"] == 1.5
-    assert 0 < metrics["run"]["seconds"]["write"] < 600
-    local, hf = metrics["models"]["local"], metrics["models"]["hf"]
-    assert (local["losses"], hf["losses"], hf["embedding_dim"]) == ("those", None, 6)
-    assert metrics["settings"]["knn"] == {"k": 20, "temperature": 0.07, "leave_one_out": True}
-    assert metrics["settings"]["tsne"]["seed"] == 0
-    headline = json.loads(report.summary_json(written[-1]))
-    assert headline["summary"] == metrics["summary"]
-    assert headline["chance_precision"] == pytest.approx(124 / 249)
 
 
 def test_a_failed_write_leaves_no_metrics_and_a_later_run_removes_what_it_does_not_make(
@@ -94,6 +57,9 @@ def test_two_labeled_arrays_from_anywhere_make_a_report(tmp_path):
     assert {"report.md", "report.html", "metrics.json", "tsne_comparison.png"} <= set(files)
     metrics = json.loads(written[-1].read_text())
     assert metrics["names"] == names
+    assert metrics["chance_precision"] == pytest.approx(24 / 74)
+    hf = metrics["models"]["hf"]
+    assert (hf["short_name"], hf["losses"], hf["embedding_dim"]) == (names["hf"], None, 12)
     for words in ("50 PCs of the local model", "no installed font has 1 character"):
         assert any(words in caveat for caveat in metrics["caveats"])
     assert (tmp_path / "embeddings_hf.npz").exists()  # the arrays may come from it

@@ -221,16 +221,6 @@ def test_a_terminated_run_goes_on_to_the_same_end(train, tmp_path, finished, sig
     assert_same_run(tmp_path, finished)
 
 
-def test_a_reader_that_leaves_early_stops_no_training(tmp_path, flags):
-    """As with `2>&1 | head`."""
-    read_end, write_end = os.pipe()
-    os.close(read_end)
-    words = [sys.executable, str(SCRIPT), *flags, "--epochs", "1", "--output-dir", str(tmp_path)]
-    subprocess.run(words, stderr=write_end, stdout=write_end, check=True)
-    os.close(write_end)
-    assert len(read_log(tmp_path)) == 1
-
-
 def test_a_signal_that_the_reader_of_messages_got_too_saves_the_state(tmp_path, flags):
     """As Ctrl-C with `2>&1 | tee log`."""
     read_end, write_end = os.pipe()
