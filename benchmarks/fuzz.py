@@ -4,7 +4,8 @@
 
 Hypothesis makes checkpoints, model directories, images, folders, embeddings of earlier runs, cached
 chunks and arguments; each is read as a run reads it. An example must load or raise UserError
-(arguments: exit with 0, 1 or 2) within `LIMIT` seconds. Hypothesis shrinks a failure and prints it.
+(arguments: exit with 0, 1 or 2) within `LIMIT` seconds and `MEMORY`. Hypothesis shrinks a failure
+and prints it.
 
     python benchmarks/fuzz.py --flips 200
 
@@ -17,6 +18,7 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -43,6 +45,7 @@ from ijepa.encoders import load_encoder, pixel_encoder
 from ijepa.errors import UserError
 
 LIMIT = 30
+MEMORY = 2**33  # bytes of the process: a file that claims more must be refused (SECURITY.md)
 CPU = torch.device("cpu")
 IMAGES = torch.arange(4 * 3 * 32 * 32).remainder(251).to(torch.uint8).view(4, 3, 32, 32)
 SPLIT = Split("x", "all", ("a", "b"), IMAGES, np.arange(4) % 2, np.arange(4))
@@ -177,7 +180,7 @@ def file_targets():
     yield "checkpoint, content", "tiny.pt", other_content(), local, 25
     for name in ("config.json", "preprocessor_config.json"):
         content = json.loads(Path("models/hf", name).read_text())
-        # Layers that a file claims take the time and the memory that they claim (SECURITY.md).
+        # Layers that a file claims take the time that they claim (SECURITY.md).
         few = changed(content).filter(lambda new: not is_large(new.get("num_hidden_layers")))
         others = few.map(lambda new: json.dumps(new).encode())
         yield f"directory, {name}", f"hf/{name}", others, hf, 10
@@ -282,6 +285,7 @@ def main():
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGALRM, too_late)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         models = Path("models")
