@@ -79,9 +79,10 @@ class Checkpoint:
 
     def build(self) -> VisionTransformer:
         """The encoder with these weights, in float32 and evaluation mode."""
-        encoder = VisionTransformer(self.config)
-        encoder.load_state_dict(self.state_dict)
-        return encoder.eval().requires_grad_(False)
+        with torch.device("meta"):  # random weights first would take longer than all else
+            encoder = VisionTransformer(self.config)
+        encoder.load_state_dict(self.state_dict, assign=True)
+        return encoder.float().eval().requires_grad_(False)
 
 
 def save_checkpoint(

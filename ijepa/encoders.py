@@ -331,19 +331,27 @@ def check_seeds(local: Any, seeds: list[Any]) -> None:
 
 
 def random_encoder(trained: FrozenEncoder, seed: int) -> FrozenEncoder:
-    """An encoder of our own before any training: what the shape of the network gives by itself."""
+    """An encoder of our own before any training: what the shape of the network gives by itself.
+
+    Its weights are drawn when it is first used.
+    """
     config, facts = cast(VisionTransformer, trained.network).config, trained.description
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = VisionTransformer(config).eval().requires_grad_(False)
+
+    @once
+    def load() -> VisionTransformer:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = VisionTransformer(config)
+        return network.eval().requires_grad_(False).to(trained.device)
+
     description = {
         **{name: facts[name] for name in ("num_heads", "pooling", "dtype")},
         "source": f"random weights, seed {seed}",
         "weights": "random",
         "preprocessing": json_hash([asdict(config), [facts["mean"], facts["std"]], seed]),
     }
-    network = network.to(trained.device)
-    return replace(trained, name="random_weights", network=network, description=description)
+    changes = {"network": lambda pixels: load()(pixels), "load": load, "description": description}
+    return replace(trained, name="random_weights", **changes)
 
 
 def pixel_encoder() -> FrozenEncoder:
