@@ -4,8 +4,7 @@
 
 Hypothesis makes checkpoints, model directories, images, folders, embeddings of earlier runs, cached
 chunks and arguments; each is read as a run reads it. An example must load or raise UserError
-(arguments: exit with 0, 1 or 2) within `LIMIT` seconds and `MEMORY`. Hypothesis shrinks a failure
-and prints it.
+(arguments: exit with 0, 1 or 2) within `LIMIT` seconds and `MEMORY`; failures are shrunk and shown.
 
     python benchmarks/fuzz.py --flips 200
 
