@@ -253,14 +253,12 @@ def _matrix(ax: Axes, matrix: Float[np.ndarray, "c c"], names: list[str], **colo
     if count > MAX_LABELED:
         return mesh
     digits = 2 if np.nan_to_num(np.abs(matrix)).max() >= 0.1 else 3
-    dark = mesh.to_rgba(matrix)[..., :3] @ (0.299, 0.587, 0.114) < 0.5
+    look = {"ha": "center", "va": "center", "in_layout": False}  # in its cell; measuring takes time
+    look["fontsize"] = min(6.5 if digits == 2 else 5.5, 100 / count)
+    inks = np.where(mesh.to_rgba(matrix)[..., :3] @ (0.299, 0.587, 0.114) < 0.5, "white", "black")
     for row, column in np.argwhere(np.isfinite(matrix)):
         text = number("similarity", matrix[row, column], extra=digits - 3)
-        color = "white" if dark[row, column] else "black"
-        look = {"color": color, "ha": "center", "va": "center"}
-        look["fontsize"] = min(6.5 if digits == 2 else 5.5, 100 / count)
-        # It is inside of its cell; measuring it takes time.
-        ax.text(column + 0.5, row + 0.5, text, in_layout=False, **look)
+        ax.text(column + 0.5, row + 0.5, text, color=inks[row, column], **look)
     return mesh
 
 
@@ -430,9 +428,8 @@ def plot_neighbors(
     shown = _short(caption.classes)
     figure, body = new_figure(caption, max(1 + sum(widths), 4) + 0.2, step * len(queries) + 1.1)
     ax = body.subplots()
-    # Before the pictures, which would change the limits one by one, and that takes time.
     ax.set(xlim=(-0.05, 1 + sum(widths) + 0.05), ylim=(step * len(queries), -0.35))
-    ax.set_axis_off()
+    ax.set_axis_off()  # with limits set, pictures do not move them one by one
     ax.text(0.5, -0.12, "query", ha="center", fontweight="bold")
     for row, query in enumerate(queries):
         _picture(ax, image_of(int(query)), 0.0, step * row)
