@@ -142,7 +142,7 @@ def similarity_spearman(X: Embeddings, Y: Other, seed: int = 0) -> float:
 def average_ranks(values: Float[np.ndarray, " p"]) -> Float[np.ndarray, " p"]:
     """Ranks from 1 on; equal values share their mean rank.
 
-    As `scipy.stats.rankdata`, which is slower and takes a second to import.
+    As `scipy.stats.rankdata`, without the import of `scipy.stats`, which may take a second.
     """
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[place]

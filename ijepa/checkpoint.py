@@ -79,7 +79,7 @@ class Checkpoint:
 
     def build(self) -> VisionTransformer:
         """The encoder with these weights, in float32 and evaluation mode."""
-        with torch.device("meta"):  # random weights first would take longer than all else
+        with torch.device("meta"):  # random weights, which take time, would only be replaced
             encoder = VisionTransformer(self.config)
         encoder.load_state_dict(self.state_dict, assign=True)
         return encoder.float().eval().requires_grad_(False)

@@ -206,8 +206,8 @@ def compute(
     devices = {table.encoder.device.type for table in tables}
     on_gpu, on_cpu = "cuda" in devices, devices == {"cpu"}
     size = batch_size or (CPU_BATCH if on_cpu else GPU_BATCH)
-    # With more threads than cores OpenMP puts those of a network on the CPU to sleep after each
-    # product: where two cores also prepared images, embedding took 1.5 times as long.
+    # With more threads than cores, OpenMP puts those of a network on the CPU to sleep after each
+    # product.
     cores = 1 if on_cpu else torch.get_num_threads()
     batches = [missing[start : start + size] for start in range(0, len(missing), size)]
     make = partial(prepare, tables, split, failures)
