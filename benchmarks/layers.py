@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @torch.inference_mode()
 def layer_means(encoder, images):
     """Mean tokens of the patch embedding, of every block, and of the final norm."""
-    tokens = encoder.patch_embed(images) + encoder.pos_embed
+    tokens = encoder.patch_embed(images).flatten(2).mT + encoder.pos_embed
     yield "patches and positions", tokens.mean(dim=1)
     for number, block in enumerate(encoder.blocks, start=1):
         tokens = block(tokens)

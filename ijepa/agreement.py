@@ -175,11 +175,7 @@ def add_holm(rows: Sequence[dict[str, Any]], test: str, name: str) -> None:
 def compare_pair(
     local: Analysis, hf: Analysis, values: Values, halves: uncertainty.Halves, seed: int
 ) -> dict[str, Any]:
-    """All numbers of two models, by field of `Comparison`.
-
-    From their metrics `values`, and mutual kNN on the halves. The seed is that of the permutations
-    and of the images whose similarities are correlated.
-    """
+    """All numbers of two models, whose metrics are `values`, by field of `Comparison`."""
     labels, mutual = local.labels, None
     if local.neighbors.shape[1] >= MUTUAL_K:
         mutual = mutual_knn(local.neighbors, hf.neighbors, MUTUAL_K)
@@ -199,11 +195,6 @@ def compare_pair(
     }
 
 
-def ratio(local: float, hf: float) -> float:
-    """Ratio local / hf; NaN unless hf > 0 and local >= 0, since a larger one may be worse."""
-    return local / hf if hf > 0 and local >= 0 else NAN
-
-
 def differences(local: Analysis, hf: Analysis, values: Values) -> dict[str, dict[str, Any]]:
     """By metric: `estimate` is hf - local and `ratio` local / hf, each with its interval.
 
@@ -215,8 +206,9 @@ def differences(local: Analysis, hf: Analysis, values: Values) -> dict[str, dict
     for metric, ours in values["local"].items():
         theirs = values["hf"][metric]
         parts = local.deviations_of(metric), hf.deviations_of(metric)
-        # A quotient by what may be 0 says nothing.
-        quotient = NAN if theirs.ci95[0] <= 0 else ratio(ours.value, theirs.value)
+        # A quotient of a negative number, or by what may be 0, says nothing; NaN is no interval.
+        defined = ours.value >= 0 and theirs.value > 0 and not theirs.ci95[0] <= 0
+        quotient = ours.value / theirs.value if defined else NAN
         # It changes with its parts as its derivative says: the delta method.
         relative = (parts[0] - quotient * parts[1]) / theirs.value
         result[metric] = {
@@ -253,19 +245,17 @@ def per_class(
     for code, label in enumerate(np.unique(local.labels)):
         own = local.labels == label
         ours, theirs = (model.precisions(5)[own] for model in (local, hf))
-        first = local.first_is_right()[own], hf.first_is_right()[own]
-        rows.append(
-            {
-                "label": int(label),
-                "n": int(own.sum()),
-                "local": float(ours.mean()),
-                "hf": float(theirs.mean()),
-                "difference": estimate(float((theirs - ours).mean()), changed[:, code]),
-                **paired_precision(ours, theirs, changed[:, code]),
-                "mcnemar_p": mcnemar_exact_p(*first),
-                "mutual_knn": estimate(float(mutual[own].mean()), shared[:, code]),
-            }
-        )
+        row = {
+            "label": int(label),
+            "n": int(own.sum()),
+            "local": float(ours.mean()),
+            "hf": float(theirs.mean()),
+            "difference": estimate(float((theirs - ours).mean()), changed[:, code]),
+            **paired_precision(ours, theirs, changed[:, code]),
+            "mcnemar_p": mcnemar_exact_p(local.first_is_right()[own], hf.first_is_right()[own]),
+            "mutual_knn": estimate(float(mutual[own].mean()), shared[:, code]),
+        }
+        rows.append(row)
     add_holm(rows, "p", "holm_p")
     add_holm(rows, "mcnemar_p", "mcnemar_holm_p")
     return rows
@@ -293,8 +283,8 @@ def agreement(local: Analysis, hf: Analysis, seed: int) -> dict[str, float]:
 
 
 def class_groups(
-    class_means: Mapping[str, Float[np.ndarray, "C _"]],
-    classes: Int[np.ndarray, " C"],
+    embeddings: Mapping[str, Float[np.ndarray, "n _"]],
+    labels: Labels,
     seed: int = 0,
     num_permutations: int = 1000,
 ) -> dict[str, Any]:
@@ -308,11 +298,13 @@ def class_groups(
     model's classes that agree as well or better; fewer orders of over 1,000 classes. Empty for
     fewer than 3 classes or where a class mean has no direction.
     """
+    classes, codes = np.unique(labels, return_inverse=True)
     if len(classes) < 3:
         return {}
     groups: dict[str, Any] = {}
     heights = []
-    for name, means in class_means.items():
+    for name, X in embeddings.items():
+        means = class_means(X, codes)
         distances = pdist(means - means.mean(axis=0), "cosine")
         if not np.isfinite(distances).all():
             return {}
@@ -334,11 +326,7 @@ def class_groups(
 def permuted_correlation(
     a: Float[np.ndarray, " p"], b: Float[np.ndarray, " p"], seed: int, num_permutations: int
 ) -> tuple[float, float]:
-    """Correlation of two vectors of pairwise distances, and its one-sided p-value.
-
-    The p-value is the share of random orders of b's classes with such a correlation. Both are NaN
-    where all pairs of a model are equally far.
-    """
+    """Correlation and p as in `class_groups`; NaN where all pairs of a model are equally far."""
     a, b = a - a.mean(), b - b.mean()
     scale, square = float(np.linalg.norm(a) * np.linalg.norm(b)), squareform(b)
     if scale < 1e-12:

@@ -44,10 +44,7 @@ def random_resized_crop(
 
 
 def color_jitter(
-    images: Float[Tensor, "B 3 H W"],
-    strength: float,
-    grey_share: float,
-    generator: torch.Generator,
+    images: Float[Tensor, "B 3 H W"], strength: float, grey_share: float, generator: torch.Generator
 ) -> Float[Tensor, "B 3 H W"]:
     """Change brightness, contrast, saturation and hue, in this order; make some images gray.
 

@@ -6,6 +6,7 @@ none can run code. What a file does not record is assumed, and `notes` says so.
 """
 
 import json
+import os
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -18,19 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from ijepa.errors import UserError, counted
-from ijepa.files import (
-    DAMAGED,
-    check_archive,
-    is_file,
-    pointer_hint,
-    write_atomically,
-    write_text,
-)
+from ijepa.files import DAMAGED, check_archive, pointer_hint, write_atomically, write_text
 from ijepa.model import LAYER_NORM_EPS, VisionTransformer, ViTConfig
 
 FORMAT = "ijepa-compare/1"
-# Statistics of ImageNet's pixels, which the authors' released encoders were trained with.
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Mean and deviation of ImageNet's pixels, which the authors' released encoders were trained with.
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The authors' ViT-H, ViT-g and ViT-G, whose heads do not have 64 channels.
 NUM_HEADS = {1280: 16, 1408: 16, 1664: 16}
 PATCHES = "patch_embed.proj.weight"
@@ -72,10 +66,10 @@ class Checkpoint:
     training: dict[str, Any]
     losses: str | None
     """The terms of the training loss in words; None if unknown."""
-    notes: tuple[str, ...] = ()
-    """What was assumed or chosen, one sentence each."""
     predictor: StateDict = field(default_factory=dict)
     """Its tensors in a file of ours that has one: training continues with them."""
+    notes: tuple[str, ...] = ()
+    """What was assumed or chosen, one sentence each."""
 
     def build(self) -> VisionTransformer:
         """The encoder with these weights, in float32 and evaluation mode."""
@@ -122,7 +116,7 @@ def read_torch_file(path: Path) -> Any:
     """
     import safetensors.torch
 
-    if not is_file(path):
+    if not os.path.isfile(path):
         hint = "check the path, or train one: scripts/train_ijepa.py"
         raise UserError(f"no checkpoint at {path}", hint=hint)
     try:
@@ -185,27 +179,17 @@ def from_own(content: dict[str, Any], weights: str, num_heads: int | None) -> Ch
     mean, std = (tuple(map(float, content["preprocessing"][name])) for name in ("mean", "std"))
     if not len(mean) == len(std) == 3 or not all(map(isfinite, mean + std)) or min(std) <= 0:
         raise ValueError(f"mean {mean} and std {std} must be three finite numbers, std positive")
-    return Checkpoint(
-        infer_config(state_dict, heads),
-        state_dict,
-        weights,
-        mean,
-        std,
-        training["epochs"],
-        training,
-        losses_of(training),
-        predictor=dict(named_tensors(content["weights"].get("predictor") or {})),
-    )
+    config, losses = infer_config(state_dict, heads), losses_of(training)
+    predictor = dict(named_tensors(content["weights"].get("predictor") or {}))
+    epochs = training["epochs"]
+    return Checkpoint(config, state_dict, weights, mean, std, epochs, training, losses, predictor)
 
 
 def losses_of(training: Mapping[str, Any]) -> str | None:
-    """The terms that a file of ours records, or has settings for; None if it has neither."""
-    if "terms" in training:
-        return " + ".join(training["terms"])
+    """The terms of the loss that a file of ours has settings for; None if it has none."""
     if "settings" not in training:
         return None
-    weights = {"matching_weight": "view matching (InfoNCE)"}
-    weights["spread_weight"] = "variance/covariance"
+    weights = {"matching_weight": "view matching (InfoNCE)", "spread_weight": "variance/covariance"}
     extra = [term for name, term in weights.items() if training["settings"].get(name)]
     return " + ".join(["I-JEPA prediction", *extra])
 
@@ -217,10 +201,8 @@ def from_other(name: str, content: Any, weights: str, num_heads: int | None) -> 
     state_dict = {key[len(prefix) :]: tensors[key] for key in tensors if key.startswith(prefix)}
     notes = [f"{name} does not record its pixel normalization: assumed that of ImageNet"]
     if kind != weights:
-        notes.append(
-            f"{name} has no {weights} encoder: took its {kind or 'only'} encoder"
-            + (f", under {prefix!r}" if prefix else "")
-        )
+        under = f", under {prefix!r}" if prefix else ""
+        notes.append(f"{name} has no {weights} encoder: took its {kind or 'only'} encoder{under}")
     if num_heads is None:
         width = len(state_dict[PATCHES])
         if width % 32:
@@ -231,29 +213,19 @@ def from_other(name: str, content: Any, weights: str, num_heads: int | None) -> 
             f"({width // num_heads} channels each); --local-num-heads changes it"
         )
     authors = content.keys() >= {"encoder", "predictor", "target_encoder"}
-    return Checkpoint(
-        infer_config(state_dict, num_heads),
-        state_dict,
-        kind,
-        IMAGENET_MEAN,
-        IMAGENET_STD,
-        epochs=content["epoch"] if isinstance(content.get("epoch"), int) else None,
-        training={},
-        losses="I-JEPA prediction" if authors else None,
-        notes=tuple(notes),
-    )
+    losses = "I-JEPA prediction" if authors else None
+    epochs = content["epoch"] if isinstance(content.get("epoch"), int) else None
+    config, (mean, std) = infer_config(state_dict, num_heads), IMAGENET
+    return Checkpoint(config, state_dict, kind, mean, std, epochs, {}, losses, notes=tuple(notes))
 
 
 def named_tensors(content: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every dense floating-point tensor in nested dictionaries, its keys joined by dots."""
     for key, value in content.items():
+        dense = isinstance(value, Tensor) and value.is_cpu and value.layout == torch.strided
         if isinstance(value, dict):
             yield from named_tensors(value, f"{prefix}{key}.")
-        elif (
-            isinstance(value, Tensor)
-            and value.is_floating_point()
-            and (value.layout, value.device.type) == (torch.strided, "cpu")
-        ):
+        elif dense and value.is_floating_point():
             yield f"{prefix}{key}", value
 
 
@@ -346,9 +318,7 @@ def export_huggingface(checkpoint: Checkpoint, folder: Path) -> None:
         "image_mean": list(checkpoint.mean),
         "image_std": list(checkpoint.std),
     }
-    weights = safetensors.torch.save(
-        to_huggingface(checkpoint.state_dict), metadata={"format": "pt"}
-    )
+    weights = safetensors.torch.save(to_huggingface(checkpoint.state_dict), {"format": "pt"})
     write_atomically(folder / "model.safetensors", lambda file: file.write(weights))
     write_text(folder / "config.json", json.dumps(described, indent=2) + "\n")
     write_text(folder / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")

@@ -112,15 +112,6 @@ def of_one(value: float, deviations: Float[np.ndarray, " r"]) -> Estimate:
 
 
 @dataclass(frozen=True)
-class SeedSpread:
-    """A metric of several trainings that differ in their seed, on the same images."""
-
-    values: list[float]  # the local model's first, then the others in the order given
-    mean: float
-    sd: float  # sample standard deviation over trainings: what another seed would change
-
-
-@dataclass(frozen=True)
 class Comparison:
     """All numbers of a run but a probe's. Keys of the mappings are `local` and, if given, `hf`."""
 
@@ -142,7 +133,7 @@ class Comparison:
     agreement: dict[str, Any]
     mutual: PerImage | None  # share of common 10-NN
     chance_precision: float
-    seeds: dict[str, SeedSpread]  # by metric, over trainings of the local model; empty for one
+    seeds: dict[str, dict[str, Any]]  # by metric: see `seed_spread`
     small_classes: int
     """Classes too small for halves: kept whole in all of them, and without own intervals."""
     num_halves: int  # 0 where there are no intervals: see `uncertainty.half_samples`
@@ -195,8 +186,6 @@ def compare(  # noqa: PLR0913
     pair = {"differences": {}, "per_class": [], "agreement": {}, "mutual": None}
     if "hf" in analyses:
         pair = compare_pair(analyses["local"], analyses["hf"], values, halves, seed)
-    classes, codes = np.unique(labels, return_inverse=True)
-    means = {name: metrics.class_means(X, codes) for name, X in arrays.items() if name in analyses}
     return Comparison(
         analyses=analyses,
         names={name: names.get(name, MODEL_NAMES[name]) for name in analyses},
@@ -209,7 +198,7 @@ def compare(  # noqa: PLR0913
         gains={name: gain(found["local"], found[name]) for name in references},
         class_precision={name: class_precision(a) for name, a in analyses.items()},
         rankings={name: ranking(a) for name, a in analyses.items()},
-        class_groups=class_groups(means, classes, seed),
+        class_groups=class_groups({name: arrays[name] for name in analyses}, labels, seed),
         chance_precision=metrics.chance_precision(labels),
         seeds=seed_spread([values["local"], *(values[name] for name in seeds)]),
         small_classes=len(uncertainty.small_classes(labels)),
@@ -247,16 +236,17 @@ def as_rows(X: Any, name: str, n: int) -> Embeddings:
     return X if X.dtype in (np.float32, np.float64) else X.astype(np.float32)
 
 
-def seed_spread(trainings: Sequence[Mapping[str, Estimate]]) -> dict[str, SeedSpread]:
-    """Spread of every metric over trainings, by metric; empty for fewer than two trainings.
+def seed_spread(trainings: Sequence[Mapping[str, Estimate]]) -> dict[str, dict[str, Any]]:
+    """By metric: `values` over trainings, `mean` and `sd`; empty for fewer than two trainings.
 
-    It is kept apart from the intervals, which are over images.
+    The local model's value comes first. The sample standard deviation is what another seed would
+    change. It is kept apart from the intervals, which are over images.
     """
     several = METRICS if len(trainings) > 1 else {}
     columns = {metric: [one[metric].value for one in trainings] for metric in several}
     return {
-        metric: SeedSpread(values, float(np.mean(values)), float(np.std(values, ddof=1)))
-        for metric, values in columns.items()
+        metric: {"values": x, "mean": float(np.mean(x)), "sd": float(np.std(x, ddof=1))}
+        for metric, x in columns.items()
     }
 
 
@@ -284,7 +274,7 @@ def ranking(a: Analysis) -> dict[str, Any]:
         return {}
     classes, codes = np.unique(a.labels, return_inverse=True)
     purest = int(class_average(a.precisions(5), codes).argmax())
-    shares = confusion(codes, codes[a.neighbors[:, :5]], len(classes), np.ones(5))
+    shares = confusion(codes, codes[a.neighbors[:, :5]], len(classes))
     confused = uncertainty.most_confused(shares)
     pairs = {pair[:2] for pair in confused}
     halves = zip(a.halves.values["precision_at_5"].argmax(axis=1), a.halves.confused, strict=True)
@@ -293,22 +283,10 @@ def ranking(a: Analysis) -> dict[str, Any]:
         repeated = [(NAN, NAN)]
     same_purest, same_confusions = np.mean(repeated, axis=0).tolist()
     return {
-        "purest_class": {
-            "label": int(classes[purest]),
-            "share_of_halves": same_purest,
-        },
+        "purest_class": {"label": int(classes[purest]), "share_of_halves": same_purest},
         "confusions": [
             {"from": int(classes[row]), "to": int(classes[column]), "share": share}
             for row, column, share in confused
         ],
         "confusions_share_of_halves": same_confusions,
     }
-
-
-def neighbor_confusion(analysis: Analysis, num_classes: int) -> Float[np.ndarray, "C C"]:
-    """Share of the five nearest neighbors of each class (row) that belong to each class (column).
-
-    Shares lie in [0, 1] and each row sums to 1; the row of a class without images is zero.
-    """
-    labels, neighbors = analysis.labels, analysis.neighbors[:, :5]
-    return confusion(labels, labels[neighbors], num_classes, np.ones(neighbors.shape[1]))

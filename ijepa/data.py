@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ijepa.errors import UserError, counted, home_path, printable
-from ijepa.files import LOCK, is_file, is_folder
+from ijepa.files import LOCK
 from ijepa.images import FolderImages, check_mode, image_suffixes, read_image
 
 SYSTEM_NAMES = {
@@ -75,8 +76,6 @@ class Split:
 
     def readable(self, failures: Sequence[tuple[int, str]], skip: bool) -> "Split":
         """The split without the unreadable images of a folder, given as rows with reasons.
-
-        A note counts them, and `unreadable` has their paths.
 
         Raises:
             UserError: If there are any and they must not be skipped.
@@ -145,7 +144,7 @@ def load_cifar10(data_dir: Path, split: str, offline: bool) -> Split:
 
     if split not in ("train", "test"):
         raise UserError(f"CIFAR-10 has no split {split!r}", hint="choose --split train or test")
-    present = is_folder(data_dir / CIFAR10.base_folder)
+    present = os.path.isdir(data_dir / CIFAR10.base_folder)
     packed = check_integrity(str(data_dir / CIFAR10.filename), CIFAR10.tgz_md5)
     hint = f"put the folder cifar-10-batches-py into {data_dir}, or pass --data-dir with its parent"
     if offline and not (present or packed):
@@ -176,39 +175,39 @@ def load_digits() -> Split:
 
     bunch = sklearn_digits()
     gray = np.rint(bunch.images * 255 / 16).astype(np.uint8)
-    large = [
-        np.asarray(Image.fromarray(scan).resize((32, 32), Image.Resampling.BICUBIC))
-        for scan in gray
-    ]
+    large = [np.asarray(Image.fromarray(scan).resize((32, 32), Image.BICUBIC)) for scan in gray]
     images = torch.from_numpy(np.stack(large))[:, None].expand(-1, 3, -1, -1).contiguous()
     labels = bunch.target.astype(np.int64)
     classes = tuple(str(name) for name in bunch.target_names)
     return Split("digits", "all", classes, images, labels, np.arange(len(labels)))
 
 
-def load_folder(folder: Path, split: str) -> Split:
+def load_folder(folder: Path, split: str, need_classes: bool = True) -> Split:
     """The images below each subfolder, which is a class; both in the order of their names.
 
-    A folder of splits (see `choose_split`) is read at the chosen one.
+    A folder of splits (see `choose_split`) is read at the chosen one. Without `need_classes`, a
+    folder with fewer than two classes is read by `load_unlabeled`.
 
     Raises:
-        UserError: If there are fewer than two classes with images, all of their names are those of
-            a layout, such as images and labels, or the split is missing.
+        UserError: If there are no images or too few classes, all names of classes are those of a
+            layout, such as images and labels, or the split is missing.
     """
     left_out: LeftOut = defaultdict(Counter)
     root = choose_split(folder, split, left_out)
-    classes = {}
-    for kind, path in entries(root, left_out):
-        if kind != "folder":
-            left_out["file outside the class folders"][path.suffix.lower()] += 1
-        elif files := find_images(path, left_out, (root.resolve(),)):
+    classes, found = {}, entries(root, left_out)
+    for path in (*found["image"], *found["file"]):
+        left_out["file outside the class folders"][path.suffix.lower()] += 1
+    for path in found["folder"]:
+        if files := find_images(path, left_out, (root.resolve(),)):
             classes[path] = files
         elif path.name not in left_out.get("link to a folder above", ()):
             left_out["folder without images"][path.name] += 1
+    if len(classes) < 2 and not need_classes:
+        return load_unlabeled(folder)
     if len(classes) < 2 or {path.name.lower() for path in classes} <= LAYOUT_NAMES:
         raise no_classes(folder, root, list(classes), left_out)
-    found = folder_split(folder, "all" if root == folder else split, classes, left_out)
-    return replace(found, notes=(*found.notes, *doubtful_classes(classes)))
+    result = folder_split(folder, "all" if root == folder else split, classes, left_out)
+    return replace(result, notes=(*result.notes, *doubtful_classes(classes)))
 
 
 def doubtful_classes(classes: dict[Path, list[Path]]) -> tuple[str, ...]:
@@ -237,7 +236,7 @@ def no_classes(folder: Path, root: Path, classes: Sequence[Path], left_out: Left
     which = f" ({', '.join(names[:3])})" if names else ""
     problem = f"{str(root)!r} has {found} with images{which}, need 2"
     hint = "sort the images into one folder per class, as FOLDER/CLASS/IMAGE"
-    if len(classes) == 1 and len(inner := subfolders(classes[0])) > 1:
+    if len(classes) == 1 and len(inner := entries(classes[0])["folder"]) > 1:
         hint = f"if {inner[0].name!r} and {inner[1].name!r} are classes, give {str(classes[0])!r}"
     elif {name.lower() for name in names} & LAYOUT_NAMES:
         hint = f"folders of images and labels are not read; {hint}"
@@ -293,7 +292,7 @@ def choose_split(folder: Path, split: str, left_out: LeftOut) -> Path:
     Raises:
         UserError: If it has splits, but not this one, or more than one of that name.
     """
-    folders = subfolders(folder)
+    folders = entries(folder)["folder"]
     named = all(path.name.lower() in SPLIT_NAMES for path in folders)
     if not (named and holds_classes(folder) and any(map(holds_classes, folders))):
         return folder
@@ -305,49 +304,43 @@ def choose_split(folder: Path, split: str, left_out: LeftOut) -> Path:
             f"it has {names}",
             hint="choose one of its splits with --split; training reads train",
         )
-    for kind, path in entries(folder, left_out):
-        if kind != "folder":
-            left_out["file outside the splits"][path.suffix.lower()] += 1
+    for path in entries(folder, left_out)["file"]:
+        left_out["file outside the splits"][path.suffix.lower()] += 1
     return chosen[0]
-
-
-def subfolders(folder: Path) -> list[Path]:
-    """The folders in a folder that may hold images."""
-    found = entries(folder, defaultdict(Counter))
-    return [path for kind, path in found if kind == "folder"]
 
 
 def holds_classes(folder: Path) -> bool:
     """Whether a folder has subfolders and no images next to them."""
-    kinds = {kind for kind, _ in entries(folder, defaultdict(Counter))}
-    return "folder" in kinds and "image" not in kinds
+    found = entries(folder)
+    return bool(found["folder"]) and not found["image"]
 
 
-def entries(folder: Path, left_out: LeftOut) -> list[tuple[str, Path]]:
-    """What a folder holds in the order of names, each a `folder`, an `image` or a `file`.
+def entries(folder: Path, left_out: LeftOut | None = None) -> dict[str, list[Path]]:
+    """The `folder`s, `image`s and other `file`s in a folder, each kind in the order of names.
 
     An image is known by its suffix. Hidden and system files and earlier reports are counted in
     `left_out`; the folder that this run writes to is not looked at.
     """
+    left_out = defaultdict(Counter) if left_out is None else left_out
     try:
-        found = sorted(folder.iterdir())
+        paths = sorted(folder.iterdir())
     except OSError as error:
         problem = f"cannot read folder {str(folder)!r}: {error.strerror}"
         raise UserError(problem, hint="check its permissions") from error
-    seen = []
-    for path in found:
-        holds_files = is_folder(path)
-        if path.name == LOCK or (holds_files and is_file(path / LOCK)):
+    found: dict[str, list[Path]] = {"folder": [], "image": [], "file": []}
+    for path in paths:
+        holds_files = os.path.isdir(path)
+        if path.name == LOCK or (holds_files and os.path.isfile(path / LOCK)):
             continue
-        if holds_files and all(is_file(path / name) for name in REPORT_FILES):
+        if holds_files and all(os.path.isfile(path / name) for name in REPORT_FILES):
             left_out["file of an earlier report"][path.name] += len(list(path.iterdir()))
         elif path.name.startswith(".") or path.name.lower() in SYSTEM_NAMES:
             inside = sum(len(files) for _, _, files in os.walk(path)) if holds_files else 1
             left_out["file hidden or made by the operating system"][path.name] += inside
         else:
             is_image = path.suffix.lower() in image_suffixes()
-            seen.append(("folder" if holds_files else "image" if is_image else "file", path))
-    return seen
+            found["folder" if holds_files else "image" if is_image else "file"].append(path)
+    return found
 
 
 def find_images(folder: Path, left_out: LeftOut, above: tuple[Path, ...] = ()) -> list[Path]:
@@ -359,15 +352,11 @@ def find_images(folder: Path, left_out: LeftOut, above: tuple[Path, ...] = ()) -
     if any(one.is_relative_to(own) for one in above):
         left_out["link to a folder above"][folder.name] += 1
         return []
-    found = []
-    for kind, path in entries(folder, left_out):
-        if kind == "image":
-            found.append(path)
-        elif kind == "file":
-            left_out["file of another kind"][path.suffix.lower()] += 1
-        else:
-            found += find_images(path, left_out, (*above, own))
-    return found
+    found = entries(folder, left_out)
+    for path in found["file"]:
+        left_out["file of another kind"][path.suffix.lower()] += 1
+    inside = [find_images(path, left_out, (*above, own)) for path in found["folder"]]
+    return sorted(chain(found["image"], *inside))
 
 
 def left_out_note(left_out: LeftOut) -> tuple[str, ...]:
@@ -387,8 +376,12 @@ DATASETS: dict[str, Callable[[Path, str, bool], Split]] = {
 }
 
 
-def load_split(dataset: str, data_dir: Path, split: str, offline: bool) -> Split:
+def load_split(
+    dataset: str, data_dir: Path, split: str, offline: bool, need_classes: bool = True
+) -> Split:
     """Load a data set by name, or a folder of images by path; `~` is the home folder.
+
+    A folder may lack classes only without `need_classes`.
 
     Raises:
         UserError: If the name is unknown and no such folder exists, or loading fails.
@@ -396,10 +389,10 @@ def load_split(dataset: str, data_dir: Path, split: str, offline: bool) -> Split
     if dataset in DATASETS:
         return DATASETS[dataset](home_path(data_dir), split, offline)
     folder = home_path(dataset)
-    if is_folder(folder):
-        return load_folder(folder, split)
+    if os.path.isdir(folder):
+        return load_folder(folder, split, need_classes)
     hint = f"choose from {', '.join(DATASETS)}, or give a folder with one subfolder per class"
-    if is_file(folder):
+    if os.path.isfile(folder):
         raise UserError(f"{dataset!r} is a file", hint=f"unpack it; {hint}")
     unknown = "" if len(Path(dataset).parts) > 1 else "unknown data set, and "
     raise UserError(f"{unknown}no such folder: {dataset!r}", hint=hint)

@@ -88,12 +88,3 @@ def can_compile(device: torch.device) -> bool:
     names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     headers = Path(sysconfig.get_path("include"), "Python.h")
     return find_spec("triton") is not None and any(map(shutil.which, names)) and headers.exists()
-
-
-def keep_freed_memory() -> None:
-    """Make glibc keep up to 64 MB of freed memory; without this each batch is zeroed again.
-
-    Freeing a large block raises the limits (mallopt(3), M_MMAP_THRESHOLD); elsewhere nothing
-    happens.
-    """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)

@@ -29,12 +29,9 @@ def join_processes(
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.index >= torch.cuda.device_count():
-            raise UserError(
-                f"process {device.index} has no GPU of its own, there are "
-                f"{torch.cuda.device_count()}",
-                hint="lower --nproc-per-node of torchrun",
-            )
+        if device.index >= (count := torch.cuda.device_count()):
+            problem = f"process {device.index} has no GPU of its own, there are {count}"
+            raise UserError(problem, hint="lower --nproc-per-node of torchrun")
         torch.cuda.set_device(device)
     distributed.init_process_group(backend, timeout=timeout)
     return device
@@ -100,9 +97,8 @@ def wait_for_all() -> None:
     try:
         distributed.barrier()
     except RuntimeError as error:  # gloo has no narrower one for a closed connection
-        raise UserError(
-            "another process of this run has ended", hint="read its error, printed next to this one"
-        ) from error
+        hint = "read its error, printed next to this one"
+        raise UserError("another process of this run has ended", hint=hint) from error
 
 
 def leave_processes() -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ijepa.data import Split
-from ijepa.devices import keep_freed_memory
 from ijepa.distributed import num_processes, process_rank, wait_for_all
 from ijepa.encoders import FrozenEncoder
 from ijepa.errors import UserError
@@ -34,7 +33,6 @@ BATCH_VALUES = 2**29
 """Bytes of decoded images at which they are prepared, so that they can be dropped: 0.5 GB."""
 GPU_THREADS = 2
 """Threads that prepare batches for a GPU; a single one is slower than an H200 with a ViT-H."""
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -51,11 +49,8 @@ class Embeddings:
 
 
 def first_rows(keys: Sequence[bytes]) -> dict[bytes, int]:
-    """The first row of each key, in the order of rows."""
-    first: dict[bytes, int] = {}
-    for row, key in enumerate(keys):
-        first.setdefault(key, row)
-    return first
+    """The first row of each key."""
+    return {keys[row]: row for row in reversed(range(len(keys)))}
 
 
 class Table:
@@ -77,16 +72,21 @@ class Table:
 
     def read_cache(self) -> None:
         """Take what the cache has; files that cannot be read are removed and noted."""
-        first = first_rows(self.keys)
+        rows, width = first_rows(self.keys), self.encoder.embed_dim
         for file in sorted(self.folder.glob("*.npz")) if self.folder else ():
-            chunk = read_chunk(file, self.encoder.embed_dim)
-            if chunk is None:
+            try:
+                chunk = read_arrays(file, "keys", "embeddings")
+                keys, values = chunk["keys"], chunk["embeddings"]
+                kinds = keys.dtype, keys.shape[1:], values.dtype, values.shape
+                if kinds != (np.uint8, (16,), np.float32, (*keys.shape[:1], width)):
+                    raise ValueError(f"no file of the cache: {kinds}")
+            except (ValueError, KeyError):
                 self.damaged += [file] * file.exists()  # another run may have removed it
                 file.unlink(missing_ok=True)
                 continue
-            for key, values in zip(*chunk, strict=True):
-                if (row := first.get(key)) is not None:
-                    self.values[row], self.done[row] = values, True
+            for key, value in zip(keys, values, strict=True):
+                if (row := rows.get(key.tobytes())) is not None:
+                    self.values[row], self.done[row] = value, True
 
     def launch(self, pixels: Tensor) -> Tensor:
         """Start embedding prepared images; a GPU may not have finished on return."""
@@ -116,10 +116,8 @@ class Table:
         if self.folder and rows:
             keys = np.frombuffer(b"".join(self.keys[row] for row in rows), np.uint8).reshape(-1, 16)
             values = self.values[list(rows)]
-            write_atomically(
-                self.folder / f"{secrets.token_hex(8)}.npz",
-                lambda file: np.savez(file, keys=keys, embeddings=values),
-            )
+            path = self.folder / f"{secrets.token_hex(8)}.npz"
+            write_atomically(path, lambda file: np.savez(file, keys=keys, embeddings=values))
 
 
 def extract(
@@ -153,24 +151,23 @@ def extract(
         UserError: If the cache cannot be written, memory runs out, another process ended, or stored
             embeddings lack an image.
     """
-    keep_freed_memory()
+    # This makes glibc keep up to 64 MB of freed memory (mallopt(3), M_MMAP_THRESHOLD); without it
+    # each batch is zeroed again. Elsewhere nothing happens.
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
     keys = split.image_keys
-    first = first_rows(keys)
-    source = np.array([first[key] for key in keys], np.int64)
-    tables = {
-        encoder.name: Table(encoder, split, cache)
-        for encoder in encoders
-        if isinstance(encoder, FrozenEncoder)
-    }
+    rows = first_rows(keys)  # of equal images the first stands for all
+    source = np.array([rows[key] for key in keys], np.int64)
+    networks = [one for one in encoders if isinstance(one, FrozenEncoder)]
+    tables = {one.name: Table(one, split, cache) for one in networks}
     if num_processes() > 1:
-        share = list(first.values())[process_rank() :: num_processes()]
+        share = sorted(rows.values())[process_rank() :: num_processes()]
         compute([*tables.values()], split, share, batch_size, progress)
         wait_for_all()
         if process_rank():
             return {}, []
         for table in tables.values():
             table.read_cache()
-    failures = compute([*tables.values()], split, list(first.values()), batch_size, progress)
+    failures = compute([*tables.values()], split, sorted(rows.values()), batch_size, progress)
     unreadable = [(row, failures[one]) for row, one in enumerate(source) if one in failures]
     kept = [row for row, one in enumerate(source) if one not in failures]
     found = {}
@@ -179,12 +176,9 @@ def extract(
             values = encoder.look_up([keys[row] for row in kept], split.indices[kept])
             found[encoder.name] = Embeddings(values, None, from_cache=True)
         else:
-            found[encoder.name] = Embeddings(
-                table.values[source[kept]],
-                table.computed / table.seconds if table.seconds else None,
-                bool(table.cached[source[kept]].all()),
-                tuple(table.damaged),
-            )
+            rate = table.computed / table.seconds if table.seconds else None
+            values, cached = table.values[source[kept]], bool(table.cached[source[kept]].all())
+            found[encoder.name] = Embeddings(values, rate, cached, tuple(table.damaged))
     return found, unreadable
 
 
@@ -215,7 +209,7 @@ def compute(
     launched = ([(table, rows, table.launch(x)) for table, rows, x in one] for one in work)
     with progress(total=len(missing), desc="embedding") as bar:
         # A GPU is given a batch before the results of the one before are awaited.
-        results = one_behind(launched) if on_gpu else launched
+        results = (one for one, _ in pairwise(chain(launched, [None]))) if on_gpu else launched
         for batch, found in zip(batches, results, strict=True):
             for table, done, values in found:
                 table.add(done, values)
@@ -250,8 +244,8 @@ def prepare(
 
 
 def prefetch(
-    make: Callable[[list[int]], Item], batches: Sequence[list[int]], threads: int, cores: int
-) -> Iterator[Item]:
+    make: Callable[[list[int]], Any], batches: Sequence[list[int]], threads: int, cores: int
+) -> Iterator[Any]:
     """What `make` gives for each batch, made ahead in threads that compute with so many cores."""
     waiting, usual = iter(batches), torch.get_num_threads()
     try:
@@ -263,25 +257,6 @@ def prefetch(
                 yield item
     finally:
         torch.set_num_threads(usual)  # for threads that start later
-
-
-def one_behind(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items, each given when the one after it has been made."""
-    for item, _ in pairwise(chain(items, [None])):
-        yield cast(Item, item)
-
-
-def read_chunk(file: Path, width: int) -> tuple[list[bytes], Float[np.ndarray, "b d"]] | None:
-    """Keys and embeddings of a file of the cache; None if it is damaged or gone."""
-    try:
-        arrays = read_arrays(file, "keys", "embeddings")
-        keys, values = arrays["keys"], arrays["embeddings"]
-    except (ValueError, KeyError):
-        return None
-    shapes = keys.dtype == np.uint8 and keys.shape == (len(values), 16)
-    if not shapes or values.dtype != np.float32 or values.shape != (len(keys), width):
-        return None
-    return [key.tobytes() for key in keys], values
 
 
 def writable_cache(cache: Path | None, output: Path) -> tuple[Path, str | None]:

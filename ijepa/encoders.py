@@ -6,6 +6,7 @@ the wrong ones, and `description` records them. `load_encoder` takes any source 
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +24,7 @@ from ijepa import huggingface
 from ijepa.checkpoint import load_checkpoint
 from ijepa.devices import choose_dtype, memory_errors
 from ijepa.errors import UserError, counted, home_path
-from ijepa.files import is_file, is_folder, read_arrays, sha256, write_text
+from ijepa.files import read_arrays, sha256, write_text
 from ijepa.model import VisionTransformer
 
 Images = Sequence[Tensor]
@@ -46,7 +47,7 @@ IDENTITY = ("sha256", "revision", "weights", "num_heads", "preprocessing", "pool
 
 @dataclass(frozen=True)
 class FrozenEncoder:
-    """An encoder to compare.
+    """An encoder to compare. Its methods raise UserError if memory runs out.
 
     Args:
         name: What it is called in results: `local`, `hf`, `pixels`, `random_weights`, or
@@ -72,20 +73,12 @@ class FrozenEncoder:
     load: Callable[[], object] = lambda: None
 
     def embed(self, images: Images) -> Float[Tensor, "b d"]:
-        """One float32 embedding per image, on the CPU.
-
-        Raises:
-            UserError: If memory runs out.
-        """
+        """One float32 embedding per image, on the CPU."""
         return self.encode(self.prepare(images)).cpu()
 
     @torch.inference_mode()
     def prepare(self, images: Images) -> Float[Tensor, "b 3 H W"]:
-        """Pixels for the network, on the CPU; in pinned memory if the network is on a GPU.
-
-        Raises:
-            UserError: If memory runs out.
-        """
+        """Pixels for the network, on the CPU; in pinned memory if the network is on a GPU."""
         with self.batch_memory_errors(len(images), torch.device("cpu")):
             pixels = self.preprocess(images)
             if not self.autocast:
@@ -94,11 +87,7 @@ class FrozenEncoder:
 
     @torch.inference_mode()
     def encode(self, pixels: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d"]:
-        """The embeddings of prepared images, float32; a GPU may still be at work on them.
-
-        Raises:
-            UserError: If memory runs out.
-        """
+        """The embeddings of prepared images, float32; a GPU may still be at work on them."""
         with self.batch_memory_errors(len(pixels), self.device):
             pixels = pixels.to(self.device, non_blocking=True)
             enabled = self.autocast and self.dtype != torch.float32
@@ -230,12 +219,11 @@ def kind_of(text: str, path: Path) -> str:
         raise UserError(f"{text!r} is a web address", hint=hint)
     if path.suffix.lower() == ".npz":
         return "a file of embeddings"
-    if is_folder(path):
+    if os.path.isdir(path):
         return "a directory"
     # A hub id has at most one slash and no file's ending.
-    is_path = (
-        is_file(path) or text.partition("@")[0].count("/") > 1 or text.startswith((".", "/", "~"))
-    )
+    deep = text.partition("@")[0].count("/") > 1
+    is_path = os.path.isfile(path) or deep or text.startswith((".", "/", "~"))
     return "a file of weights" if is_path or path.suffix in WEIGHT_SUFFIXES else "a hub id"
 
 
@@ -258,6 +246,7 @@ def load_embeddings(path: Path, role: str) -> PrecomputedEmbeddings:
             "indices (n), as in the embeddings_*.npz of an earlier run",
         ) from error
     rows = {row.tobytes() if by_key else int(row): number for number, row in enumerate(names)}
+    note = f"{path.name} has no image keys: images were matched by their index"
     description = {
         "source": str(path),
         "short_name": path.stem,
@@ -265,9 +254,7 @@ def load_embeddings(path: Path, role: str) -> PrecomputedEmbeddings:
         "sha256": sha256(path),
         "dtype": str(values.dtype),
         "matched_by": "key" if by_key else "index",
-        "notes": []
-        if by_key
-        else [f"{path.name} has no image keys: images were matched by their index"],
+        "notes": [note] * (not by_key),
     }
     return PrecomputedEmbeddings(role, values.shape[1], description, values, rows)
 

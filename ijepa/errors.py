@@ -90,16 +90,11 @@ def command_line(
 def git_commit() -> str | None:
     """The project's commit, marked when files differ from it; None without git or a checkout."""
     root = Path(__file__).resolve().parents[1]
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    # An installed package may lie below the checkout of another project.
+    env = {**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)}
     try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=root,
-            # An installed package may lie below the checkout of another project.
-            env={**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        result = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     except FileNotFoundError:
         return None
     return result.stdout.strip() or None

@@ -27,16 +27,6 @@ DAMAGED += (AttributeError, ArithmeticError, AssertionError, ImportError)
 DAMAGED += (zlib.error, zipfile.BadZipFile, pickle.UnpicklingError)
 
 
-def is_folder(path: Path) -> bool:
-    """Whether a path leads to a folder; False, unlike in pathlib, where it may not be followed."""
-    return os.path.isdir(path)  # noqa: PTH112
-
-
-def is_file(path: Path) -> bool:
-    """Whether a path leads to a file; False where it may not be followed."""
-    return os.path.isfile(path)  # noqa: PTH113
-
-
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it to `path`.
 
@@ -81,7 +71,7 @@ def own_folder(folder: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         problem = "the working directory has been deleted"
         raise UserError(problem, hint="change to a folder that exists") from error
-    if is_file(folder):
+    if os.path.isfile(folder):
         raise UserError(f"{folder} is a file", hint="give another --output-dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,12 @@
 """Record work on a GPU once and replay it, so that the GPU never waits for Python."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class Recording(NamedTuple):
-    """A CUDA graph with the memory that it reads and writes."""
-
-    graph: torch.cuda.CUDAGraph
-    inputs: Sequence[Tensor]
-    outputs: Sequence[Tensor]
+Recording = tuple[torch.cuda.CUDAGraph, Sequence[Tensor], Sequence[Tensor]]
+"""A CUDA graph, and the inputs and outputs in the memory that it reads and writes."""
 
 
 class Graphs:
@@ -42,10 +36,11 @@ class Graphs:
             return self.run(inputs)
         recording = self.recordings[shapes] or self.record(inputs)
         self.recordings[shapes] = recording
-        for kept, new in zip(recording.inputs, inputs, strict=True):
-            kept.copy_(new)
-        recording.graph.replay()
-        return recording.outputs
+        graph, kept, outputs = recording
+        for old, new in zip(kept, inputs, strict=True):
+            old.copy_(new)
+        graph.replay()
+        return outputs
 
     def run(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Call the function on the stream that will record it."""
@@ -61,4 +56,4 @@ class Graphs:
         # One memory pool: no two recordings run at a time, and none reads another's results.
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             outputs = self.function(*kept)
-        return Recording(graph, kept, outputs)
+        return graph, kept, outputs

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor, nn
 
 from ijepa.devices import memory_errors
@@ -103,14 +104,9 @@ def find_model(source: str, revision: str | None, offline: bool) -> tuple[Path, 
         return Path(source), None
     from huggingface_hub import errors, snapshot_download
 
+    chosen = {"allow_patterns": FILES, "ignore_patterns": ["*/*"], "local_files_only": offline}
     try:
-        folder = snapshot_download(
-            source,
-            revision=revision,
-            allow_patterns=FILES,
-            ignore_patterns=["*/*"],
-            local_files_only=offline,
-        )
+        folder = snapshot_download(source, revision=revision, **chosen)
     # HTTPError is the base class of what the hub's client raises, lost connections included.
     except (errors.HTTPError, OSError, ValueError) as error:
         cause = error.__cause__ or error
@@ -120,8 +116,7 @@ def find_model(source: str, revision: str | None, offline: bool) -> tuple[Path, 
         elif isinstance(error, errors.GatedRepoError):
             problem, hint = "is gated", "ask for access on its page and set HF_TOKEN"
         elif isinstance(error, errors.RepositoryNotFoundError):
-            problem = "is not on the hub"
-            hint = "check the spelling; if it is private set HF_TOKEN"
+            problem, hint = "is not on the hub", "check the spelling; if it is private set HF_TOKEN"
         elif isinstance(error, errors.RevisionNotFoundError):
             problem = f"has no revision {revision!r}"
             hint = "give a branch, a tag or a commit that its page lists"
@@ -177,8 +172,7 @@ def family_of(folder: Path, source: str) -> tuple[str, Family]:
 def hash_model(folder: Path) -> str:
     """One SHA-256 over the weight files and the configurations of a directory."""
     found = sorted([*folder.glob(WEIGHTS), *folder.glob("*config.json")])
-    files = filter(Path.is_file, found)
-    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+    return hashlib.sha256("".join(map(sha256, filter(Path.is_file, found))).encode()).hexdigest()
 
 
 def stored_parameters(folder: Path, source: str) -> int:
@@ -252,11 +246,7 @@ def read_model(
             check_tensors(model, report)
             sides = check_processor(processor, model.config.image_size, family.any_size)
             recorded = getattr(model.config, "ijepa_training", {})  # of our own exports
-            training = {
-                name: value
-                for name, value in recorded.items()
-                if isinstance(value, TRAINING.get(name, ()))
-            }
+            training = {k: v for k, v in recorded.items() if isinstance(v, TRAINING.get(k, ()))}
             model = model.to(device)
     except (*DAMAGED, SafetensorError, StrictDataclassError) as error:
         raise UserError(f"cannot load {source!r}: {first_line(error)}", hint=RETRY) from error
@@ -292,18 +282,14 @@ def check_processor(processor: Any, side: Any, any_size: bool) -> list[int]:
     Raises:
         ValueError: If a tall and a wide image do not become pixels for this network.
     """
-    tall, wide = (
-        preprocess(processor, [torch.zeros(3, *size, dtype=torch.uint8)])
-        for size in ((48, 40), (40, 48))
-    )
+    images = (torch.zeros(3, *size, dtype=torch.uint8) for size in ((48, 40), (40, 48)))
+    tall, wide = (preprocess(processor, [image]) for image in images)
     made, needed = tall.shape[2:], side if isinstance(side, list | tuple) else (side, side)
     if tall.shape != wide.shape:
         raise ValueError("its image processor does not give all images the same size")
     if tuple(made) != tuple(needed) and not any_size:
-        raise ValueError(
-            f"its image processor makes images of {tuple(made)} pixels, its network takes "
-            f"{tuple(needed)}: the two must match"
-        )
+        found = f"makes images of {tuple(made)} pixels, its network takes {tuple(needed)}"
+        raise ValueError(f"its image processor {found}: the two must match")
     if not tall.isfinite().all():
         raise ValueError("its image processor makes pixels that are not finite: check mean and std")
     return list(made)
@@ -312,9 +298,8 @@ def check_processor(processor: Any, side: Any, any_size: bool) -> list[int]:
 def preprocess(processor: Any, images: Iterable[Tensor]) -> Float[Tensor, "b 3 H W"]:
     """Normalized pixels as the model's own processor makes them."""
     # The layout is stated because a 3 pixel wide image would be taken for one with channels last.
-    return processor(images=list(images), return_tensors="pt", input_data_format="channels_first")[
-        "pixel_values"
-    ]
+    made = processor(images=list(images), return_tensors="pt", input_data_format="channels_first")
+    return made["pixel_values"]
 
 
 def tokens(
@@ -331,8 +316,6 @@ def tokens(
 
 def describe_processor(processor: Any) -> dict[str, Any]:
     """Resize and normalization."""
-    from PIL import Image
-
     facts: dict[str, Any] = {"resize": "none", "mean": None, "std": None}
     if processor.do_resize:
         name = Image.Resampling(processor.resample).name.lower()

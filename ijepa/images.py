@@ -48,11 +48,7 @@ class FolderImages:
 
     @cached_property
     def keys(self) -> list[bytes]:
-        """16 bytes per file, a hash of what it held when this was first asked for.
-
-        Raises:
-            UserError: If a file cannot be read.
-        """
+        """As `Split.image_keys`, of what the files held when this was first asked for."""
         found = []
         for file in self.files:
             try:

@@ -81,14 +81,13 @@ def key_findings(comparison: Comparison, classes: Sequence[str], probe: Any) -> 
     """The numbered subsections: sentences, then tables; those without either are left out."""
     tables = finding_tables(comparison, classes, probe)
     found = narrative.findings(comparison, [literal(name) for name in classes], probe)
-    first = narrative.answer(comparison)
-    found[RETRIEVAL] = narrative.paragraph(first, found[RETRIEVAL])
+    found[RETRIEVAL] = narrative.paragraph(narrative.answer(comparison), found[RETRIEVAL])
     parts: list[str] = []
     for title, sentences in found.items():
         below = [f"{x}:\n\n{markdown_table(rows)}" for x, rows in tables.get(title, {}).items()]
         if sentences or below:
-            number = sum(part.startswith("###") for part in parts) + 1
-            parts += [f"### {number}. {title}", *filter(None, [sentences]), *below]
+            place = sum(part.startswith("###") for part in parts) + 1
+            parts += [f"### {place}. {title}", *filter(None, [sentences]), *below]
     return parts
 
 
@@ -143,10 +142,7 @@ def literal(text: str) -> str:
 def caveats(
     comparison: Comparison, facts: Mapping[str, Any], maps: Maps, notes: Sequence[str] = ()
 ) -> list[str]:
-    """What a reader must know before believing a number, a sentence each.
-
-    `notes` are those of the data, the cache and the run.
-    """
+    """A sentence each on what a reader must know; `notes` are of the data, cache and run."""
     models, data, n = facts["models"], facts["dataset"], count(comparison)
     dtypes, epochs = (unlike(comparison, models, key) for key in ("dtype", "epochs"))
     sizes = np.unique(comparison.analyses["local"].labels, return_counts=True)[1]
@@ -210,9 +206,8 @@ def same_weights(comparison: Comparison, models: Mapping[str, Any]) -> bool:
     if files[0] == files[1] and files[0][0]:
         return True
     X, Y = (a.embeddings for a in comparison.analyses.values())
-    if X.shape != Y.shape:
-        return False
-    return bool(np.abs(X - Y).max() <= 1e-4 * np.abs(X - X.mean(axis=0)).max())
+    alike = X.shape == Y.shape and np.abs(X - Y).max() <= 1e-4 * np.abs(X - X.mean(axis=0)).max()
+    return bool(alike)
 
 
 def model_caveats(comparison: Comparison, role: str, model: Mapping[str, Any]) -> list[str]:

@@ -52,9 +52,8 @@ def sample_masks(
     host = torch.Generator().manual_seed(seed)
     generator = torch.Generator(device).manual_seed(seed + 1)
     height, width = sample_shape(config.target_scale, config.target_aspect, grid_size, host)
-    top, left = sample_corners(
-        (batch_size, config.num_targets), grid_size, height, width, generator
-    )
+    shape = (batch_size, config.num_targets)
+    top, left = sample_corners(shape, grid_size, height, width, generator)
     # Too few patches left: the last block moves onto the first, until the context fits.
     for last in reversed(range(config.num_targets)):
         free = ~cover(grid_size, top, left, height, width).any(dim=1)  # (B, N)
@@ -75,9 +74,8 @@ def sample_masks(
     scores = scores.masked_fill(~free, -torch.inf)
     context = scores.topk(config.context_patches, dim=1).indices.sort(dim=1).values
 
-    offsets = torch.arange(height, device=top.device)[:, None] * grid_size + torch.arange(
-        width, device=top.device
-    )
+    line = torch.arange(grid_size, device=top.device)
+    offsets = line[:height, None] * grid_size + line[:width]
     targets = (top * grid_size + left)[..., None] + offsets.flatten()  # (B, T, M)
     return Masks(context, targets)
 

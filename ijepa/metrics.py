@@ -331,12 +331,6 @@ def silhouettes_of_sums(
     return torch.where(defined, (outside - inside) / larger, 0)
 
 
-def nearest_neighbors(X: Embeddings, k: int) -> tuple[Neighbors, Similarities]:
-    """Indices and cosine similarities of the k most similar other images: see `all_pairs`."""
-    found = all_pairs(X, k)
-    return found.neighbors, found.similarities
-
-
 def cosine_silhouettes(X: Embeddings, labels: Labels) -> PerImage:
     """`silhouettes_of_sums` by 1 - cosine similarity, whose sums are linear in the class means.
 

@@ -41,9 +41,7 @@ class ViTConfig:
         if min(self.image_size, self.patch_size, self.embed_dim, self.depth, self.num_heads) < 1:
             raise ValueError(f"every size must be at least 1, got {self}")
         if self.image_size % self.patch_size:
-            raise ValueError(
-                f"patch_size {self.patch_size} does not divide image_size {self.image_size}"
-            )
+            raise ValueError(f"patch_size must divide image_size, got {self}")
         if self.embed_dim % self.num_heads or self.embed_dim % 4:
             raise ValueError(
                 f"embed_dim must be a multiple of 4 and of num_heads {self.num_heads}, "
@@ -129,39 +127,26 @@ class Block(nn.Module):
         return tokens + self.mlp(self.norm2(tokens))
 
 
-class PatchEmbed(nn.Module):
-    """Cut the image into patches and project each to the width of the encoder."""
-
-    def __init__(self, patch_size: int, embed_dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B N D"]:
-        """One token per patch, row by row."""
-        return self.proj(images).flatten(2).transpose(1, 2)
-
-
 class VisionTransformer(nn.Module):
     """The encoder: normalized images to one token per (visible) patch."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
-        self.patch_embed = PatchEmbed(config.patch_size, config.embed_dim)
-        self.register_buffer(
-            "pos_embed", sincos_position_embedding(config.embed_dim, config.grid_size)
-        )
-        self.blocks = nn.ModuleList(
-            Block(config.embed_dim, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
-        )
-        self.norm = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
+        width, size = config.embed_dim, config.patch_size
+        projection = nn.Conv2d(3, width, kernel_size=size, stride=size)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=projection))
+        self.register_buffer("pos_embed", sincos_position_embedding(width, config.grid_size))
+        blocks = (Block(width, config.num_heads, config.mlp_ratio) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         initialize(self)
 
     def forward(
         self, images: Float[Tensor, "B 3 H W"], indices: Int[Tensor, "B K"] | None = None
     ) -> Float[Tensor, "B _ D"]:
         """Encode all patches, or only those at `indices` (the others are never seen)."""
-        tokens = self.patch_embed(images) + self.pos_embed
+        tokens = self.patch_embed(images).flatten(2).mT + self.pos_embed  # patches row by row
         if indices is not None:
             tokens = gather_tokens(tokens, indices)
         for block in self.blocks:
@@ -174,17 +159,14 @@ class Predictor(nn.Module):
 
     def __init__(self, encoder: ViTConfig, config: PredictorConfig) -> None:
         super().__init__()
-        self.predictor_embed = nn.Linear(encoder.embed_dim, config.embed_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
-        self.register_buffer(
-            "predictor_pos_embed", sincos_position_embedding(config.embed_dim, encoder.grid_size)
-        )
-        self.predictor_blocks = nn.ModuleList(
-            Block(config.embed_dim, config.num_heads, encoder.mlp_ratio)
-            for _ in range(config.depth)
-        )
-        self.predictor_norm = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
-        self.predictor_proj = nn.Linear(config.embed_dim, encoder.embed_dim)
+        width, grid_size = config.embed_dim, encoder.grid_size
+        self.predictor_embed = nn.Linear(encoder.embed_dim, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("predictor_pos_embed", sincos_position_embedding(width, grid_size))
+        blocks = (Block(width, config.num_heads, encoder.mlp_ratio) for _ in range(config.depth))
+        self.predictor_blocks = nn.ModuleList(blocks)
+        self.predictor_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.predictor_proj = nn.Linear(width, encoder.embed_dim)
         initialize(self)
 
     def forward(
@@ -219,12 +201,10 @@ def initialize(network: nn.Module) -> None:
     if next(network.parameters()).is_meta:  # only names and shapes are wanted
         return
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            std = 1 / math.sqrt(module.weight[0].numel())
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            fan_in = module.weight[0].numel()
+            std = 0.02 if isinstance(module, nn.Linear) else 1 / math.sqrt(fan_in)
             nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
             nn.init.zeros_(module.bias)
     if isinstance(network, Predictor):
         nn.init.trunc_normal_(network.mask_token, std=0.02, a=-0.04, b=0.04)

@@ -21,17 +21,12 @@ STEPS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Step along the orthogonal matrix nearest to the averaged gradient (Nesterov's average).
+    """Step each matrix along the orthogonal one nearest to its averaged gradient (Nesterov's).
 
-    Steps are as large as those of AdamW with the same learning rate, and the weight decay is
-    decoupled (Liu et al. 2025, section 2.2, https://arxiv.org/abs/2502.16982).
-
-    Args:
-        parameters: Matrices.
-        lr: Learning rate.
-        weight_decay: A step multiplies the weights by 1 - lr * weight_decay.
-        dtype: Of the matrix products.
-        momentum: Share of the average that a step keeps.
+    Steps are as large as those of AdamW with the same learning rate. Weight decay is decoupled: a
+    step multiplies the weights by 1 - lr * weight_decay (Liu et al. 2025, section 2.2,
+    https://arxiv.org/abs/2502.16982). `dtype` is that of the matrix products, `momentum` the share
+    of the average that a step keeps.
     """
 
     def __init__(

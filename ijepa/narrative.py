@@ -9,8 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from ijepa.agreement import MAX_SPEARMAN_IMAGES
 from ijepa.comparison import Comparison
 from ijepa.errors import counted
@@ -95,17 +93,23 @@ def count(comparison: Comparison) -> int:
 
 def by_model(comparison: Comparison, metric: str) -> str:
     """A metric of each model with its interval."""
-    return ", ".join(
-        f"{label(role)} {interval(metric, values[metric])}"
-        for role, values in comparison.metrics.items()
-    )
+    found = comparison.metrics.items()
+    return ", ".join(f"{label(role)} {interval(metric, one[metric])}" for role, one in found)
+
+
+def precision_rows(comparison: Comparison) -> dict[str, Estimate]:
+    """Precision@5 of the models, with intervals, then of the references and of chance."""
+    rows = {name: metrics[P5] for name, metrics in comparison.metrics.items()}
+    others = {name: values[P5] for name, values in comparison.references.items()}
+    others["chance"] = comparison.chance_precision
+    return rows | {name: Estimate(x, math.nan, (math.nan, math.nan)) for name, x in others.items()}
 
 
 def undefined(comparison: Comparison) -> str:
     """Why there is no precision@5; empty where there is one."""
     if math.isfinite(comparison.metrics["local"][P5].value):
         return ""
-    if np.unique(comparison.analyses["local"].labels, return_counts=True)[1].max() < 2:
+    if math.isnan(comparison.chance_precision):
         return "Precision@5 is undefined: no class has two images."
     return "Precision@5 is undefined: with fewer than six images there are no five neighbors."
 
@@ -114,13 +118,11 @@ def answer(comparison: Comparison) -> str:
     """Which model retrieves better, and how well both and the references do."""
     if why := undefined(comparison):
         return why
-    others = {label(name): values[P5] for name, values in comparison.references.items()}
-    others["chance"] = comparison.chance_precision
-    shown = ", ".join(f"{name} {number(P5, value)}" for name, value in others.items())
+    found = precision_rows(comparison).items()
+    shown = ", ".join(f"{label(name)} {interval(P5, one)}" for name, one in found)
     return paragraph(
         models_ruling(comparison.differences, P5, count(comparison)),
-        f"Share of an image's five nearest neighbors that have its class: "
-        f"{by_model(comparison, P5)}, {shown}.",
+        f"Share of an image's five nearest neighbors that have its class: {shown}.",
     )
 
 
@@ -157,30 +159,24 @@ def efficiency_finding(comparison: Comparison) -> str:
 
 def variance_finding(comparison: Comparison) -> str:
     """How the variance is spread, and whether the models differ in that."""
+    changes, n = comparison.differences, count(comparison)
     widths = {role: a.embeddings.shape[1] for role, a in comparison.analyses.items()}
     ranks = []
     for role, metrics in comparison.metrics.items():
         rank, width = metrics["effective_rank"], widths[role]
         share = f" ({number('share', rank.value / width)})" * math.isfinite(rank.value)
         ranks.append(f"{label(role)} {interval('effective_rank', rank)} of {width:,}{share}")
-    raw = ""
     pixels = comparison.references.get("pixels", {}).get("variance_10pc", math.nan)
-    if math.isfinite(pixels):
-        raw = f"Raw pixels reach {number('variance_10pc', pixels)} in 10 PCs."
     ten = [f"{number('variance_10pc', 10 / w)} for {called(role)}" for role, w in widths.items()]
     differ = len(set(widths.values())) == 2 and min(widths.values()) >= 10
-    rulings = (
-        models_ruling(comparison.differences, metric, count(comparison))
-        for metric in ("variance_10pc", "effective_rank")
-    )
     return paragraph(
-        *rulings,
+        *(models_ruling(changes, metric, n) for metric in ("variance_10pc", "effective_rank")),
         f"Variance in 10 PCs: {by_model(comparison, 'variance_10pc')}.",
         f"Variance in 50 PCs: {by_model(comparison, 'variance_50pc')}.",
         f"PCs for 80% of the variance: {by_model(comparison, 'components_80')}.",
         f"Effective rank: {', '.join(ranks)}.",
-        f"Of all dimensions, 10 PCs are {listed(ten)}." if differ else "",
-        raw,
+        f"Of all dimensions, 10 PCs are {listed(ten)}." * differ,
+        f"Raw pixels reach {number('variance_10pc', pixels)} in 10 PCs." * math.isfinite(pixels),
     )
 
 
@@ -206,10 +202,6 @@ def separability_finding(comparison: Comparison) -> str:
 
 def confusion_finding(comparison: Comparison, classes: Sequence[str]) -> str:
     """The purest class and the most common confusions among the five nearest neighbors."""
-
-    def halves(which: str, share: float) -> str:
-        return f", {which} in {number('share', share)} of half-samples" * math.isfinite(share)
-
     parts = []
     for role, ranked in comparison.rankings.items():
         if not ranked:  # precision@5 is not defined
@@ -218,7 +210,8 @@ def confusion_finding(comparison: Comparison, classes: Sequence[str]) -> str:
         purities = [one.value for one in comparison.class_precision[role]]
         tied = purities.count(max(purities))
         first = f"{tied:,} classes have" if tied > 1 else f"{classes[best]} has"
-        again = halves("also", share) if tied == 1 else ""
+        again = f", also in {number('share', share)} of half-samples"
+        again *= tied == 1 and math.isfinite(share)
         parts.append(
             f"In {called(role)}, {first} the purest neighborhoods: "
             f"{number('share', max(purities))} of neighbors share the class{again}."
@@ -227,8 +220,9 @@ def confusion_finding(comparison: Comparison, classes: Sequence[str]) -> str:
             f"{classes[pair['from']]} -> {classes[pair['to']]} ({number('share', pair['share'])})"
             for pair in ranked["confusions"]
         ]
-        same = halves("the same", ranked["confusions_share_of_halves"])
-        parts.append(f"Most common confusions: {', '.join(pairs)}{same}." if pairs else "")
+        share = ranked["confusions_share_of_halves"]
+        same = f", the same in {number('share', share)} of half-samples" * math.isfinite(share)
+        parts.append(f"Most common confusions: {', '.join(pairs)}{same}." * bool(pairs))
     return paragraph(*parts)
 
 
@@ -327,7 +321,7 @@ def seeds_finding(comparison: Comparison) -> str:
     """How to read the spread over training seeds; empty for one training."""
     if not comparison.seeds:
         return ""
-    trainings = len(comparison.seeds[P5].values)
+    trainings = len(comparison.seeds[P5]["values"])
     return paragraph(
         f"The local model was trained {trainings} times with different seeds.",
         f"The deviation of {trainings} trainings is only rough." * (trainings < 5),

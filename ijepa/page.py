@@ -17,7 +17,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from jaxtyping import Float, UInt8
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -29,24 +29,19 @@ from ijepa.data import Split
 from ijepa.formats import NO_INTERVALS, P5, capital, interval, label, number, similarity_digits
 from ijepa.projections import Maps, class_similarity
 from ijepa.tables import INTERVALS, Rows, finding_tables, headline_table, model_facts
-from ijepa.uncertainty import MUTUAL_K, Estimate, estimate
+from ijepa.uncertainty import MUTUAL_K
 
 DARK = {plots.INK: "#e9e6df", plots.SOFT: "#aaa59b", plots.RULE: "#3a3f47"}
 DARK |= {plots.GROUND: "#131519", plots.MODEL_COLORS["local"]: "#5cc6e2"}
 DARK |= {plots.MODEL_COLORS["hf"]: "#ff9d69"}
 """What these colors of a figure become in dark mode; all others stay."""
-SCRIPTS = ("state.js", "map.js", "neighbors.js", "page.js")
-"""In the order in which they run."""
-GRID = 10_000
-"""Steps of a coordinate on the maps: finer than a pixel on any screen."""
-TILE = 32
-"""Side of an image in the sheet of thumbnails, in pixels."""
+SCRIPTS = ("state.js", "map.js", "neighbors.js", "page.js")  # in the order in which they run
+GRID = 10_000  # steps of a coordinate on the maps: finer than a pixel on any screen
+TILE = 32  # side of an image in the sheet of thumbnails, in pixels
 COLUMNS = 64
 QUALITY = 90  # 430 bytes per CIFAR-10 image (lossless 1,700) without visible artifacts
-MAX_TABLE = 20
-"""Classes in a table of similarities at most."""
-RANKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
-"""Components in the table of variance."""
+MAX_TABLE = 20  # classes in a table of similarities at most
+RANKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # components in the table of variance
 
 
 def page(  # noqa: PLR0913
@@ -65,23 +60,19 @@ def page(  # noqa: PLR0913
     `figures` are those of the page, by file name.
     """
     static = files("ijepa") / "static"
+    template = (static / "page.html").read_text(encoding="utf-8")
     style = (static / "page.css").read_text(encoding="utf-8")
     script = "".join((static / name).read_text(encoding="utf-8") for name in SCRIPTS)
     environment = Environment(
-        loader=PackageLoader("ijepa", "static"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    environment.filters |= {"words": in_words, "breakable": breakable}
+    environment.filters |= {"words": in_words, "breakable": breakable, "digest": digest}
     environment.filters |= {"titled": lambda role: capital(label(role))}
-    precisions = precision_rows(comparison)
+    precisions = narrative.precision_rows(comparison)
     title = "Precision@5 in percent" + ", 95% interval" * bool(comparison.num_halves)
     caption = plots.Caption(title, names=comparison.names)
-    return environment.get_template("page.html").render(
-        policy=policy(script, style),
+    return environment.from_string(template).render(
         style=Markup(style),
         script=Markup(script),
         comparison=comparison,
@@ -107,24 +98,14 @@ def page(  # noqa: PLR0913
     )
 
 
-def policy(script: str, style: str) -> str:
-    """The Content-Security-Policy: no network, and only exactly this script and this style."""
-    script, style = (
-        base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        for text in (script, style)
-    )
-    return (
-        f"default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; "
-        "img-src data:; base-uri 'none'; form-action 'none'"
-    )
+def digest(text: str) -> str:
+    """The SHA-256 of a script or a style, as a Content-Security-Policy names it."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 @matplotlib.rc_context(plots.STYLE)
 def picture(figure: Figure) -> dict[str, Any]:
-    """A figure as SVG in a data URI, with its size in pixels.
-
-    Its ground is transparent and its colors follow the reader's light or dark mode.
-    """
+    """A figure as SVG in a data URI that follows light or dark mode, with its size in pixels."""
     file = io.StringIO()
     figure.set_facecolor("none")
     # `savefig` would draw it twice.
@@ -146,14 +127,6 @@ def picture(figure: Figure) -> dict[str, Any]:
 def data_uri(kind: str, content: bytes) -> str:
     """A picture inside an address."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def precision_rows(comparison: Comparison) -> dict[str, Estimate]:
-    """Precision@5 of the models, with intervals, then of the references and of chance."""
-    rows = {name: metrics[P5] for name, metrics in comparison.metrics.items()}
-    others = {name: values[P5] for name, values in comparison.references.items()}
-    others["chance"] = comparison.chance_precision
-    return rows | {name: estimate(value, np.empty(0)) for name, value in others.items()}
 
 
 def similarity_tables(comparison: Comparison, classes: Sequence[str]) -> dict[str, Rows]:
@@ -206,7 +179,7 @@ def explorable(comparison: Comparison, maps: Maps, split: Split) -> dict[str, An
     """
     rows, analyses = maps.rows, comparison.analyses
     listed = {name: a.neighbors[rows, :5] for name, a in analyses.items()}
-    beyond = np.setdiff1d(np.concatenate([found.ravel() for found in listed.values()]), rows)
+    beyond = np.setdiff1d([*listed.values()], rows)
     order = np.concatenate([rows, beyond])
     position = np.zeros(len(split), dtype=np.int64)
     position[order] = np.arange(len(order))
@@ -265,10 +238,7 @@ def thumbnail(image: UInt8[np.ndarray, "3 h w"]) -> Image.Image:
 
 
 def sprite_sheet(maps: Maps, split: Split) -> str:
-    """Thumbnails of the images on the maps, `COLUMNS` in a line, as WebP in a data URI.
-
-    Without pictures all of it is gray.
-    """
+    """Thumbnails of the images on the maps, gray without pictures, as WebP in a data URI."""
     lines = math.ceil(len(maps.rows) / COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * TILE, lines * TILE), (128, 128, 128))
     for position, row in enumerate(maps.rows.tolist() if split.images is not None else ()):

@@ -34,6 +34,7 @@ from PIL import Image
 from ijepa.errors import counted
 from ijepa.files import write_atomically
 from ijepa.formats import P5, capital, label, number, similarity_digits
+from ijepa.metrics import Labels
 from ijepa.projections import PcaProjection, TsneProjection, class_similarity
 from ijepa.uncertainty import Estimate
 
@@ -43,20 +44,11 @@ INK, SOFT, RULE, GROUND = "#1d1c1a", "#5b5851", "#dedad2", "#fefefe"
 MODEL_COLORS = {"local": "#00607a", "hf": "#c2410c"}
 MODEL_LINES = {"local": "-", "hf": "--"}
 MODEL_MARKERS = {"local": "o", "hf": "s", "pixels": "D", "random_weights": "^", "chance": "v"}
-STYLE: dict[Any, Any] = {
-    "font.family": FONT,
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.facecolor": "none",
-    "axes.edgecolor": SOFT,
-    "grid.color": RULE,
-    "grid.linewidth": 0.6,
-    "svg.hashsalt": "ijepa",
-    "text.parse_math": False,
-    "text.usetex": False,
-}
+STYLE: dict[Any, Any] = {"font.family": FONT, "font.size": 9, "axes.titlesize": 10}
 STYLE |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-STYLE |= {"xtick.labelsize": 8, "ytick.labelsize": 8}
+STYLE |= {"axes.facecolor": "none", "axes.edgecolor": SOFT, "grid.color": RULE}
+STYLE |= {"grid.linewidth": 0.6, "xtick.labelsize": 8, "ytick.labelsize": 8}
+STYLE |= {"svg.hashsalt": "ijepa", "text.parse_math": False, "text.usetex": False}
 HALO = patheffects.withStroke(linewidth=2.5, foreground=GROUND)  # keeps words readable on marks
 LEGEND: dict[str, Any] = {"loc": "outside lower center", "fontsize": 8, "frameon": False}
 
@@ -182,9 +174,7 @@ def class_styles(classes: Sequence[str]) -> list[tuple[str, str]]:
 
 @matplotlib.rc_context(STYLE)
 def plot_maps(
-    maps: Mapping[str, TsneProjection] | Mapping[str, PcaProjection],
-    labels: Int[np.ndarray, " n"],
-    caption: Caption,
+    maps: Mapping[str, TsneProjection | PcaProjection], labels: Labels, caption: Caption
 ) -> Figure:
     """One cloud of points per model, with the classes' names at their medians and a legend."""
     styles, shown = class_styles(caption.classes), _short(caption.classes)
@@ -264,9 +254,7 @@ def _matrix(ax: Axes, matrix: Float[np.ndarray, "c c"], names: list[str], **colo
 
 @matplotlib.rc_context(STYLE)
 def plot_similarity_matrices(
-    embeddings: Mapping[str, Float[np.ndarray, "n _"]],
-    labels: Int[np.ndarray, " n"],
-    caption: Caption,
+    embeddings: Mapping[str, Float[np.ndarray, "n _"]], labels: Labels, caption: Caption
 ) -> Figure:
     """Cosine similarity of class means, raw above and centered below; then HF - local."""
     shown = np.array(_short(caption.classes))[np.unique(labels)].tolist()

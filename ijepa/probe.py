@@ -10,7 +10,7 @@ whole one, then both halves of each pair), R draws of a few images.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,8 @@ BankLabels = Int[np.ndarray, " N"]
 Keep = Bool[np.ndarray, " N"]
 Parts = tuple[Keep, list[Keep], dict[int, list[Keep]]]
 """A tenth of the bank, pairs of halves of it, and draws by images of each class."""
+Rows = Float[np.ndarray, "m r"]  # of the bank or the queries, on the principal axes
+Codes = Int[np.ndarray, " m"]  # classes numbered from 0
 Weights = Float[np.ndarray, "r+1 C"]  # of the linear map; the last row are the offsets
 Scores = Bool[np.ndarray, "B n"]  # which queries are given their class with each bank
 
@@ -65,10 +67,6 @@ class Probe:
     notes: list[str]  # what was capped or left out, one sentence each
     correct: dict[str, dict[str, Bool[np.ndarray, " n"]]] = field(repr=False)
     """By model and measure, which queries are given their class."""
-
-    def record(self) -> dict[str, Any]:
-        """Everything as plain data, without the answers to single queries."""
-        return asdict(replace(self, correct={}))
 
 
 @dataclass(frozen=True)
@@ -263,17 +261,13 @@ def linear_answers(
     return predict(W, weights), {"l2": l2, "held_out_accuracy": accuracy}
 
 
-def predict(Z: Float[np.ndarray, "m r"], weights: Weights) -> Int[np.ndarray, " m"]:
+def predict(Z: Rows, weights: Weights) -> Codes:
     """The most probable class of each row."""
     return (Z @ weights[:-1] + weights[-1]).argmax(axis=1)
 
 
 def fit(
-    Z: Float[np.ndarray, "m r"],
-    codes: Int[np.ndarray, " m"],
-    l2: float,
-    start: Weights,
-    variances: Float[np.ndarray, " r"],
+    Z: Rows, codes: Codes, l2: float, start: Weights, variances: Float[np.ndarray, " r"]
 ) -> Weights:
     """Minimum of the mean cross-entropy plus l2 / 2 times the squared weights without offsets.
 
@@ -281,7 +275,6 @@ def fit(
     """
     # About the inverse root of the curvature along each axis.
     scale = np.append(1 / np.sqrt(0.1 * variances + l2), 1.0)[:, None]
-
     limits = {"maxiter": 1000, "ftol": 1e-6, "gtol": 1e-5}
     at = (start / scale).ravel()
     data = Z, codes, l2, np.broadcast_to(scale, start.shape)
@@ -290,11 +283,7 @@ def fit(
 
 
 def cross_entropy(
-    flat: Float[np.ndarray, " p"],
-    Z: Float[np.ndarray, "m r"],
-    codes: Int[np.ndarray, " m"],
-    l2: float,
-    scale: Weights,
+    flat: Float[np.ndarray, " p"], Z: Rows, codes: Codes, l2: float, scale: Weights
 ) -> tuple[float, Float[np.ndarray, " p"]]:
     """What `fit` minimizes and its gradient, for weights over their scale in one row."""
     weights = flat.reshape(scale.shape) * scale

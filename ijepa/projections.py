@@ -191,9 +191,7 @@ def align(reference: Plane, moving: Plane) -> Plane:
     return center + stretch / (np.square(centered).sum() or 1.0) * centered @ turn
 
 
-def match_signs(
-    reference: Float[np.ndarray, "n k"], moving: Float[np.ndarray, "n k"]
-) -> Float[np.ndarray, "n k"]:
+def match_signs(reference: Plane, moving: Plane) -> Plane:
     """Flip each column of `moving` that correlates negatively with that of `reference`."""
     products = ((reference - reference.mean(axis=0)) * (moving - moving.mean(axis=0))).sum(axis=0)
     return moving * np.where(products < 0, -1, 1)

@@ -12,17 +12,18 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from importlib.metadata import version
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
 from ijepa import markdown, plots
-from ijepa.comparison import Comparison, neighbor_confusion
+from ijepa.comparison import Comparison
 from ijepa.data import Split
 from ijepa.embeddings import save_embeddings
 from ijepa.errors import git_commit
@@ -33,23 +34,19 @@ from ijepa.metrics import KNN_K, TEMPERATURE
 from ijepa.page import page
 from ijepa.projections import PERPLEXITY, TSNE_WIDTH, Maps, make_maps
 from ijepa.tables import HEADLINES, class_means, summary
-from ijepa.uncertainty import LEVEL, MUTUAL_K
+from ijepa.uncertainty import LEVEL, MUTUAL_K, confusion
 
 SCHEMA_VERSION = 2
 PACKAGES = ("torch", "torchvision", "transformers", "numpy", "scipy", "scikit-learn", "matplotlib")
 PACKAGES += ("Pillow", "huggingface_hub")
 """Packages whose version can change a number."""
 MAX_QUERIES = 10
-MAX_MATRIX = 300
-"""Classes in the matrices of metrics.json at most; those of 1,000 would take 30 MB."""
-SHOWN_SIDE = 224
-"""Longest side of a neighbor's picture, in pixels."""
-NUM_DISAGREEMENTS = 4
-"""Queries shown in each direction of disagreement."""
+MAX_MATRIX = 300  # classes in the matrices of metrics.json; those of 1,000 would take 30 MB
+SHOWN_SIDE = 224  # longest side of a neighbor's picture, in pixels
+NUM_DISAGREEMENTS = 4  # queries shown in each direction of disagreement
 ON_PAGE = ("class_precision.png", "similarity_matrices.png", "variance_explained.png")
 """Figures that `static/page.html` shows, each by a call of its own."""
-NOT_ALWAYS_MADE = ("embeddings_local.npz", "embeddings_hf.npz", "nn_queries.png")
-NOT_ALWAYS_MADE += ("nn_disagreement.png",)
+OPTIONAL = ("embeddings_local.npz", "embeddings_hf.npz", "nn_queries.png", "nn_disagreement.png")
 """Files that need images, a second model, or images on which only one model is right."""
 
 
@@ -74,14 +71,11 @@ def complete(comparison: Comparison, split: Split, facts: Mapping[str, Any]) -> 
         "unreadable": list(split.unreadable),
         **facts.get("dataset", {}),
     }
-    models = {}
+    models = dict(facts.get("models", {}))  # perhaps with other seeds of the local model
     for role, name in comparison.names.items():
         width = comparison.analyses[role].embeddings.shape[1]
-        models[role] = {"source": name, "embedding_dim": width, "short_name": name}
-        models[role] |= {"notes": [], "losses": None}
-    # Other seeds of the local model come after the compared models.
-    for role, known in facts.get("models", {}).items():
-        models[role] = models.get(role, {}) | known
+        found = {"source": name, "embedding_dim": width, "short_name": name}
+        models[role] = found | {"notes": [], "losses": None} | models.get(role, {})
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     run = {"command": "", "seed": comparison.seed, "versions": versions}
     run |= {"git_commit": git_commit(), **facts.get("run", {})}
@@ -126,17 +120,27 @@ def draw(comparison: Comparison, maps: Maps, split: Split) -> Iterator[tuple[str
     if split.images is None:
         return
     how = f"Queries drawn by seed {seed}, one of each class (at most {MAX_QUERIES})."
-    words = caption("Nearest neighbors", how)
-    queries = draw_queries(labels, seed)
-    yield "nn_queries.png", draw_neighbors(comparison, queries, split, words)
-    how = (
+    why = (
         "The nearest neighbor has the right class in only one model; at most "
         f"{NUM_DISAGREEMENTS} each way, by difference in precision@5, ties in an order drawn by "
         f"seed {seed}."
     )
-    words = caption("Where only one model is right", how)
-    if len(queries := disagreements(comparison, seed)):
-        yield "nn_disagreement.png", draw_neighbors(comparison, queries, split, words)
+    drawn, disputed = draw_queries(labels, seed), disagreements(comparison, seed)
+    for name, queries, words in (
+        ("nn_queries.png", drawn, caption("Nearest neighbors", how)),
+        ("nn_disagreement.png", disputed, caption("Where only one model is right", why)),
+    ):
+        if len(queries):
+            found = {
+                role: (a.neighbors[queries, :5], a.similarities[queries, :5])
+                for role, a in comparison.analyses.items()
+            }
+            yield (
+                name,
+                plots.plot_neighbors(
+                    found, queries, labels, lambda row: shrink(split.images[row], SHOWN_SIDE), words
+                ),
+            )
 
 
 def draw_queries(labels: Int[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " q"]:
@@ -147,36 +151,17 @@ def draw_queries(labels: Int[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " 
 
 
 def disagreements(comparison: Comparison, seed: int) -> Int[np.ndarray, " q"]:
-    """Images on which only one model is right: first those of hf, then those of local.
+    """Images whose nearest neighbor has their class in only one model: in hf, then in local.
 
-    A model is right if the nearest neighbor has the image's class. The images whose precision@5
-    differs most come first, equals in an order drawn by the seed.
+    Those whose precision@5 differs most come first, equals in an order drawn by the seed.
     """
-    if len(comparison.analyses) < 2:
-        return np.array([], dtype=np.int64)
     order = np.random.default_rng(seed).permutation(len(comparison.analyses["local"].labels))
     chosen: list[int] = []
-    for better, worse in (("hf", "local"), ("local", "hf")):
-        winner, loser = (comparison.analyses[name] for name in (better, worse))
+    for winner, loser in permutations(reversed(comparison.analyses.values()), 2):
         only = order[winner.first_is_right()[order] & ~loser.first_is_right()[order]]
         gain = winner.precisions(5)[only] - loser.precisions(5)[only]
         chosen += only[np.argsort(-gain, kind="stable")][:NUM_DISAGREEMENTS].tolist()
     return np.array(chosen, dtype=np.int64)
-
-
-def draw_neighbors(
-    comparison: Comparison, queries: Int[np.ndarray, " q"], split: Split, caption: plots.Caption
-) -> Figure:
-    """The five nearest images of each query in each model."""
-    found = {
-        name: (a.neighbors[queries, :5], a.similarities[queries, :5])
-        for name, a in comparison.analyses.items()
-    }
-
-    def image_of(row: int) -> UInt8[np.ndarray, "3 h w"]:
-        return shrink(split.images[row], SHOWN_SIDE)
-
-    return plots.plot_neighbors(found, queries, split.labels, image_of, caption)
 
 
 def per_image_csv(comparison: Comparison, maps: Maps, split: Split, probe: Any = None) -> str:
@@ -193,9 +178,8 @@ def per_image_csv(comparison: Comparison, maps: Maps, split: Split, probe: Any =
         places[maps.rows] = maps.tsne[name].coordinates
         for metric in ("precision_at_5", "silhouette", "silhouette_cosine"):
             columns[f"{metric}_{name}"] = blank_nan(analysis.scores[metric])
-        columns[f"neighbors_{name}"] = [
-            " ".join(map(str, split.indices[found])) for found in analysis.neighbors[:, :5]
-        ]
+        lists = split.indices[analysis.neighbors[:, :5]].tolist()
+        columns[f"neighbors_{name}"] = [" ".join(map(str, found)) for found in lists]
         columns[f"tsne_x_{name}"], columns[f"tsne_y_{name}"] = map(blank_nan, places.T)
     if comparison.mutual is not None:
         columns["mutual_knn"] = blank_nan(comparison.mutual)
@@ -238,6 +222,10 @@ def metrics_content(
     """The content of metrics.json without the artifacts, as JSON values."""
     undefined: list[str] = []
     num_classes = len(facts["dataset"]["classes"])
+    matrices = {
+        name: confusion(a.labels, a.labels[a.neighbors[:, :5]], num_classes).tolist()
+        for name, a in (comparison.analyses.items() if num_classes <= MAX_MATRIX else ())
+    }
     content = {
         "schema_version": SCHEMA_VERSION,
         "names": comparison.names,
@@ -253,27 +241,20 @@ def metrics_content(
             "class_groups": comparison.class_groups,
             "rankings": comparison.rankings,
             "agreement": comparison.agreement,
-            "neighbor_confusion": {
-                name: neighbor_confusion(analysis, num_classes).tolist()
-                for name, analysis in comparison.analyses.items()
-                if num_classes <= MAX_MATRIX
-            },
+            "neighbor_confusion": matrices,
         },
         "references": comparison.references,
         "gains": comparison.gains,
         "training_seeds": comparison.seeds,
-        "probe": probe.record() if probe else None,
+        "probe": replace(probe, correct={}) if probe else None,
     }
     result = plain(content, "", undefined)
     expected = (".se", ".ci95[0]", ".ci95[1]", ".ratio.value")
     paths = [re.sub(r"\[\d+\]", "[...]", p[1:]) for p in undefined if not p.endswith(expected)]
     nulls = [f"{path} is undefined for this sample" for path in dict.fromkeys(paths)]
-    if num_classes > MAX_MATRIX:
-        nulls.append(
-            f"comparison.neighbor_confusion leaves out matrices of {num_classes:,} classes"
-        )
-    result["caveats"] = [*caveats, *nulls]
-    return result
+    left_out = f"comparison.neighbor_confusion leaves out matrices of {num_classes:,} classes"
+    nulls += [left_out] * (num_classes > MAX_MATRIX)
+    return result | {"caveats": [*caveats, *nulls]}
 
 
 def json_text(content: Mapping[str, Any]) -> str:
@@ -289,11 +270,6 @@ def summary_json(metrics: Path) -> str:
     differences = content["comparison"]["differences"]
     found["differences"] = {name: differences[name] for name in HEADLINES if name in differences}
     return json_text(found)
-
-
-def artifact(path: Path) -> dict[str, Any]:
-    """The entry of a file in metrics.json."""
-    return {"path": path.name, "sha256": sha256(path), "bytes": path.stat().st_size}
 
 
 def unnamed(comparison: Comparison) -> Split:
@@ -329,13 +305,14 @@ def write_report(
     shown = [split.name, *comparison.names.values(), *split.classes]
     notes = [*split.notes, *filter(None, [plots.font_note(shown)])]
     caveats = markdown.caveats(comparison, facts, maps, notes)
-    written: list[Path] = []
+    artifacts: list[dict[str, Any]] = []
     with suppress(OSError):  # while it is missing, the report is unfinished
         (folder / "metrics.json").unlink()
 
     def write(name: str, how: Callable[..., None], *what: Any) -> None:
-        how(folder / name, *what)
-        written.append(folder / name)
+        path = folder / name
+        how(path, *what)
+        artifacts.append({"path": name, "sha256": sha256(path), "bytes": path.stat().st_size})
 
     for role, values in X.items() if split.images is not None else ():
         write(f"embeddings_{role}.npz", save_embeddings, values, split)
@@ -343,19 +320,18 @@ def write_report(
     for name, figure in figures.items():
         write(name, plots.save_figure, figure)
     write("per_image.csv", write_text, per_image_csv(comparison, maps, split, probe))
-    files = [*(path.name for path in written), "report.html", "metrics.json"]
+    files = [*(one["path"] for one in artifacts), "report.html", "metrics.json"]
     write("report.md", write_text, markdown.markdown(comparison, facts, caveats, files, probe))
 
-    content = metrics_content(comparison, facts, caveats, probe)
-    content["artifacts"] = [artifact(path) for path in written]
+    content = metrics_content(comparison, facts, caveats, probe) | {"artifacts": artifacts}
     figures = {name: figures[name] for name in ON_PAGE}
     html = page(comparison, maps, split, facts, caveats, json_text(content), figures, probe)
     write("report.html", write_text, html)
-    content["artifacts"].append(artifact(written[-1]))
     if "seconds" in content["run"]:
         content["run"]["seconds"]["write"] = round(time.perf_counter() - began, 3)
     write("metrics.json", write_text, json_text(content))
-    for left in {folder / name for name in NOT_ALWAYS_MADE} - set(written):
+    written = [folder / one["path"] for one in artifacts]
+    for left in {folder / name for name in OPTIONAL} - set(written):
         # Compared arrays may come from an earlier run's embeddings in this folder.
         if split.images is not None or left.suffix != ".npz":
             left.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ The folder holds the resumable state, the log, and the checkpoint for others.
 """
 
 import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,7 @@ from ijepa.checkpoint import load_checkpoint, read_torch_file, save_checkpoint
 from ijepa.distributed import num_processes
 from ijepa.errors import UserError, counted
 from ijepa.files import write_atomically, write_text
-from ijepa.metrics import covariance_spectrum, effective_rank, nearest_neighbors, precision_at_k
+from ijepa.metrics import all_pairs, covariance_spectrum, effective_rank, precision_at_k
 from ijepa.model import VisionTransformer
 from ijepa.training import TrainConfig, TrainState, check_finite, decay_start
 
@@ -93,10 +92,9 @@ class Run:
             hint = "move it away, or give another --output-dir"
             raise UserError(f"{paths[0]} is no state of a training run", hint=hint)
         if changed := self.differences(saved):
-            raise UserError(
-                f"the run in {self.folder} has other settings: {'; '.join(changed)}",
-                hint="repeat the command that began it, or give another --output-dir",
-            )
+            problem = f"the run in {self.folder} has other settings: {'; '.join(changed)}"
+            hint = "repeat the command that began it, or give another --output-dir"
+            raise UserError(problem, hint=hint)
         state.load_state_dict(saved["state"])
         for name in ("rows", "epoch_seconds", "earlier_runs"):
             setattr(self, name, saved[name])
@@ -111,10 +109,9 @@ class Run:
         old, images = (training.get(name, {}) for name in ("settings", "images"))
         changed = {**old, "epochs": None} != {**self.settings, "epochs": None}
         if changed or images.get("sha256") != self.images["sha256"]:
-            raise UserError(
-                f"{path} is the checkpoint of another run, without a state to resume",
-                hint="give another --output-dir, and --init-from with this folder to go on from it",
-            )
+            problem = f"{path} is the checkpoint of another run, without a state to resume"
+            hint = "give another --output-dir, and --init-from with this folder to go on from it"
+            raise UserError(problem, hint=hint)
 
     def differences(self, saved: dict[str, Any]) -> list[str]:
         """Why a saved state is not one of the run that these settings make from scratch."""
@@ -151,24 +148,19 @@ class Run:
         path = folder / CHECKPOINT
         target, context = (load_checkpoint(path, which) for which in ("target", "context"))
         if target.config != self.config.vit:
-            raise UserError(
-                f"the encoder in {folder} is {target.config}, not {self.config.vit}",
-                hint="give its --embed-dim, --depth and --patch-size",
-            )
+            problem = f"the encoder in {folder} is {target.config}, not {self.config.vit}"
+            raise UserError(problem, hint="give its --embed-dim, --depth and --patch-size")
         if target.epochs is None:
             hint = "give a folder that a run of scripts/train_ijepa.py ended in"
             raise UserError(f"{path} does not record its epochs", hint=hint)
         if self.config.epochs <= target.epochs:
-            raise UserError(
-                f"the run in {folder} has had {counted(target.epochs, 'epoch')}: nothing is left "
-                "to do",
-                hint=f"give --epochs {target.epochs + 1} or more, the earlier ones included",
-            )
+            problem = f"the run in {folder} has had {counted(target.epochs, 'epoch')}"
+            hint = f"give --epochs {target.epochs + 1} or more, the earlier ones included"
+            raise UserError(f"{problem}: nothing is left to do", hint=hint)
         if len(rows := read_log(folder / LOG)) < target.epochs:
-            raise UserError(
-                f"{folder / LOG} has {counted(len(rows), 'epoch')}, {CHECKPOINT} {target.epochs}",
-                hint="give the folder of a whole run: both files must be of it",
-            )
+            found = f"{counted(len(rows), 'epoch')}, {CHECKPOINT} {target.epochs}"
+            hint = "give the folder of a whole run: both files must be of it"
+            raise UserError(f"{folder / LOG} has {found}", hint=hint)
         state.target_encoder.load_state_dict(target.state_dict)
         state.context_encoder.load_state_dict(context.state_dict)
         if target.predictor:
@@ -187,9 +179,8 @@ class Run:
     def log(self, row: dict[str, Any]) -> None:
         """Add the row of one epoch, with six significant digits."""
         self.epoch_seconds = 0.0
-        self.rows.append(
-            {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
-        )
+        shown = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+        self.rows.append(shown)
 
     def collapse_warning(self) -> str | None:
         """What to say and to do if the last epoch is the first one that looks collapsed."""
@@ -215,12 +206,10 @@ class Run:
 
     def publish(self, state: TrainState, facts: dict[str, Any]) -> None:
         """Write log and checkpoint of the epochs so far, with further facts about their origin."""
-        text = io.StringIO()
         columns = list(self.rows[-1])  # a log that was taken over may have others
-        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_text(self.folder / LOG, text.getvalue())
+        table = [columns, *([row.get(name) for name in columns] for row in self.rows)]
+        lines = (",".join("" if cell is None else str(cell) for cell in row) for row in table)
+        write_text(self.folder / LOG, "".join(f"{line}\n" for line in lines))
         names = ("settings", "images", "earlier_runs", "random_rank")
         own = self.rows[state.start_step // self.steps_per_epoch :]
         training = {name: getattr(self, name) for name in names} | {
@@ -228,7 +217,6 @@ class Run:
             "epochs": self.rows[-1]["epoch"],
             "planned_epochs": self.config.epochs,
             "recipe": self.settings["recipe"],
-            "terms": list(self.config.terms),
             "dataset": self.images["dataset"],
             "num_images": self.images["num_images"],
             "device": state.loss_sums.device.type,
@@ -237,14 +225,10 @@ class Run:
             "torch": str(torch.__version__),
             **facts,
         }
-        networks = {
-            "target": state.target_encoder,
-            "context": state.context_encoder,
-            "predictor": state.predictor,
-        }
-        save_checkpoint(
-            self.folder / CHECKPOINT, self.config.vit, networks, NORMALIZATION, training
-        )
+        networks = {"target": state.target_encoder, "context": state.context_encoder}
+        networks |= {"predictor": state.predictor}
+        path = self.folder / CHECKPOINT
+        save_checkpoint(path, self.config.vit, networks, NORMALIZATION, training)
 
 
 @torch.no_grad()
@@ -269,7 +253,7 @@ def evaluate(
         raise FloatingPointError("the embeddings are no longer numbers")
     precision = None
     if labels is not None:
-        precision = float(precision_at_k(nearest_neighbors(embeddings, 5)[0], labels, 5).mean())
+        precision = float(precision_at_k(all_pairs(embeddings, 5).neighbors, labels, 5).mean())
     return {
         "heldout_precision_at_5": precision,
         "effective_rank": effective_rank(covariance_spectrum(embeddings)),
@@ -280,17 +264,12 @@ def evaluate(
 def collapses_now(ranks: Sequence[float], random_rank: float) -> bool:
     """Whether the last effective rank is the first one that looks collapsed.
 
-    A rank looks collapsed if it exceeds neither the random network's rank nor the rank of
-    `EARLY_EPOCHS` epochs before. The first `EARLY_EPOCHS` ranks never do: all runs start low.
-
-    Args:
-        ranks: One per epoch.
-        random_rank: Effective rank of the network before training, on the same images.
+    A rank looks collapsed if it exceeds neither `random_rank`, that of the same images before
+    training, nor the rank of `EARLY_EPOCHS` epochs before. The first `EARLY_EPOCHS` ranks never
+    do: all runs start low.
     """
-    collapsed = [
-        rank <= min(random_rank, before)
-        for before, rank in zip(ranks, ranks[EARLY_EPOCHS:], strict=False)
-    ]
+    pairs = zip(ranks, ranks[EARLY_EPOCHS:], strict=False)
+    collapsed = [rank <= min(random_rank, before) for before, rank in pairs]
     return sum(collapsed) == 1 and collapsed[-1]
 
 
@@ -307,10 +286,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             for row in csv.DictReader(path.read_text("utf-8").splitlines())
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"cannot read the log {path} ({error})",
-            hint="give the folder that a run of scripts/train_ijepa.py ended in",
-        ) from error
+        hint = "give the folder that a run of scripts/train_ijepa.py ended in"
+        raise UserError(f"cannot read the log {path} ({error})", hint=hint) from error
 
 
 @matplotlib.rc_context(plots.STYLE)

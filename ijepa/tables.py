@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from ijepa.agreement import ratio
-from ijepa.comparison import Comparison, neighbor_confusion
+from ijepa.comparison import Comparison
 from ijepa.formats import MISSING, P5, capital, gap, in_points, interval, label, number, p_value
-from ijepa.uncertainty import KNN_K
+from ijepa.uncertainty import KNN_K, confusion
 
 ROWS = {
     "embedding_dim": "Embedding dimension",
@@ -24,25 +23,21 @@ INTERVALS = (
     "Brackets hold 95% intervals over images. Those of silhouette and precision come from "
     "stratified half-samples, those of variance and effective rank from each image's influence."
 )
-MAX_CONFUSION = 12
-"""Classes up to which a table shows every pair."""
+MAX_CONFUSION = 12  # classes up to which a table shows every pair
 
 Rows = list[list[str]]
 
 
 def summary(comparison: Comparison) -> dict[str, dict[str, float | int]]:
     """The headline numbers of each model and local / hf."""
-    result = {
-        name: {
-            "embedding_dim": analysis.embeddings.shape[1],
-            **{metric: comparison.metrics[name][metric].value for metric in HEADLINES},
-        }
-        for name, analysis in comparison.analyses.items()
-    }
+    result: dict[str, dict[str, float | int]] = {}
+    for name, analysis in comparison.analyses.items():
+        result[name] = {"embedding_dim": analysis.embeddings.shape[1]}
+        result[name] |= {metric: comparison.metrics[name][metric].value for metric in HEADLINES}
     if "hf" in result:
-        widths = [float(result[role]["embedding_dim"]) for role in ("local", "hf")]
+        local, hf = (one["embedding_dim"] for one in result.values())
         quotients = {name: comparison.differences[name]["ratio"].value for name in HEADLINES}
-        result["ratio"] = {"embedding_dim": ratio(*widths), **quotients}
+        result["ratio"] = {"embedding_dim": local / hf, **quotients}
     return result
 
 
@@ -86,8 +81,7 @@ def headline_table(comparison: Comparison) -> Rows:
             difference = comparison.differences.get(metric)
             row.append(gap(metric, difference["estimate"]) if difference else "")
         row.append(number(P5, comparison.chance_precision) if metric == P5 else "")
-        references = comparison.references.values()
-        rows.append(row + [number(metric, values[metric]) for values in references])
+        rows.append(row + [number(metric, one[metric]) for one in comparison.references.values()])
     if means := class_means(comparison):
         row = [f"{ROWS[P5]}, mean over classes", *(number(P5, value) for value in means.values())]
         rows.append(row + [""] * (len(rows[0]) - len(row)))
@@ -115,12 +109,10 @@ def class_table(comparison: Comparison, classes: Sequence[str]) -> Rows:
 
 def confusion_table(comparison: Comparison, classes: Sequence[str]) -> Rows:
     """Percent of the five nearest neighbors by class of query (row) and neighbor (column)."""
-    present = np.unique(comparison.analyses["local"].labels)
+    present, codes = np.unique(comparison.analyses["local"].labels, return_inverse=True)
     classes = [classes[label] for label in present]
-    matrices = [
-        neighbor_confusion(a, int(present[-1]) + 1)[np.ix_(present, present)]
-        for a in comparison.analyses.values()
-    ]
+    analyses = comparison.analyses.values()
+    matrices = [confusion(codes, codes[a.neighbors[:, :5]], len(present)) for a in analyses]
     shares = [[[number("share", x)[:-1] for x in row] for row in matrix] for matrix in matrices]
     rows = (map(" / ".join, zip(*row, strict=True)) for row in zip(*shares, strict=True))
     return [["Image", *classes], *([name, *row] for name, row in zip(classes, rows, strict=True))]
@@ -172,9 +164,9 @@ def seeds_table(comparison: Comparison) -> Rows:
     rows = [["Metric", "Trainings", "Mean", "Deviation over trainings", "Error over images"]]
     for metric in HEADLINES:
         spread, error = comparison.seeds[metric], comparison.metrics["local"][metric].se
-        trainings = ", ".join(number(metric, value) for value in spread.values)
-        errors = (in_points(number(metric, value, extra=1)) for value in (spread.sd, error))
-        rows.append([ROWS[metric], trainings, number(metric, spread.mean), *errors])
+        trainings = ", ".join(number(metric, value) for value in spread["values"])
+        errors = (in_points(number(metric, value, extra=1)) for value in (spread["sd"], error))
+        rows.append([ROWS[metric], trainings, number(metric, spread["mean"]), *errors])
     return rows
 
 

@@ -40,9 +40,6 @@ class TrainConfig:
 
     Only the last `decay_share` of a run depends on `epochs`; until then a run can be made longer or
     shorter.
-
-    Raises:
-        ValueError: If the number of views does not fit the terms of the loss.
     """
 
     epochs: int = 300
@@ -59,7 +56,7 @@ class TrainConfig:
     min_crop: float = 0.25  # smallest share of the image's area in a view
     jitter: float = 0.4  # strength of the color jitter of every view
     grey_share: float = 0.2  # of gray views
-    num_views: int = 3  # crops of each image in an update
+    num_views: int = 3  # crops of each image in an update: at least 2 for matching, 1 without
     matching_weight: float = 1.0
     temperature: float = 0.1  # of the matching loss before the decay
     last_temperature: float = 0.4  # higher: similar images are separated less
@@ -68,18 +65,6 @@ class TrainConfig:
     vit: ViTConfig = field(default_factory=ViTConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
-
-    def __post_init__(self) -> None:
-        if bool(self.matching_weight) != (self.num_views > 1):
-            need = "at least 2 with the matching term" if self.matching_weight else "1 without it"
-            raise ValueError(f"num_views must be {need}, got {self.num_views}")
-
-    @property
-    def terms(self) -> tuple[str, ...]:
-        """Names of the terms of the loss."""
-        matching = ("view matching (InfoNCE)",) if self.matching_weight else ()
-        spread = ("variance/covariance",) if self.spread_weight else ()
-        return ("I-JEPA prediction", *matching, *spread)
 
 
 RECIPES = {
@@ -115,10 +100,8 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers from which `load_state_dict` continues exactly."""
         modules = ("context_encoder", "target_encoder", "predictor", "muon", "adamw")
-        numbers = ("step", "start_step", "loss_sums")
-        return {name: getattr(self, name).state_dict() for name in modules} | {
-            name: getattr(self, name) for name in numbers
-        }
+        saved = {name: getattr(self, name).state_dict() for name in modules}
+        return saved | {name: getattr(self, name) for name in ("step", "start_step", "loss_sums")}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take over the result of `state_dict`, also from another kind of device."""
@@ -288,19 +271,14 @@ def compute_losses(
     means = gather_rows(means).transpose(0, 1)  # (V, B, D)
     if len(means) == 1:  # nothing to match
         return Losses(prediction, torch.zeros_like(prediction), spread_loss(means[0]))
-    queries, keys = (
-        torch.stack(side) for side in zip(*permutations(means.unbind(), 2), strict=True)
-    )
+    queries, keys = map(torch.stack, zip(*permutations(means.unbind(), 2), strict=True))
     to_target = matching_loss(means[1:], mean_target.expand_as(means[1:]), temperature)
     matching = to_target + matching_loss(queries, keys, temperature)
     return Losses(prediction, matching, spread_loss(means[0]))
 
 
 def train_step(
-    state: TrainState,
-    config: TrainConfig,
-    images: UInt8[Tensor, "B 3 H W"],
-    steps_per_epoch: int,
+    state: TrainState, config: TrainConfig, images: UInt8[Tensor, "B 3 H W"], steps_per_epoch: int
 ) -> Losses:
     """Update the networks once by a whole batch.
 
@@ -401,9 +379,8 @@ def log_row(
 ) -> dict[str, int | float | None]:
     """Finished epochs, mean losses of the last epoch so far, and rates of the last update."""
     steps_per_epoch, last = num_images // config.batch_size, state.step - 1
-    prediction, matching = (
-        total / (last % steps_per_epoch + 1) for total in state.loss_sums.tolist()
-    )
+    updates = last % steps_per_epoch + 1
+    prediction, matching = (total / updates for total in state.loss_sums.tolist())
     return {
         "epoch": state.step // steps_per_epoch,
         "loss": prediction,

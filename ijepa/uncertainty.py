@@ -110,9 +110,6 @@ def student_p(value: float, deviations: Deviations) -> float:
 
     T has Student's distribution with r - 1 degrees of freedom. Where SE is 0 the p-value is 0, or 1
     for a value of 0.
-
-    Scores of single images are not independent, as images share neighbors: a test that shuffles
-    their signs raises three times as many false alarms as it claims.
     """
     se = estimate(value, deviations).se
     if se == 0:
@@ -192,16 +189,19 @@ def class_average(scores: PerImage, codes: Labels) -> Float[np.ndarray, " C"]:
 
 
 def confusion(
-    codes: Labels, neighbor_codes: Neighbors, num_classes: int, weights: Float[np.ndarray, " m"]
+    codes: Labels,
+    neighbor_codes: Neighbors,
+    num_classes: int,
+    weights: Float[np.ndarray, " m"] | float = 1.0,
 ) -> Float[np.ndarray, "C C"]:
-    """Share of the neighbors of each class (row) that belong to each class (column).
+    """Share of the neighbors of each class (row) that belong to each class (column), in [0, 1].
 
-    The classes are numbered from 0; one without images has zeros. The weights are those of the
-    first neighbor, of the second one, and so on.
+    The classes are numbered from 0; one without images has zeros, the others sum to 1. The weights
+    are those of the first neighbor, of the second one, and so on; or one for all.
     """
-    pairs = (codes[:, None] * num_classes + neighbor_codes).ravel()
-    counts = np.bincount(pairs, np.tile(weights, len(codes)), num_classes**2)
-    counts = counts.reshape(num_classes, num_classes)
+    pairs = codes[:, None] * num_classes + neighbor_codes
+    weights = np.broadcast_to(weights, pairs.shape).ravel()
+    counts = np.bincount(pairs.ravel(), weights, num_classes**2).reshape(num_classes, -1)
     return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -21,11 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ijepa import __version__  # noqa: E402
-from ijepa.errors import (  # noqa: E402
+from ijepa import __version__
+from ijepa.errors import (
     UserError,
     command_line,
     counted,
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
     from ijepa.data import Split
     from ijepa.embeddings import Embeddings
 
-BUNDLED = ROOT / "checkpoints_300ep"
+BUNDLED = Path(__file__).resolve().parents[1] / "checkpoints_300ep"
 HUB_MODEL = "facebook/ijepa_vith14_1k"
 SLOW_SECONDS = 2.0
 """A stage that takes longer than this says what it does."""
@@ -69,9 +68,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="for all files (default: %(default)s)")
     add("--max-samples", type=whole(0), default=2000, metavar="N",
         help="class-balanced; 0 = the whole split (default: %(default)s)")
-    add("--probe-samples", type=whole_or_all, default=0, metavar="N",
-        help="also report kNN and linear-probe accuracy with N images of the train split; "
-        "0 = no probe, all = the whole split (default: 0)")
+    add("--probe-samples", type=lambda text: None if text == "all" else whole(0)(text), default=0,
+        metavar="N", help="also report kNN and linear-probe accuracy with N images of the train "
+        "split; 0 = no probe, all = the whole split (default: 0)")
     add("--dataset", type=nonempty,
         help="cifar10, digits, or a folder with one subfolder per class (default: cifar10; with "
         "--offline digits, unless --data-dir has CIFAR-10)")
@@ -116,11 +115,6 @@ def bundled(name: str) -> str:
     return str(path)
 
 
-def whole_or_all(text: str) -> int | None:
-    """Parse a whole number; None for `all`."""
-    return None if text == "all" else whole(0)(text)
-
-
 class Stages:
     """Times the stages of a run. A slow stage says on stderr what it does."""
 
@@ -150,12 +144,6 @@ def say(text: str, file: TextIO | None = None) -> None:
     """Print a line on stderr or in another file; it is no error if nobody reads it any more."""
     with suppress(BrokenPipeError):  # as with `| head`
         print(text, file=file or sys.stderr)
-
-
-def tell(notes: Sequence[str]) -> None:
-    """Print what was left out or assumed."""
-    for note in notes:
-        say(f"note: {note}")
 
 
 class Lines:
@@ -211,10 +199,8 @@ def check_size(split: "Split") -> None:
     num_classes = len(set(split.labels.tolist()))
     if len(split) < 4 or num_classes < 2:
         found = f"{counted(len(split), 'image')} of {counted(num_classes, 'class')}"
-        raise UserError(
-            f"too few to compare: {found}",
-            hint="give at least 4 images of 2 classes: raise --max-samples or check --dataset",
-        )
+        hint = "give at least 4 images of 2 classes: raise --max-samples or check --dataset"
+        raise UserError(f"too few to compare: {found}", hint=hint)
 
 
 def check_sources(args: argparse.Namespace) -> None:
@@ -222,10 +208,8 @@ def check_sources(args: argparse.Namespace) -> None:
     written = [(args.output_dir / f"embeddings_{role}.npz").resolve() for role in ("local", "hf")]
     for source in (*args.local_checkpoint, args.hf_model):
         if home_path(source).resolve() in written:
-            raise UserError(
-                f"{source} would be replaced by the embeddings of this run",
-                hint="give another --output-dir",
-            )
+            problem = f"{source} would be replaced by the embeddings of this run"
+            raise UserError(problem, hint="give another --output-dir")
 
 
 def load_encoders(args: argparse.Namespace, cache: Path | None) -> list[Any]:
@@ -305,27 +289,18 @@ def load_bank(args: argparse.Namespace, inputs: Inputs) -> "Split | str":
     if found.isdisjoint(compared):
         return f"no compared class is in the train split ({listed(sorted(found))})"
     bank, excluded = select_bank(train, split, args.probe_samples or 0, args.seed)
-    if why := next(filter(None, (not_in_file(one, bank) for one in inputs.compared)), None):
-        return why
+    for file in (one for one in inputs.compared if "matched_by" in one.description):
+        if file.description["matched_by"] == "index":
+            source = file.description["source"]
+            return f"{source} has no image keys, and splits share their indices"
+        try:
+            file.look_up(bank.image_keys, bank.indices)
+        except UserError as error:
+            return f"{error.problem} of the bank"
     if excluded:
         left_out = f"{counted(excluded, 'training image')} found among the compared images"
         inputs.notes.append(f"The probe's bank leaves out {left_out}.")
     return bank
-
-
-def not_in_file(encoder: Any, bank: "Split") -> str | None:
-    """Why a file of embeddings does not serve a bank; None if it does, and for networks."""
-    from ijepa.encoders import PrecomputedEmbeddings
-
-    if not isinstance(encoder, PrecomputedEmbeddings):
-        return None
-    if encoder.description["matched_by"] == "index":
-        return f"{encoder.description['source']} has no image keys, and splits share their indices"
-    try:
-        encoder.look_up(bank.image_keys, bank.indices)
-    except UserError as error:
-        return f"{error.problem} of the bank"
-    return None
 
 
 def embed(args: argparse.Namespace, stages: Stages, cache: Path | None) -> Inputs:
@@ -381,6 +356,8 @@ def run(args: argparse.Namespace, talks: bool) -> None:
 
         # A process whose images are all in the cache waits for those that compute theirs.
         args.device = join_processes(choose_device(args.device), "gloo", timedelta(days=7))
+        # All pairs of images are compared there; Apple's GPUs have no float64.
+        args.pairs_device = str(args.device) if args.device.type == "cuda" else "cpu"
     cache, note = (None, None) if args.no_cache else writable_cache(args.cache_dir, args.output_dir)
     # Processes meet in the cache; without one that is kept they need one for this run.
     passing = args.output_dir / ".cache-of-this-run"
@@ -401,7 +378,8 @@ def run(args: argparse.Namespace, talks: bool) -> None:
         note = "The second model is bundled, trained with the paper's loss; it is no ViT-Huge."
         inputs.notes.append(note)
     assumed = [text for one in inputs.loaded for text in one.description.get("notes", ())]
-    tell([*assumed, *inputs.notes])
+    for note in (*assumed, *inputs.notes):
+        say(f"note: {note}")
     with memory_errors(*exhausted):
         report(args, stages, inputs, cache)
 
@@ -425,7 +403,7 @@ def report(args: argparse.Namespace, stages: Stages, inputs: Inputs, cache: Path
     progress = make_progress(stages.talks)
     with stages("compare", "comparing all pairs of images"):
         found = compare(
-            models, references, split.labels, seed, seeds, pairs_device(args), names, progress
+            models, references, split.labels, seed, seeds, args.pairs_device, names, progress
         )
     probe = None
     with stages("probe", "fitting the probes"):
@@ -436,14 +414,16 @@ def report(args: argparse.Namespace, stages: Stages, inputs: Inputs, cache: Path
             queries = {name: X[name] for name in banks}
             labels = inputs.bank.labels, split.labels
             probe = measure_probe(banks, queries, *labels, seed, progress)
-            tell(probe.notes)
+            for note in probe.notes:
+                say(f"note: {note}")
             inputs.notes += probe.notes
     with stages("project", "making the maps"):
         maps = make_maps(models, split.labels, seed, cache and cache / "maps")
     with stages("write", "drawing and writing the report"):
         split, facts = replace(split, notes=tuple(inputs.notes)), describe_run(args, stages, inputs)
         for role in models:
-            tell(model_caveats(found, role, facts["models"][role]))
+            for note in model_caveats(found, role, facts["models"][role]):
+                say(f"note: {note}")
         written = write_report(args.output_dir, found, split, facts, maps, probe)
     if args.json:
         say(summary_json(args.output_dir / "metrics.json").rstrip(), sys.stdout)
@@ -464,11 +444,6 @@ def table_names(compared: list[Any]) -> dict[str, str]:
     return {role: f"{names[role]} ({mark})" for role, mark in zip(names, marks, strict=True)}
 
 
-def pairs_device(args: argparse.Namespace) -> str:
-    """Where all pairs of images are compared; Apple's GPUs have no float64."""
-    return str(args.device) if args.device.type == "cuda" else "cpu"
-
-
 def describe_run(args: argparse.Namespace, stages: Stages, inputs: Inputs) -> dict[str, Any]:
     """What metrics.json says of the run, the data and the models, beyond the numbers."""
     import hashlib
@@ -482,7 +457,7 @@ def describe_run(args: argparse.Namespace, stages: Stages, inputs: Inputs) -> di
             "device": args.device.type,
             "dtype": inputs.loaded[0].description.get("dtype"),
             "torch_threads": torch.get_num_threads(),
-            "pairs_device": pairs_device(args),
+            "pairs_device": args.pairs_device,
         },
         "dataset": {
             "sha256": hashlib.sha256(b"".join(inputs.split.image_keys)).hexdigest(),

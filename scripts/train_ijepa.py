@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 import warnings
-from collections import Counter, defaultdict
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +22,6 @@ from ijepa.errors import (
     counted,
     flag_path,
     git_commit,
-    home_path,
     is_first_process,
     nonempty,
     whole,
@@ -37,12 +35,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     by_recipe = {"default": argparse.SUPPRESS}  # the recipe decides where they are not given
-    add(
-        "--output-dir",
-        type=flag_path,
-        default=Path("runs/mine"),
-        help="a run found there is resumed",
-    )
+    add("--output-dir", type=flag_path, default=Path("runs/mine"), help="a run there is resumed")
     add("--resume", action="store_true", help="fail if there is no run to resume")
     add("--init-from", type=flag_path, help="begin with the weights and the log of the run there")
     add("--epochs", type=whole(1), default=300, help="passes over the images, in all runs")
@@ -88,23 +81,16 @@ def load_images(dataset: str, data_dir: Path, batch_size: int) -> tuple[Any, Any
     import torch
     from torchvision.transforms.v2 import functional as transforms
 
-    from ijepa.data import DATASETS, balanced_sample, load_split, load_unlabeled, reasons
-    from ijepa.files import is_folder
+    from ijepa.data import balanced_sample, load_split, reasons
     from ijepa.images import doubtful_pixels
 
-    folder = home_path(dataset)
-    labeled = dataset in DATASETS or not is_folder(folder) or has_classes(folder)
-    split = load_split(dataset, data_dir, "train", False) if labeled else load_unlabeled(folder)
+    split = load_split(dataset, data_dir, "train", False, need_classes=False)
     count = num_held_out(len(split))
     if len(split) < count + batch_size:
         enough = next(n for n in itertools.count(batch_size) if n >= num_held_out(n) + batch_size)
-        raise UserError(
-            f"too few images for batches of {batch_size}: there are {len(split)}, and {count} must "
-            "be held out",
-            hint="; ".join(
-                [f"use at least {enough} images, or a smaller --batch-size", *split.notes]
-            ),
-        )
+        problem = f"too few images for batches of {batch_size}: there are {len(split)}"
+        hints = [f"use at least {enough} images, or a smaller --batch-size", *split.notes]
+        raise UserError(f"{problem}, and {count} must be held out", hint="; ".join(hints))
     if split.paths:
         bad, pixels = [], []
         for row in range(len(split)):
@@ -127,16 +113,6 @@ def num_held_out(num_images: int) -> int:
     return min(2000, max(num_images // 10, 10))
 
 
-def has_classes(folder: Path) -> bool:
-    """Whether at least two subfolders, of the split train if there is one, hold images."""
-    from ijepa.data import choose_split, find_images, subfolders
-
-    root = choose_split(folder, "train", defaultdict(Counter))
-    above = (root.resolve(),)
-    found = [find_images(path, defaultdict(Counter), above) for path in subfolders(root)]
-    return sum(map(bool, found)) > 1
-
-
 def build_config(args: argparse.Namespace) -> Any:
     """The settings of the run: the recipe's, changed by the flags."""
     from ijepa.model import ViTConfig
@@ -152,57 +128,53 @@ def say(text: str) -> None:
     """Print a line on stderr, once for all processes and above the progress bar."""
     from tqdm import tqdm
 
-    from ijepa.distributed import process_rank
-
-    if process_rank() == 0:
+    if is_first_process():
         with suppress(BrokenPipeError):  # its reader has left, as `head` does
             tqdm.write(text, file=sys.stderr)
 
 
 def train_run(args: argparse.Namespace) -> int:
     """Load images, begin or resume a run, train it; the exit code."""
+    from ijepa import distributed
+    from ijepa.checkpoint import losses_of
     from ijepa.devices import choose_device, choose_dtype
-    from ijepa.distributed import (
-        first_process_first,
-        join_processes,
-        leave_processes,
-        num_processes,
-    )
     from ijepa.runs import Run, evaluate
     from ijepa.training import init_state
 
     device = choose_device(args.device)
-    device = join_processes(device, "nccl" if device.type == "cuda" else "gloo")
+    device = distributed.join_processes(device, "nccl" if device.type == "cuda" else "gloo")
     dtype, config = choose_dtype(args.dtype, device), build_config(args)
-    if config.batch_size % num_processes():
+    if config.batch_size % (count := distributed.num_processes()):
         raise UserError(
-            f"{num_processes()} processes cannot share a batch of {config.batch_size} evenly",
+            f"{count} processes cannot share a batch of {config.batch_size} evenly",
             hint="give a --batch-size that is a multiple of their number",
         )
-    if device.type == "mps" and num_processes() > 1:
+    if device.type == "mps" and count > 1:
         raise UserError("processes cannot train together on mps", hint="use --device cpu")
-    with first_process_first():  # which may download them
+    with distributed.first_process_first():  # which may download them
         split, held_out = load_images(args.dataset, args.data_dir, config.batch_size)
     hashed = hashlib.sha256(split.images.numpy().tobytes())
     hashed.update(held_out.images.numpy().tobytes())
     images = {"dataset": args.dataset, "num_images": len(split), "sha256": hashed.hexdigest()}
-    settings = asdict(config) | {
-        "recipe": args.recipe,
-        "init_from": args.init_from and str(args.init_from),
-    }
+    origin = args.init_from and str(args.init_from)
+    settings = asdict(config) | {"recipe": args.recipe, "init_from": origin}
     run, state = Run(args.output_dir, config, settings, images), init_state(config, device, dtype)
     watched = (held_out.images.to(device), held_out.labels if held_out.classes else None, dtype)
     run.random_rank = evaluate(state.target_encoder, *watched)["effective_rank"]
     resumed = run.resume(state)
     if args.resume and not resumed:
-        hint = "check --output-dir, or leave out --resume to begin a run there"
-        raise UserError(f"there is no run in {args.output_dir} to resume", hint=hint)
+        raise UserError(
+            f"there is no run in {args.output_dir} to resume",
+            hint="check --output-dir, or leave out --resume to begin a run there",
+        )
     if args.init_from and not resumed:
         run.begin_from(args.init_from, state)
-    terms, classes = ", ".join(config.terms), len(split.classes)
+    terms, classes = losses_of({"settings": settings}), len(split.classes)
     labels = f"P@5 by {classes} classes" if classes else "without class folders there is no P@5"
-    seen = counted(len(split), "image")
-    say(f"recipe {args.recipe} ({terms}); {seen}; {len(held_out)} held out, {labels}")
+    say(
+        f"recipe {args.recipe} ({terms}); {counted(len(split), 'image')}; "
+        f"{len(held_out)} held out, {labels}"
+    )
     for note in (*split.notes, *run.notes):
         say(note)
     if resumed:
@@ -212,7 +184,7 @@ def train_run(args: argparse.Namespace) -> int:
     except FloatingPointError as error:
         hint = "try a lower --lr or --dtype float32; a state saved before is kept"
         raise UserError(str(error), hint=hint) from error
-    leave_processes()
+    distributed.leave_processes()
     return 130 if stopped else 0
 
 
@@ -220,21 +192,16 @@ def train_epochs(args: argparse.Namespace, run: Any, state: Any, images: Any, wa
     """Train to the end or to a signal, log and save each epoch; whether a signal came."""
     from tqdm import tqdm
 
-    from ijepa.distributed import any_process, process_rank
+    from ijepa.distributed import any_process
     from ijepa.runs import evaluate
     from ijepa.training import log_row, train
 
     config, stop, stopped = run.config, catch_signals(), False
     began = time.monotonic() - run.epoch_seconds
     per_epoch = run.steps_per_epoch * config.batch_size
-    with tqdm(
-        total=config.epochs * per_epoch,
-        initial=state.step * config.batch_size,
-        unit="img",
-        unit_scale=True,
-        mininterval=5,
-        disable=None if process_rank() == 0 else True,  # None: only on a terminal
-    ) as bar:
+    hidden = None if is_first_process() else True  # None: shown only on a terminal
+    size = {"total": config.epochs * per_epoch, "initial": state.step * config.batch_size}
+    with tqdm(**size, unit="img", unit_scale=True, mininterval=5, disable=hidden) as bar:
         for ends_epoch in train(state, config, images):
             bar.update(config.batch_size)
             run.epoch_seconds = time.monotonic() - began
@@ -244,7 +211,7 @@ def train_epochs(args: argparse.Namespace, run: Any, state: Any, images: Any, wa
                 began = time.monotonic()
             if stopped := any_process(bool(stop), images.device):
                 break
-    if process_rank() == 0:
+    if is_first_process():
         if stopped:
             run.save(state)
         finish(run)
@@ -275,11 +242,9 @@ def catch_signals() -> list[int]:
 
 def end_epoch(args: argparse.Namespace, run: Any, state: Any, row: dict[str, Any]) -> None:
     """Log one epoch; write the checkpoint and the state where it is their turn."""
-    from ijepa.distributed import process_rank
-
     run.log(row)
     due = row["epoch"] % args.save_every == 0 or row["epoch"] == args.epochs
-    if due and process_rank() == 0:
+    if due and is_first_process():
         # In this order: a kill in between repeats the epoch.
         run.publish(state, {"git_commit": git_commit(), "command": args.command})
         run.save(state)

@@ -20,8 +20,7 @@ def cache_home(tmp_path_factory):
 
     # Networks this small lose more time in handing work to threads than they gain.
     torch.set_num_threads(1)
-    os.environ["XDG_CACHE_HOME"] = str(folder := tmp_path_factory.mktemp("cache"))
-    return folder
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
@@ -61,7 +60,8 @@ def tiny_models(tmp_path_factory):
     config = ViTConfig(embed_dim=32, depth=2, num_heads=2, patch_size=8)
     torch.manual_seed(0)
     encoders = {"target": VisionTransformer(config), "context": VisionTransformer(config)}
-    training = {"epochs": 3, "planned_epochs": 9, "recipe": "paper", "terms": ["one", "two"]}
+    training = {"epochs": 3, "planned_epochs": 9, "recipe": "paper"}
+    training |= {"settings": {"spread_weight": 0.1}}
     save_checkpoint(path, config, encoders, (0.5, 0.5), training)
     export_huggingface(load_checkpoint(path, "context"), path.with_name("hf"))
     return path, path.with_name("hf")
@@ -94,20 +94,13 @@ def make_page():
     from ijepa.projections import Maps, TsneProjection, project_pca
     from ijepa.report import ON_PAGE, complete, draw, json_text, metrics_content
 
-    def make(
-        n=66,
-        classes=("cat", "dog", "ship"),
-        models=("local", "hf"),
-        shown=None,
-        paths=False,
-        whole=False,
-    ):
+    def make(n=66, classes=("cat", "dog", "ship"), models=("local", "hf"), shown=None, whole=False):
         rng = np.random.default_rng(0)
         # Smooth like photographs: noise would compress worse than anything a user has.
         coarse = torch.from_numpy(rng.normal(128, 60, (n, 3, 8, 8)).clip(0, 255))
         images = torch.nn.functional.interpolate(coarse, size=32, mode="bicubic").clamp(0, 255)
         indices, labels = rng.permutation(5 * n)[:n], np.arange(n) % len(classes)
-        files = tuple(f"x/{row:04d}.png" for row in range(n)) if paths else None
+        files = tuple(f"x/{row:04d}.png" for row in range(n)) if shown else None
         split = Split("example", "test", classes, images.to(torch.uint8), labels, indices, files)
         centers = rng.normal(size=(len(classes), 6))
 

@@ -115,16 +115,8 @@ def test_hover_shows_an_image_with_its_neighbors_in_both_models(opened, example,
     page = opened()
     row = example.split.indices.tolist().index(index)
     assert ink(page, "hf") == 0
-    page.locator('[data-model="local"] .map').scroll_into_view_if_needed()
-    place = page.evaluate(
-        """(index) => {
-            const frame = panels[0].box.getBoundingClientRect();
-            const [x, y] = panels[0].place(rowOf(index));
-            return [x + frame.left, y + frame.top];
-        }""",
-        index,
-    )
-    page.mouse.move(*place)
+    x, y = page.evaluate("(index) => panels[0].place(rowOf(index))", index)
+    page.locator('[data-model="local"] .map').hover(position={"x": x, "y": y})
     page.wait_for_selector("#chosen .query")
     assert f"image {index}" in page.locator("#chosen").inner_text()
     for name in ("local", "hf"):
@@ -277,12 +269,7 @@ def test_a_link_to_an_image_opens_at_the_map(opened, index):
     page = opened(f"image={index}", reduced_motion="reduce")
 
     def in_view(selector):
-        return page.locator(selector).evaluate(
-            """(part) => {
-                const { top, bottom } = part.getBoundingClientRect();
-                return top >= 0 && top < innerHeight && bottom > 0;
-            }"""
-        )
+        return 0 <= page.locator(selector).bounding_box()["y"] < page.viewport_size["height"]
 
     page.wait_for_timeout(100)
     assert in_view('[data-model="local"] .map')
@@ -401,15 +388,11 @@ def test_controls_maps_and_neighbors_fit_on_one_screen(opened, index, width, hei
     page = opened(
         f"image={index}&color=mutual", width=width, height=height, reduced_motion="reduce"
     )
-    edges = page.evaluate(
-        """() => {
-            document.querySelector(".stage").scrollIntoView();
-            const edge = (name) => document.querySelector(name).getBoundingClientRect();
-            return [edge(".map").top, edge("#chosen .query").bottom, edge("#tools").top];
-        }"""
-    )
-    assert 0 < edges[0] < edges[1] <= height
-    assert 0 < edges[2] < height / 4
+    page.locator(".stage").first.evaluate("stage => stage.scrollIntoView()")
+    places = (".map", "#chosen .query", "#tools")
+    maps, query, tools = (page.locator(name).first.bounding_box() for name in places)
+    assert 0 < maps["y"] < query["y"] + query["height"] <= height
+    assert 0 < tools["y"] < height / 4
     cut = page.locator("#tools .segments, #results .scroll").evaluate_all(
         """(parts) => parts.filter((part) => part.scrollWidth > part.clientWidth
             || part.offsetWidth > part.parentElement.clientWidth).length"""
@@ -492,7 +475,7 @@ def test_one_model_alone_and_four_images_are_enough(opened, make_page):
 
 
 def test_neighbors_without_a_picture_and_all_paths_are_named(opened, make_page):
-    example = make_page(90, shown=30, paths=True, classes=("<b>", "c"))
+    example = make_page(90, shown=30, classes=("<b>", "c"))
     page = opened(f"image={example.split.indices[3]}", of=example)
     page.locator("#chosen .absent").first.hover(force=True)
     assert page.evaluate("pointed") == -1

@@ -1,9 +1,9 @@
+import functools
 import math
 import os
 import pickle
 import random
 import zipfile
-from collections import OrderedDict
 from dataclasses import asdict
 
 import pytest
@@ -19,6 +19,7 @@ TINY = ViTConfig(image_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2
 WIDE = ViTConfig(image_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=1)
 TRAINING = {"epochs": 7, "planned_epochs": 300, "seconds": 1.5}
 DELETE = object()
+assert_same = functools.partial(torch.testing.assert_close, atol=0, rtol=0)
 
 
 def make_encoder(config=TINY, seed=0):
@@ -73,11 +74,6 @@ def wrapped(prefix, state_dict):
     return {f"{prefix}{name}": value for name, value in state_dict.items()}
 
 
-def assert_same(state_dict, expected):
-    assert state_dict.keys() == expected.keys()
-    assert all(torch.equal(state_dict[name], value) for name, value in expected.items())
-
-
 def test_a_saved_checkpoint_comes_back_with_weights_architecture_and_provenance(tmp_path):
     encoders = {"target": make_encoder(seed=1), "context": make_encoder(seed=2)}
     path = tmp_path / "new" / "checkpoint.pt"
@@ -99,16 +95,16 @@ def test_a_saved_checkpoint_comes_back_with_weights_architecture_and_provenance(
     assert shapes == {"weight": (3, 2), "bias": (3,)}
 
 
-def test_the_terms_of_the_loss_are_named_where_the_file_records_them(saved):
+def test_the_terms_of_the_loss_are_named_where_the_file_has_their_settings(saved):
     three = "I-JEPA prediction + view matching (InfoNCE) + variance/covariance"
     for training, losses in (
-        ({"terms": ["I-JEPA prediction", "other"]}, "I-JEPA prediction + other"),
         ({"settings": {"matching_weight": 0, "spread_weight": 0.0}}, "I-JEPA prediction"),
         ({"settings": {"matching_weight": 1.0, "spread_weight": 0.1}}, three),
         ({}, None),
     ):
         path = saved(changed({**TRAINING, **training}, "training"))
         assert load_checkpoint(path).losses == losses
+    failure(saved(changed({**TRAINING, "settings": 3}, "training")))
 
 
 def test_tensors_of_the_predictor_are_checked_and_hide_no_others(saved):
@@ -121,18 +117,11 @@ def test_tensors_of_the_predictor_are_checked_and_hide_no_others(saved):
     assert "'mask_token' has NaN" in failure(saved(content)).problem
 
 
-@pytest.mark.parametrize("training", [{"terms": 5}, {"settings": 3}])
-def test_a_record_of_the_training_that_is_none_is_an_error(saved, training):
-    failure(saved(changed({**TRAINING, **training}, "training")))
-
-
 def test_a_checkpoint_of_the_authors_gives_the_encoder_that_was_asked_for(saved):
     networks = {"encoder": make_encoder(WIDE, 3), "target_encoder": make_encoder(WIDE, 4)}
     optimizer = torch.optim.AdamW(networks["encoder"].parameters()).state_dict()
     optimizer["state"][0] = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(2)}
-    content = {
-        key: OrderedDict(wrapped("module.", one.state_dict())) for key, one in networks.items()
-    }
+    content = {key: wrapped("module.", one.state_dict()) for key, one in networks.items()}
     content |= {"predictor": {"module.mask_token": torch.zeros(1, 1, 8)}, "epoch": 299}
     content |= {"opt": optimizer, "scaler": {"scale": 65536.0}, "lr": 1e-3}
     path = saved(content, "vit.pth.tar")
@@ -220,7 +209,7 @@ def test_a_safetensors_file_is_read(tmp_path):
     failure(path)
 
 
-def test_files_that_are_missing_cut_or_of_another_kind_or_model_are_named(saved, tmp_path):
+def test_files_that_are_missing_cut_flipped_or_of_another_kind_or_model_are_named(saved, tmp_path):
     failure(tmp_path / "none.pt")
     failure(tmp_path)
     tensors = {f"layer{row}.0.conv1.weight": torch.zeros(2) for row in range(9)}
@@ -229,35 +218,25 @@ def test_files_that_are_missing_cut_or_of_another_kind_or_model_are_named(saved,
     assert "patch_embed.proj.weight" in error.hint
     for content in ({}, "text", {"format": FORMAT}, {1: 2}, torch.zeros(3)):
         failure(saved(content))
-    videos = make_encoder(WIDE).state_dict() | {
-        "patch_embed.proj.weight": torch.zeros(64, 3, 2, 4, 4)
-    }
-    assert (
-        "has shape (64, 3, 2, 4, 4): it is of no encoder of images"
-        in failure(saved(videos)).problem
-    )
+    videos = make_encoder(WIDE).state_dict()
+    videos["patch_embed.proj.weight"] = torch.zeros(64, 3, 2, 4, 4)
+    assert "has shape (64, 3, 2, 4, 4): it is of no encoder" in failure(saved(videos)).problem
     (tmp_path / "lfs.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12")
     assert "git lfs pull" in failure(tmp_path / "lfs.pt").hint
     # Before PyTorch 1.6 a file had no checksums.
     path = saved(own_content(), _use_new_zipfile_serialization=False)
     assert "1.6" in failure(path).hint
-    path = saved(own_content())
-    whole = path.read_bytes()
-    cut = [whole[:length] for length in range(0, len(whole), len(whole) // 12)]
-    for content in (*cut, b"hello\n" * 100, random.Random(0).randbytes(1000)):
-        path.write_bytes(content)
-        failure(path)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("readme.txt", "not a checkpoint")
-    failure(path)
-
-
-def test_a_flipped_bit_of_a_weight_is_noticed(saved):
     content = own_content()
     path, weight = saved(content), content["weights"]["target"]["patch_embed.proj.weight"]
     whole = path.read_bytes()
     at = whole.index(weight.numpy().tobytes())
-    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+    cut = [whole[:length] for length in range(0, len(whole), len(whole) // 12)]
+    for content in (*cut, flipped, b"hello\n" * 100, random.Random(0).randbytes(1000)):
+        path.write_bytes(content)
+        failure(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("readme.txt", "not a checkpoint")
     failure(path)
 
 
@@ -289,10 +268,11 @@ def test_a_part_or_an_encoder_that_is_missing_or_of_another_type_is_a_user_error
     assert load_checkpoint(path, "target").weights == "target"
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 @pytest.mark.parametrize("name", ["patch_embed.proj.weight", "norm.bias"])
 def test_a_missing_unknown_misshapen_or_infinite_tensor_is_named(saved, name):
     good = own_content()["weights"]["target"][name]
-    bad = [DELETE, good.tolist(), good.to(torch.int32), good.to("meta")]
+    bad = [DELETE, good.tolist(), good.to(torch.int32), good.to("meta"), good.to_sparse()]
     nan, inf = good.clone(), good.clone()
     nan.view(-1)[-1], inf.view(-1)[-1] = math.nan, math.inf
     for value, other, words in (

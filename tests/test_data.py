@@ -1,7 +1,6 @@
 import hashlib
 import os
 import pickle
-import shutil
 import struct
 import tarfile
 import tempfile
@@ -16,19 +15,17 @@ from PIL import Image, ImageOps, PngImagePlugin
 from sklearn.datasets import load_digits as sklearn_digits
 from torchvision.datasets import CIFAR10
 
-from ijepa.data import (
-    Split,
-    balanced_sample,
-    duplicates,
-    find_unreadable,
-    load_split,
-    load_unlabeled,
-)
+from ijepa import data
+from ijepa.data import Split, balanced_sample, find_unreadable, load_split, load_unlabeled
 from ijepa.errors import UserError
 from ijepa.files import LOCK
 from ijepa.images import doubtful_pixels, read_image, shrink
 
 NOWHERE = Path("does-not-exist")
+GRAY, WHITE, CLEAR = np.uint8([[0, 9], [128, 255]]), [255] * 3, [206, 205, 204]
+KEY = np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8)
+PALETTE = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+PALETTE.putpalette([9, 8, 7, 50, 60, 70, 1, 2, 3])
 
 
 def write_cifar(folder, rows_per_file, monkeypatch):
@@ -57,9 +54,6 @@ def tensor_split(labels, num_classes, offset=0):
     images = torch.arange(len(labels) * 12).reshape(-1, 3, 2, 2).to(torch.uint8)
     classes = tuple(f"class {number}" for number in range(num_classes))
     return Split("made", "all", classes, images, labels, np.arange(len(labels)) + offset)
-
-
-# --- CIFAR-10
 
 
 def test_cifar_pixels_labels_and_order_are_those_of_the_files(tmp_path, monkeypatch):
@@ -113,9 +107,6 @@ def test_a_cifar_archive_is_unpacked_offline_unless_it_is_damaged(tmp_path, monk
     np.testing.assert_array_equal(split.images.reshape(3, 3072), files["test_batch"]["data"])
 
 
-# --- digits
-
-
 def test_digits_are_scikit_learns_scans_in_their_order():
     split = load_split("digits", NOWHERE, "test", offline=True)
     bunch = sklearn_digits()
@@ -130,9 +121,6 @@ def test_digits_are_scikit_learns_scans_in_their_order():
     wide = F.interpolate(scans, (8, 32), mode="bicubic", antialias=True).round().clamp(0, 255)
     large = F.interpolate(wide, (32, 32), mode="bicubic", antialias=True).clamp(0, 255)
     torch.testing.assert_close(split.images[:, :1].double(), large, atol=2, rtol=0)
-
-
-# --- folders
 
 
 def folder_of(tmp_path, *names):
@@ -222,9 +210,9 @@ def test_files_are_found_at_any_depth_and_in_the_order_of_names(make_image_folde
     assert [file.relative_to(folder).as_posix() for file in split.images.files] == [*split.paths]
     keys = split.image_keys
     assert keys[6] == keys[0]
-    assert duplicates(keys, split.labels) == (2, 2)
-    assert duplicates(keys, np.zeros(7, int)) == (2, 0)
-    assert duplicates(keys[:6], split.labels[:6]) == (0, 0)
+    assert data.duplicates(keys, split.labels) == (2, 2)
+    assert data.duplicates(keys, np.zeros(7, int)) == (2, 0)
+    assert data.duplicates(keys[:6], split.labels[:6]) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -232,11 +220,12 @@ def test_files_are_found_at_any_depth_and_in_the_order_of_names(make_image_folde
 )
 def test_a_folder_of_nothing_but_splits_is_read_at_the_chosen_one(tmp_path, train, val):
     names = [f"{train}/a/1.png", f"{train}/b/2.png", f"{train}/b/3.png", f"{val}/a/4.png"]
-    folder = folder_of(tmp_path, *names, f"{val}/b/5.png", "README.md", ".DS_Store")
+    mine = (LOCK, f"out/{LOCK}", "out/tsne_comparison.png")  # of the run itself
+    folder = folder_of(tmp_path, *names, f"{val}/b/5.png", "README.md", ".DS_Store", *mine)
     split = load(folder, "train")
     assert (split.split, split.classes, split.labels.tolist()) == ("train", ("a", "b"), [0, 1, 1])
     assert split.paths[0] == f"{train}/a/1.png"
-    assert "1 .md" in split.notes[0]
+    assert all(part in split.notes[0] for part in ("(1 .DS_Store)", "(1 .md)"))
     assert load(folder, "val").labels.tolist() == [0, 1]
     with pytest.raises(UserError, match=f"it has {train}, {val}|it has {val}, {train}") as caught:
         load(folder, "test")
@@ -315,20 +304,16 @@ def test_what_is_no_data_set_is_refused_and_a_tilde_is_the_home_folder(tmp_path,
 @pytest.fixture
 def guarded():
     """A folder with two classes and two folders that may not be entered, seen by no root."""
-    folder = Path(tempfile.mkdtemp())  # pytest's own may not be entered either
-    folder_of(folder, "a/1.png", "b/2.png", "lost+found/x", "c/3.png")
-    closed = (folder / "lost+found", folder / "c")
-    for path, mode in zip((folder, *closed), (0o755, 0, 0), strict=True):
-        path.chmod(mode)
-    is_root = os.geteuid() == 0
-    if is_root:
-        os.seteuid(65534)
-    yield folder
-    if is_root:
-        os.seteuid(0)
-    for path in closed:
-        path.chmod(0o755)
-    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory() as name:  # pytest's own may not be entered either
+        folder, is_root = Path(name), os.geteuid() == 0
+        folder_of(folder, "a/1.png", "b/2.png", "lost+found/x", "c/3.png")
+        for path, mode in ((folder, 0o755), (folder / "lost+found", 0), (folder / "c", 0)):
+            path.chmod(mode)
+        if is_root:
+            os.seteuid(65534)
+        yield folder
+        if is_root:
+            os.seteuid(0)
 
 
 def test_what_may_not_be_entered_is_refused_and_a_system_folder_left_out(guarded):
@@ -413,15 +398,6 @@ def test_a_file_that_ends_in_its_second_frame_is_read(tmp_path):
         assert all(note.endswith(": 1 of 1 files checked") for note in doubtful_pixels([cut]))
 
 
-# --- decoding
-
-
-GRAY, WHITE, CLEAR = np.uint8([[0, 9], [128, 255]]), [255] * 3, [206, 205, 204]
-KEY = np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8)
-PALETTE = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
-PALETTE.putpalette([9, 8, 7, 50, 60, 70, 1, 2, 3])
-
-
 @pytest.mark.parametrize(
     ("image", "options", "expected"),
     [
@@ -443,39 +419,18 @@ def test_pixels_of_every_mode_are_rgb_on_white(tmp_path, image, options, expecte
     np.testing.assert_allclose(seen, expected, atol=1 if image.mode.endswith("A") else 0)
 
 
-UPRIGHT = [
-    lambda a: a,
-    lambda a: a[:, ::-1],
-    lambda a: a[::-1, ::-1],
-    lambda a: a[::-1],
-    lambda a: a.swapaxes(0, 1),
-    lambda a: np.rot90(a, -1),
-    lambda a: a[::-1, ::-1].swapaxes(0, 1),
-    np.rot90,
-]
-
-
-@pytest.mark.parametrize(("orientation", "upright"), [*enumerate(UPRIGHT, start=1)])
-def test_exif_orientation_turns_images_upright(tmp_path, orientation, upright):
-    rng, exif = np.random.default_rng(0), Image.Exif()
-    exif[0x0112] = orientation
-    colors = rng.integers(0, 256, (4, 6, 3), dtype=np.uint8)
-    deep = rng.integers(0, 65536, (4, 6), dtype=np.uint16)
-    for stored, seen in ((colors, colors), (deep, np.repeat(deep[..., None] >> 8, 3, axis=2))):
-        Image.fromarray(stored).save(tmp_path / "turned.png", exif=exif)
-        found = read_image(tmp_path / "turned.png").permute(1, 2, 0)
-        np.testing.assert_array_equal(found, upright(seen))
-
-
-def test_odd_entries_next_to_an_orientation_change_nothing(tmp_path):
+def test_exif_orientation_turns_images_upright_whatever_is_next_to_it(tmp_path):
     entries = struct.pack("<HHII", 0x112, 3, 1, 6) + struct.pack("<HHI4s", 0x11A, 2, 3, b"72")
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)  # a text for a number
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    with pytest.raises(TypeError), Image.open(tmp_path / "a.png") as opened:
-        ImageOps.exif_transpose(opened)
-    found = read_image(tmp_path / "a.png").permute(1, 2, 0)
-    np.testing.assert_array_equal(found, UPRIGHT[5](pixels))
+    rng = np.random.default_rng(0)
+    colors = rng.integers(0, 256, (8, 9, 3), dtype=np.uint8)
+    deep = rng.integers(0, 65536, (8, 9), dtype=np.uint16)
+    for stored, seen in ((colors, colors), (deep, np.repeat(deep[..., None] >> 8, 3, axis=2))):
+        Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
+        with pytest.raises(TypeError), Image.open(tmp_path / "a.png") as opened:
+            ImageOps.exif_transpose(opened)
+        found = read_image(tmp_path / "a.png").permute(1, 2, 0)
+        np.testing.assert_array_equal(found, np.rot90(seen, -1))
 
 
 def test_keys_are_those_of_the_files_when_first_read(tmp_path):
@@ -485,13 +440,6 @@ def test_keys_are_those_of_the_files_when_first_read(tmp_path):
     assert replace(split, notes=("changed",)).image_keys == keys
     with pytest.raises(UserError, match=r"cannot read .*1\.png"):
         split.take(np.arange(2)).image_keys  # noqa: B018
-
-
-def test_the_folder_that_a_run_writes_to_is_none_of_its_images(tmp_path):
-    names = [f"{split}/{name}/1.png" for split in ("train", "test") for name in "ab"]
-    folder_of(tmp_path, *names, f"out/{LOCK}", "out/tsne_comparison.png", LOCK)
-    split = load(tmp_path)
-    assert (split.split, split.classes, split.notes) == ("test", ("a", "b"), ())
 
 
 def test_what_is_cut_a_document_or_of_another_format_than_its_suffix_is_named(tmp_path):
@@ -548,12 +496,8 @@ def test_profiles_and_texts_above_pillows_limit_and_a_cut_exif_hide_no_image(tmp
     np.testing.assert_array_equal(read_image(tmp_path / "cut.png").permute(1, 2, 0), pixels)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_large_photo_is_read_and_an_enormous_one_refused_by_its_header(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS // 1_000_000)
-    Image.new("L", (12, 9), 7).save(tmp_path / "large.png")  # a millionth of 108 megapixels
-    assert read_image(tmp_path / "large.png").shape == (3, 9, 12)
-    (tmp_path / "bomb.ppm").write_bytes(b"P5 20 20 255\n")
+def test_an_enormous_photo_is_refused_by_its_header(tmp_path):
+    (tmp_path / "bomb.ppm").write_bytes(b"P5 20000 20000 255\n")
     with pytest.raises(UserError, match="exceeds limit"):
         read_image(tmp_path / "bomb.ppm")
 
@@ -565,9 +509,6 @@ def test_a_large_image_is_shrunk_for_looking_and_a_small_one_is_left():
     means = image.float().reshape(3, 20, 2, 10, 2).mean(dim=(2, 4)).numpy()
     assert np.abs(shrink(image, 20) - means).max() <= 0.5
     assert shrink(torch.zeros(3, 1, 900, dtype=torch.uint8), 30).shape == (3, 1, 30)
-
-
-# --- sampling
 
 
 @pytest.mark.parametrize("sizes", [(2, 50, 9, 100), (1, 1, 1, 40), (5, 0, 7, 6)])

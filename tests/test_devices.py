@@ -49,9 +49,7 @@ def test_number_formats_follow_their_names_and_auto_the_hardware():
         ({"avx512_bf16": False, "cpu_name": "AMD EPYC"}, False),
     ],
 )
-def test_bfloat16_is_chosen_on_processors_where_its_products_are_faster(
-    monkeypatch, able, expected
-):
+def test_bfloat16_is_chosen_where_its_products_are_faster(monkeypatch, able, expected):
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: able)
     assert has_bfloat16(torch.device("cpu")) is expected
 

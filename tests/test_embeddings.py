@@ -1,5 +1,6 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from unittest.mock import Mock
@@ -11,9 +12,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from ijepa.data import Split, load_split
-from ijepa.embeddings import CHUNK, extract, read_chunk, save_embeddings, writable_cache
+from ijepa.embeddings import CHUNK, extract, save_embeddings, writable_cache
 from ijepa.encoders import pixel_encoder
 from ijepa.errors import UserError
+from ijepa.files import read_arrays
 
 PIXELS, NO_BAR = pixel_encoder(), partial(tqdm, disable=True)
 
@@ -159,12 +161,7 @@ def test_a_gpu_has_its_next_batch_before_the_result_of_one_is_awaited():
     assert events == [*first, ("launch", 3), ("await", 2), ("await", 3)]
 
 
-# --- each image is decoded once
-
-
-def test_each_file_is_decoded_once_and_only_for_an_encoder_without_a_cache_of_its_own(
-    tmp_path, make_image_folder, monkeypatch
-):
+def test_each_file_is_decoded_once_for_all_that_lack_it(tmp_path, make_image_folder, monkeypatch):
     folder, opened = make_image_folder({"a": 5, "b": 6}), Mock(wraps=Image.open)
     monkeypatch.setattr(Image, "open", opened)
     first = [ENCODER, PIXELS]
@@ -176,9 +173,7 @@ def test_each_file_is_decoded_once_and_only_for_an_encoder_without_a_cache_of_it
     assert {path.name for path in tmp_path.iterdir()} == {ENCODER.key, PIXELS.key, OTHER.key}
 
 
-def test_images_that_fail_when_decoded_come_back_together_and_the_others_are_kept(
-    tmp_path, make_image_folder
-):
+def test_images_that_fail_when_decoded_come_back_and_others_are_kept(tmp_path, make_image_folder):
     folder = make_image_folder({"a": 5, "b": 6})
     for name in ("a/001.png", "b/003.png"):
         content = (folder / name).read_bytes()
@@ -196,9 +191,6 @@ def test_images_that_fail_when_decoded_come_back_together_and_the_others_are_kep
         assert (found[ENCODER.name].images_per_second is None) == cached
     assert threading.active_count() == before
     assert asked_for(readable, tmp_path) == 0
-
-
-# --- the cache
 
 
 def test_another_run_computes_only_what_no_run_before_it_has(tmp_path):
@@ -235,7 +227,7 @@ def test_damaged_chunks_are_named_and_computed_again(tmp_path):
     split = make_split(300)
     embed(split, tmp_path)
     file, *_ = sorted(tmp_path.rglob("*.npz"))
-    lost = len(read_chunk(file, 24)[0])
+    lost = len(read_arrays(file, "keys")["keys"])
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
     file.write_bytes(content)
@@ -250,32 +242,40 @@ def test_damaged_chunks_are_named_and_computed_again(tmp_path):
 def test_every_flipped_byte_and_every_cut_of_a_chunk_is_harmless_or_seen(tmp_path):
     embed(make_split(2), tmp_path)
     (file,) = tmp_path.rglob("*.npz")
-    whole = file.read_bytes()
-    keys, values = read_chunk(file, 24)
-    assert keys == make_split(2).image_keys
+    whole, names = file.read_bytes(), ("keys", "embeddings")
+    expected = read_arrays(file, *names)
+    assert [key.tobytes() for key in expected["keys"]] == make_split(2).image_keys
     for place in range(0, len(whole), 3):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << place % 8
         file.write_bytes(damaged)
-        if (found := read_chunk(file, 24)) is not None:  # dates and permissions of the archive
-            assert found[0] == keys
-            np.testing.assert_array_equal(found[1], values)
+        with suppress(ValueError, KeyError):  # none for dates and permissions of the archive
+            found = read_arrays(file, *names)
+            for name in names:
+                np.testing.assert_array_equal(found[name], expected[name])
     for place in range(0, len(whole), 29):
         file.write_bytes(whole[:place])
-        assert read_chunk(file, 24) is None
+        with pytest.raises(ValueError, match=r"\w"):
+            read_arrays(file, *names)
 
 
 def test_an_archive_of_other_arrays_is_no_chunk(tmp_path):
-    keys, values = np.zeros((2, 16), np.uint8), np.zeros((2, 24), np.float32)
+    split = make_split()
+    expected, (whole,) = embed(split, tmp_path).values, tmp_path.rglob("*.npz")
+    keys, values = read_arrays(whole, "keys", "embeddings").values()
     for arrays in (
-        {"keys": keys, "embeddings": values[:, 1:]},
+        {"keys": keys, "embeddings": values[:, :1]},
+        {"keys": keys, "embeddings": values[:5] + 1},
         {"keys": keys[:, 1:], "embeddings": values},
+        {"keys": keys, "embeddings": values.astype(float) + 1},
         {"embeddings": values},
         {"keys": np.array([{}]), "embeddings": values[:1]},
     ):
-        np.savez(tmp_path / "x.npz", **arrays)
-        assert read_chunk(tmp_path / "x.npz", 24) is None
-    assert read_chunk(tmp_path / "removed.npz", 24) is None
+        (file,) = tmp_path.rglob("*.npz")
+        np.savez(file, **arrays)
+        found = embed(split, tmp_path)
+        assert (found.damaged, file.exists()) == ((file,), False)
+        np.testing.assert_array_equal(found.values, expected)
 
 
 def test_the_cache_is_the_users_or_where_that_cannot_be_written_the_outputs(tmp_path, monkeypatch):
@@ -293,9 +293,7 @@ def test_the_cache_is_the_users_or_where_that_cannot_be_written_the_outputs(tmp_
         embed(make_split(), tmp_path / "file")
 
 
-def test_the_file_of_embeddings_holds_everything_to_find_an_image_without_pickles(
-    tmp_path, make_image_folder
-):
+def test_a_file_of_embeddings_finds_images_again_without_pickles(tmp_path, make_image_folder):
     folder = make_image_folder({"a": 2, "b": 3})
     split = load_split(str(folder), folder, "test", offline=True)
     values = np.random.default_rng(0).normal(size=(5, 24)).astype(np.float32)

@@ -8,14 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from ijepa import encoders
 from ijepa.checkpoint import load_checkpoint, save_checkpoint
-from ijepa.encoders import (
-    check_seeds,
-    load_encoder,
-    pixel_encoder,
-    random_encoder,
-    resize_and_normalize,
-)
+from ijepa.encoders import load_encoder, pixel_encoder, random_encoder
 from ijepa.errors import UserError
 from ijepa.model import VisionTransformer, ViTConfig
 
@@ -41,14 +36,16 @@ def load(path, weights="target", dtype="float32", **options):
     return load_encoder(path, "local", weights=weights, device=CPU, dtype=dtype, **options)
 
 
-def test_models_of_the_hub_are_the_same_seed_only_with_the_same_commit():
-    first, second = (
-        replace(pixel_encoder(), description={"source": "me/a", "sha256": None, "revision": commit})
-        for commit in ("12ab", "34cd")
+def test_only_other_seeds_of_the_same_training_are_seeds():
+    facts = {"source": "me/a", "sha256": None, "revision": "12ab", "parameters": 1}
+    first, second, larger = (
+        replace(pixel_encoder(), description=facts | other)
+        for other in ({}, {"revision": "34cd"}, {"revision": "56ef", "parameters": 2})
     )
-    check_seeds(first, [second])
-    with pytest.raises(UserError, match="me/a is given twice"):
-        check_seeds(first, [second, second])
+    encoders.check_seeds(first, [second])  # of one hub id
+    for others, words in (([second, second], "is given twice"), ([larger], "has parameters 2")):
+        with pytest.raises(UserError, match=f"me/a {words}"):
+            encoders.check_seeds(first, others)
 
 
 def test_the_local_encoder_equals_a_plain_loop_over_images(checkpoint):
@@ -93,7 +90,7 @@ def test_resizing_is_pillows_bilinear_to_one_gray_level():
     for image in make_images((8, 8), (64, 64), (31, 50), (1, 7)):
         pillow = Image.fromarray(image.permute(1, 2, 0).numpy())
         expected = pillow.resize((16, 16), Image.Resampling.BILINEAR)
-        found = resize_and_normalize([image], 16, (0.0,) * 3, (1.0,) * 3)[0] * 255
+        found = encoders.resize_and_normalize([image], 16, (0.0,) * 3, (1.0,) * 3)[0] * 255
         np.testing.assert_allclose(found.permute(1, 2, 0), np.asarray(expected, "f4"), atol=1.01)
 
 
@@ -131,10 +128,8 @@ def failing(error):
     ],
 )
 def test_running_out_of_memory_suggests_a_smaller_batch(encoder):
-    for count, words, hint in (
-        (64, "64 images", "--batch-size 16"),
-        (1, "1 image", "--device cpu"),
-    ):
+    cases = ((64, "64 images", "--batch-size 16"), (1, "1 image", "--device cpu"))
+    for count, words, hint in cases:
         with pytest.raises(UserError, match=f"out of memory on cpu with {words} in") as caught:
             encoder.embed(make_images((4, 4)) * count)
         assert caught.value.hint == f"try {hint}"

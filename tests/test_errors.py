@@ -1,8 +1,10 @@
-from pathlib import Path
+import re
 
+import compare_embeddings
 import pytest
+import train_ijepa
 
-from ijepa.errors import UserError, counted, home_path
+from ijepa.errors import UserError, counted
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,25 @@ def test_what_is_counted_has_its_plural():
     assert [counted(n, "class") for n in (1, 2)] == ["1 class", "2 classes"]
 
 
-def test_a_home_folder_is_found_and_that_of_nobody_stays():
-    assert home_path("~/a") == Path.home() / "a"
-    assert home_path("~no-such-user/a") == Path("~no-such-user/a")
+WRONG = {
+    compare_embeddings: [
+        *("--max-samples=-1", f"--seed={2**32}", "--probe-samples=some", "--dataset="),
+        *("--hf-model=", "--output-dir=", "--output-dir=out\udcff", "--no-cache --cache-dir=x"),
+    ],
+    train_ijepa: [
+        *("--epochs=0", "--batch-size=-3", "--batch-size=1", "--lr=-1", "--lr=nan", "--seed=-1"),
+        *("--seed=99999999999999999999", "--embed-dim=100", "--num-views=1", "--dataset="),
+        *("--num-views=2 --recipe=paper", "--dataset=in\udcff", "--output-dir="),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "words"), [(script, words) for script in WRONG for words in WRONG[script]]
+)
+def test_wrong_usage_is_exit_code_2(script, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script.main(words.split())
+    assert stopped.value.code == 2
+    flag = re.split("[ =]", words)[0]
+    assert re.search(f"argument {flag}|{flag}.*not allowed|UTF-8", capsys.readouterr().err)

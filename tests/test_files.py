@@ -14,13 +14,6 @@ from ijepa.errors import UserError
 from ijepa.files import LOCK, TEMPORARY, own_folder, write_atomically, write_text
 
 
-def test_text_round_trips_as_utf8_and_missing_folders_are_made(tmp_path):
-    path = tmp_path / "a" / "b" / "note.md"
-    write_text(path, "größer ≥ 1\n")
-    assert path.read_bytes() == "größer ≥ 1\n".encode()
-    assert [entry.name for entry in path.parent.iterdir()] == ["note.md"]
-
-
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, ZeroDivisionError, RuntimeError])
 def test_a_failure_while_writing_stays_what_it_is_and_changes_no_file(tmp_path, failure):
     path = tmp_path / "data.bin"

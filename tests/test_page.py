@@ -161,7 +161,7 @@ def test_thumbnails_keep_the_shape_of_an_image_and_its_middle(shape):
 
 
 def test_neighbors_precision_agreement_and_paths_are_those_of_the_comparison(make_page, example):
-    sampled = make_page(90, shown=30, paths=True)  # 60 images are on no map
+    sampled = make_page(90, shown=30)  # 60 images are on no map
     facts, rows, split = data_of(sampled.html), sampled.maps.rows, sampled.split
     assert facts["points"] == len(rows) == 30
     index, labels = np.array(facts["index"]), np.array(facts["label"])

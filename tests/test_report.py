@@ -10,6 +10,7 @@ import pytest
 from ijepa import report
 from ijepa.comparison import compare
 from ijepa.errors import UserError
+from ijepa.probe import Probe
 
 CLASSES = ('a,b "c"', "two\r\nlines\rand\nmore")
 
@@ -20,9 +21,7 @@ def run(make_page):
     return example.comparison, example.split, example.maps
 
 
-def test_a_failed_write_leaves_no_metrics_and_a_later_run_removes_what_it_does_not_make(
-    run, tmp_path
-):
+def test_a_failed_write_leaves_no_metrics_and_a_later_run_removes_leftovers(run, tmp_path):
     comparison, split, maps = run
     for name in ("mine.txt", "metrics.json"):  # the latter of an earlier run
         (tmp_path / name).touch()
@@ -49,9 +48,8 @@ def test_two_labeled_arrays_from_anywhere_make_a_report(tmp_path):
     names, labels = {"local": "mine", "hf": "yours\u0378"}, np.repeat(np.arange(3), 25)
     for name in ("embeddings_hf.npz", "nn_queries.png"):
         (tmp_path / name).touch()
-    written = report.write_report(
-        tmp_path, compare(dict(zip(names, X, strict=True)), {}, labels, 0, names=names)
-    )
+    found = compare(dict(zip(names, X, strict=True)), {}, labels, 0, names=names)
+    written = report.write_report(tmp_path, found)
     files = [path.name for path in written]
     assert not any(name.startswith(("nn_", "embeddings_")) for name in files)
     assert {"report.md", "report.html", "metrics.json", "tsne_comparison.png"} <= set(files)
@@ -71,9 +69,7 @@ def test_per_image_rows_read_back_as_the_numbers(run):
     split = replace(split, paths=tuple(f'a/"{i}",\r.png' for i in range(250)))
     correct = {"local": {"linear": comparison.analyses["local"].first_is_right()}}
     # The last images are on no map.
-    shown = {
-        name: replace(made, coordinates=made.coordinates[:15]) for name, made in maps.tsne.items()
-    }
+    shown = {k: replace(m, coordinates=m.coordinates[:15]) for k, m in maps.tsne.items()}
     maps = replace(maps, rows=np.arange(15), tsne=shown)
     text = report.per_image_csv(comparison, maps, split, SimpleNamespace(correct=correct))
     rows = list(csv.DictReader(io.StringIO(text, newline="")))
@@ -129,10 +125,13 @@ def test_metrics_hold_every_number_of_the_comparison(run):
     confusion = np.array(found["comparison"]["neighbor_confusion"]["hf"])
     np.testing.assert_allclose(confusion.sum(axis=1), 1)
     assert found["probe"] is None
-    probe = SimpleNamespace(record=lambda: {"bank": np.int64(7), "l2": [1, np.float64("inf")]})
+    answers = {"local": {"knn": np.ones(9, bool)}}
+    unusual = {"l2": [np.int64(1), np.float64("inf")]}
+    probe = Probe(7, 9, 0, False, {}, unusual, {}, [], [], answers)
     found = report.metrics_content(comparison, facts, [], probe)
-    assert found["probe"] == {"bank": 7, "l2": [1, None]}
-    assert "probe.l2[...] is undefined for this sample" in found["caveats"]
+    assert found["probe"]["differences"] == {"l2": [1, None]}
+    assert (found["probe"]["bank_images"], found["probe"]["correct"]) == (7, {})
+    assert "probe.differences.l2[...] is undefined for this sample" in found["caveats"]
 
 
 def test_matrices_of_very_many_classes_are_left_out_with_a_caveat(run):

@@ -5,30 +5,26 @@ import math
 import numpy as np
 import pytest
 from sklearn.decomposition import PCA
+from sklearn.metrics import silhouette_score
 
 from ijepa.comparison import compare
 from ijepa.errors import UserError
 
 
-def clusters(n, d=12, num_classes=4, seed=0):
-    rng = np.random.default_rng(seed)
+def clusters(n, d=12, num_classes=4):
+    rng = np.random.default_rng(0)
     labels = np.arange(n) % num_classes
     centers = 1.5 * rng.normal(size=(num_classes, d))
     return (centers[labels] + rng.normal(size=(n, d))).astype(np.float32), labels
 
 
-def with_row(factor):
-    X, labels = clusters(120)
-    X[3] *= np.float32(factor)
-    return X, labels
-
-
 X, LABELS = clusters(120)
+ROW = np.arange(120)[:, None] == 3
 CASES = {
     "ordinary": (X, LABELS),
     **{f"times {scale}": (X * np.float32(scale), LABELS) for scale in (1e-42, 1e37)},
-    "one row huge": with_row(1e30),
-    "one row tiny": with_row(1e-38),
+    "one row huge": (np.where(ROW, X * np.float32(1e30), X), LABELS),
+    "one row tiny": (np.where(ROW, X * np.float32(1e-38), X), LABELS),
     "far from the origin": (X + np.float32(100), LABELS),
     "all equal": (np.ones_like(X), LABELS),
     "one dimension": (X[:, :1].copy(), LABELS),
@@ -42,30 +38,21 @@ CASES = {
 
 
 def oracle(X, labels):
-    """P@5, silhouette and explained variance by definition, in float64 throughout."""
+    """P@5, silhouette and explained variance, in float64 throughout."""
     wide = X.astype(np.float64)
     wide = wide / np.abs(wide).max()
     unit = wide / np.linalg.norm(wide, axis=1, keepdims=True)
-    similarity = unit @ unit.T
-    distance = np.stack([np.sqrt(np.square(wide - row).sum(axis=1)) for row in wide])
-    hits, silhouettes = [], []
-    for i in range(len(wide)):
-        # Rounded, so that the oracle does not order exact ties by their last bit.
-        order = [j for j in np.argsort(-similarity[i].round(7), kind="stable") if j != i]
-        hits.append((labels[order[:5]] == labels[i]).mean())
-        own = (labels == labels[i]) & (np.arange(len(wide)) != i)
-        if not own.any():
-            silhouettes.append(0.0)
-            continue
-        others = [distance[i, labels == c].mean() for c in np.unique(labels) if c != labels[i]]
-        a, b = distance[i, own].mean(), min(others)
-        silhouettes.append((b - a) / max(a, b) if max(a, b) else 0.0)
+    # Rounded, so that the oracle does not order exact ties by their last bit.
+    similarity = (unit @ unit.T).round(7)
+    np.fill_diagonal(similarity, -np.inf)
+    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :5]
+    hits = (labels[nearest] == labels[:, None]).mean()
     spread = np.ptp(wide, axis=0).any() and min(len(wide) - 1, wide.shape[1]) >= 10
     shares = PCA().fit(wide).explained_variance_ratio_ if spread else np.array([math.nan])
     defined = len(np.unique(labels)) < len(labels)
     return {
-        "precision_at_5": np.mean(hits) if len(wide) > 5 and defined else math.nan,
-        "silhouette": np.mean(silhouettes) if defined else math.nan,
+        "precision_at_5": hits if len(wide) > 5 and defined else math.nan,
+        "silhouette": silhouette_score(wide, labels) if defined else math.nan,
         "variance_10pc": shares[:10].sum(),
     }
 

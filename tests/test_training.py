@@ -1,6 +1,5 @@
 import dataclasses
 import functools
-import io
 import itertools
 import math
 
@@ -16,6 +15,13 @@ from ijepa.training import RECIPES, TrainConfig, draw_views, learning_rate, trai
 
 RANDOM = torch.Generator().manual_seed(0)
 IMAGES = torch.randint(0, 256, (10, 3, 32, 32), generator=RANDOM, dtype=torch.uint8)
+# Other values than those of `config`.
+FIELDS = {"epochs": 4, "batch_size": 4, "lr": 1e-3, "warmup_epochs": 2.0, "decay_share": 0.9}
+FIELDS |= {"weight_decay": 0.5, "ema_start": 0.8, "ema_window": 200.0, "clip_norm": 0.01}
+FIELDS |= {"min_crop": 0.9, "jitter": 0.1, "grey_share": 0.9, "num_views": 2, "seed": 1}
+FIELDS |= {"matching_weight": 0.1, "temperature": 0.5, "last_temperature": 0.5}
+FIELDS |= {"spread_weight": 0.5, "mask": MaskConfig(context_patches=19)}
+FIELDS |= {"predictor": PredictorConfig(embed_dim=8, depth=2, num_heads=2)}
 
 
 @pytest.fixture
@@ -31,19 +37,12 @@ def begin(config, dtype=torch.float32):
     return training.init_state(config, torch.device("cpu"), dtype)
 
 
-def through_a_file(content):
-    file = io.BytesIO()
-    torch.save(content, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @functools.cache
 def undisturbed(config):
     """The end of a whole run on the ten images."""
     state = begin(config)
     list(train(state, config, IMAGES))
-    return through_a_file(state.state_dict())
+    return state.state_dict()
 
 
 # Of nested plain data; NaN does not equal itself, which is right here.
@@ -126,9 +125,7 @@ def test_the_losses_are_those_of_a_loop_over_patches(config, num_views, step):
     means, target = torch.stack(means, dim=1), torch.stack(targets)
     matching = sum(training.matching_loss(one, target, 0.3).item() / 2 for one in means[1:])
     pairs = itertools.permutations(means, 2)
-    matching += sum(
-        training.matching_loss(queries, keys, 0.3).item() / 6 for queries, keys in pairs
-    )
+    matching += sum(training.matching_loss(*pair, 0.3).item() / 6 for pair in pairs)
     assert losses.matching.item() == pytest.approx(matching, rel=1e-4)
     assert losses.spread.item() == pytest.approx(training.spread_loss(means[0]).item(), rel=1e-4)
 
@@ -237,7 +234,6 @@ def test_bfloat16_gives_nearly_the_loss_of_float32(config):
 
 def test_the_paper_recipe_is_the_prediction_loss_of_one_view():
     config = dataclasses.replace(RECIPES["paper"], epochs=1, batch_size=4)
-    assert config.terms == ("I-JEPA prediction",)
     views = draw_views(config, IMAGES[:4], 0, 2)
     assert views.pixels.shape == (4, 1, 3, 32, 32)
     assert views.target_blocks.shape[1] == 4
@@ -309,18 +305,10 @@ def test_a_resumed_run_is_the_undisturbed_run_bit_for_bit(config, recipe, stops)
             updates += 1
             if state.step == stop:
                 break
-        saved = through_a_file(state.state_dict())
+        saved = state.state_dict()
     assert updates == 9
     assert torch.equal(torch.get_rng_state(), before)
     assert_equal_bit_for_bit(saved, undisturbed(config))
-
-
-FIELDS = {"epochs": 4, "batch_size": 4, "lr": 1e-3, "warmup_epochs": 2.0, "decay_share": 0.9}
-FIELDS |= {"weight_decay": 0.5, "ema_start": 0.8, "ema_window": 200.0, "clip_norm": 0.01}
-FIELDS |= {"min_crop": 0.9, "jitter": 0.1, "grey_share": 0.9, "num_views": 2, "seed": 1}
-FIELDS |= {"matching_weight": 0.1, "temperature": 0.5, "last_temperature": 0.5}
-FIELDS |= {"spread_weight": 0.5, "mask": MaskConfig(context_patches=19)}
-FIELDS |= {"predictor": PredictorConfig(embed_dim=8, depth=2, num_heads=2)}
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -350,9 +338,3 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_epoch_is_logged(confi
         training.check_finite(state)
     with pytest.raises(FloatingPointError, match="no longer a number after 3 updates"):
         next(run)
-
-
-@pytest.mark.parametrize("settings", [{"num_views": 1}, {"matching_weight": 0.0}])
-def test_views_that_do_not_fit_the_terms_are_refused(settings):
-    with pytest.raises(ValueError, match="num_views must be"):
-        TrainConfig(**settings)

@@ -101,10 +101,12 @@ def test_neighbor_statistics_of_halves_count_every_kept_image_twice():
     X, _, labels = two_models()
     labels = 10 - 2 * labels
     halves = uncertainty.half_samples(labels, 4)
-    found = uncertainty.neighbor_halves(*metrics.nearest_neighbors(X, 64), labels, halves)
+    pairs = metrics.all_pairs(X, 64)
+    found = uncertainty.neighbor_halves(pairs.neighbors, pairs.similarities, labels, halves)
     for half, keep in enumerate(halves):
         own = labels[keep]
-        nearest = metrics.nearest_neighbors(X[keep], 10)
+        pairs = metrics.all_pairs(X[keep], 10)
+        nearest = pairs.neighbors, pairs.similarities
         neighbors, similarities = (np.repeat(one, 2, axis=1) for one in nearest)
         expected = {
             f"precision_at_{k}": metrics.precision_at_k(neighbors, own, k) for k in (1, 5, 10, 20)
