@@ -6,6 +6,7 @@ with one subfolder per class. Nothing is normalized or resized here: that belong
 
 import hashlib
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,10 +28,13 @@ SYSTEM_NAMES = {
     *("__macosx", "@eadir", "lost+found", "#recycle", "$recycle.bin"),
     *("system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"),
 }
-REPORT_FILES = ("report.md", "per_image.csv")
-"""A folder with these holds a report, whose figures are no images to compare."""
+REPORT_FILES = {"report.md", "per_image.csv"}
+TRAINING_FILES = {"training_log.csv", "checkpoint_latest.pt"}
+"""A folder with all of either holds what the scripts wrote; its figures are none to compare."""
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
+SPLIT_WORD = re.compile(r"(?<![a-z])(train(ing)?|val(id(ation)?)?|test(ing)?)(?![a-z])")
+"""In the names of folders that are hardly classes, such as `seg_train` and `test1`."""
 LAYOUT_NAMES = {"images", "imgs", "labels", "masks", "annotations"}
 """Folders of detection and segmentation data sets, which are no classes."""
 MASKS = ("_mask", "_seg", "_gt", "_label")
@@ -212,15 +216,14 @@ def load_folder(folder: Path, split: str, need_classes: bool = True) -> Split:
 
 def doubtful_classes(classes: dict[Path, list[Path]]) -> tuple[str, ...]:
     """Notes on classes that may be something else, such as splits of other names."""
-    named = [path.name for path in classes if path.name.lower() in SPLIT_NAMES]
-    if len(named) > 1:
-        return (f"taken for classes, though named like splits: {', '.join(named)}",)
     # The first folder of each path below the class; nothing for a file right in it.
     inner = [
         {file.relative_to(path).parts[:-1][:1] for file in files} for path, files in classes.items()
     ]
     if len(inner[0]) < 2 or () in inner[0] or any(one != inner[0] for one in inner):
-        return ()
+        named = [path.name for path in classes if SPLIT_WORD.search(path.name.lower())]
+        note = printable(f"taken for classes, though named like splits: {', '.join(named)}")
+        return (note,) * (len(named) > 1)
     names = ", ".join(name for (name,) in sorted(inner[0])[:3])
     one, *_ = classes
     problem = f"every class has the folders {names}, and their images are mixed"
@@ -236,8 +239,12 @@ def no_classes(folder: Path, root: Path, classes: Sequence[Path], left_out: Left
     which = f" ({', '.join(names[:3])})" if names else ""
     problem = f"{str(root)!r} has {found} with images{which}, need 2"
     hint = "sort the images into one folder per class, as FOLDER/CLASS/IMAGE"
-    if len(classes) == 1 and len(inner := entries(classes[0])["folder"]) > 1:
-        hint = f"if {inner[0].name!r} and {inner[1].name!r} are classes, give {str(classes[0])!r}"
+    wrapper, inner = root, list(classes)
+    while len(inner) == 1:
+        wrapper = inner[0]
+        inner = entries(wrapper)["folder"]
+    if wrapper != root and len(inner) > 1:
+        hint = f"if {inner[0].name!r} and {inner[1].name!r} are classes, give {str(wrapper)!r}"
     elif {name.lower() for name in names} & LAYOUT_NAMES:
         hint = f"folders of images and labels are not read; {hint}"
     elif loose_images:
@@ -304,7 +311,8 @@ def choose_split(folder: Path, split: str, left_out: LeftOut) -> Path:
             f"it has {names}",
             hint="choose one of its splits with --split; training reads train",
         )
-    for path in entries(folder, left_out)["file"]:
+    found = entries(folder, left_out)
+    for path in (*found["image"], *found["file"]):
         left_out["file outside the splits"][path.suffix.lower()] += 1
     return chosen[0]
 
@@ -312,13 +320,19 @@ def choose_split(folder: Path, split: str, left_out: LeftOut) -> Path:
 def holds_classes(folder: Path) -> bool:
     """Whether a folder has subfolders and no images next to them."""
     found = entries(folder)
-    return bool(found["folder"]) and not found["image"]
+    return bool(found["folder"]) and (is_output(folder) or not found["image"])
+
+
+def is_output(folder: Path) -> bool:
+    """Whether a run of the scripts has written its files there."""
+    sets = (REPORT_FILES, TRAINING_FILES)
+    return any(all(os.path.isfile(folder / name) for name in names) for names in sets)
 
 
 def entries(folder: Path, left_out: LeftOut | None = None) -> dict[str, list[Path]]:
     """The `folder`s, `image`s and other `file`s in a folder, each kind in the order of names.
 
-    An image is known by its suffix. Hidden and system files and earlier reports are counted in
+    An image is known by its suffix. Hidden and system files and earlier runs are counted in
     `left_out`; the folder that this run writes to is not looked at.
     """
     left_out = defaultdict(Counter) if left_out is None else left_out
@@ -332,8 +346,8 @@ def entries(folder: Path, left_out: LeftOut | None = None) -> dict[str, list[Pat
         holds_files = os.path.isdir(path)
         if path.name == LOCK or (holds_files and os.path.isfile(path / LOCK)):
             continue
-        if holds_files and all(os.path.isfile(path / name) for name in REPORT_FILES):
-            left_out["file of an earlier report"][path.name] += len(list(path.iterdir()))
+        if holds_files and is_output(path):
+            left_out["file of an earlier run"][path.name] += len(list(path.iterdir()))
         elif path.name.startswith(".") or path.name.lower() in SYSTEM_NAMES:
             inside = sum(len(files) for _, _, files in os.walk(path)) if holds_files else 1
             left_out["file hidden or made by the operating system"][path.name] += inside
@@ -387,7 +401,9 @@ def load_split(
         UserError: If the name is unknown and no such folder exists, or loading fails.
     """
     if dataset in DATASETS:
-        return DATASETS[dataset](home_path(data_dir), split, offline)
+        found = DATASETS[dataset](home_path(data_dir), split, offline)
+        note = f"the folder {dataset} here is not used: ./{dataset} means the folder"
+        return replace(found, notes=(note,)) if os.path.isdir(dataset) else found
     folder = home_path(dataset)
     if os.path.isdir(folder):
         return load_folder(folder, split, need_classes)

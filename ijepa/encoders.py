@@ -235,6 +235,8 @@ def load_embeddings(path: Path, role: str) -> PrecomputedEmbeddings:
         names = file["keys" if by_key else "indices"]
         if values.ndim != 2 or values.dtype.kind != "f" or names.shape[:1] != values.shape[:1]:
             raise ValueError(f"{names.shape} names for {values.dtype} values {values.shape}")
+        if by_key and (names.dtype, names.shape[1:]) != (np.uint8, (16,)):
+            raise ValueError(f"keys are {names.dtype} of shape {names.shape}")
         if not by_key and (names.ndim != 1 or names.dtype.kind not in "iu"):
             raise ValueError(f"indices are {names.dtype} of shape {names.shape}")
         if not by_key and len(np.unique(names)) < len(names):
@@ -302,13 +304,14 @@ def load_file_encoder(
 
 def check_seeds(local: Any, seeds: list[Any]) -> None:
     """Raise UserError unless the checkpoints can be several seeds of one training."""
-    seen, first = [], local.description
-    for facts in (one.description for one in (local, *seeds)):
+    everything = [one.description | {"width": one.embed_dim} for one in (local, *seeds)]
+    seen, first = [], everything[0]
+    for facts in everything:
         identity = [facts.get(name) for name in ("sha256", "revision")]
         problems = ["is given twice"] * (identity in seen)
         problems += [
             f"has {key} {facts.get(key)}, the first has {first.get(key)}"
-            for key in ("parameters", "input_size", "epochs")
+            for key in ("width", "parameters", "input_size", "epochs")
             if facts.get(key) != first.get(key)
         ]
         if problems:

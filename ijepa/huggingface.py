@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ijepa.devices import memory_errors
-from ijepa.errors import UserError
+from ijepa.errors import UserError, counted
 from ijepa.files import DAMAGED, pointer_hint, sha256
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
@@ -147,11 +147,6 @@ def family_of(folder: Path, source: str) -> tuple[str, Family]:
             hint="give the directory of one model; pickled weights are not loaded: save them with "
             "save_pretrained",
         )
-    if not any((folder / name).is_file() for name in PROCESSORS):
-        raise UserError(
-            f"{source!r} has no {PROCESSORS[0]}, which says how to resize and normalize images",
-            hint=f"copy {PROCESSORS[0]} from the original model into the directory",
-        )
     try:
         kind = str(json.loads((folder / "config.json").read_text("utf-8")).get("model_type"))
     except DAMAGED as error:
@@ -165,6 +160,11 @@ def family_of(folder: Path, source: str) -> tuple[str, Family]:
             f"{source!r} is a {kind!r} model, which is not supported",
             hint=f"supported are {', '.join(FAMILIES)}; another one is one line in FAMILIES of "
             "ijepa/huggingface.py (README, Extending)",
+        )
+    if not any((folder / name).is_file() for name in PROCESSORS):
+        raise UserError(
+            f"{source!r} has no {PROCESSORS[0]}, which says how to resize and normalize images",
+            hint=f"copy {PROCESSORS[0]} from the original model into the directory",
         )
     return kind, FAMILIES[kind]
 
@@ -244,6 +244,9 @@ def read_model(
                 **family.options,
             )
             check_tensors(model, report)
+            if (channels := getattr(model.config, "num_channels", 3)) != 3:
+                problem = f"{source!r} takes images of {counted(channels, 'channel')}, not of 3"
+                raise UserError(problem, hint="give a model of color images")
             sides = check_processor(processor, model.config.image_size, family.any_size)
             recorded = getattr(model.config, "ijepa_training", {})  # of our own exports
             training = {k: v for k, v in recorded.items() if isinstance(v, TRAINING.get(k, ()))}

@@ -1,5 +1,6 @@
 """Image files: what Pillow decodes, as uint8 tensors of RGB pixels."""
 
+import os
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
@@ -59,6 +60,10 @@ class FolderImages:
                 raise UserError(problem, hint=hint) from error
         return found
 
+    def sizes(self) -> Int[np.ndarray, " n"]:
+        """The bytes of each file; -1 of what is no file."""
+        return np.array([f.stat().st_size if os.path.isfile(f) else -1 for f in self.files], int)
+
     def __getitem__(self, row: int) -> UInt8[Tensor, "3 h w"]:
         return read_image(self.files[row])
 
@@ -75,6 +80,8 @@ def to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
     Of 16-bit gray values the upper byte is kept, of several frames or pages the first.
     """
     check_mode(image)
+    with suppress(SyntaxError, ValueError, LookupError, struct.error):
+        image.getexif()  # of damaged entries Pillow raises once, then it has none
     exif = image.getexif()
     for tag in exif.keys() - {ExifTags.Base.Orientation}:  # odd ones could not be written again
         del exif[tag]

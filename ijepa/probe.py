@@ -24,6 +24,7 @@ from ijepa import metrics
 from ijepa.agreement import add_holm, mcnemar_exact_p
 from ijepa.data import Split, balanced_rows
 from ijepa.errors import counted
+from ijepa.images import FolderImages
 from ijepa.metrics import SILENT, Embeddings, Labels, Progress, knn_vote, unit_rows
 from ijepa.uncertainty import Estimate, half_deviations
 
@@ -409,8 +410,22 @@ def select_bank(train: Split, compared: Split, limit: int, seed: int) -> tuple[S
     names = dict.fromkeys((*compared.classes, *train.classes))
     number = {name: code for code, name in enumerate(names)}
     labels = np.array([number[name] for name in train.classes])[train.labels]
-    keys = set(compared.image_keys)
-    shared = np.array([key in keys for key in train.image_keys])
+    shared = shared_images(train, compared)
     rows = np.flatnonzero(~shared)
     rows = rows[balanced_rows(labels[rows], len(number), limit or len(rows), seed)]
     return replace(train.take(rows), labels=labels[rows]), int(shared.sum())
+
+
+def shared_images(split: Split, other: Split) -> Bool[np.ndarray, " n"]:
+    """Which images of a split are also in another one; of files only those of equal size are read.
+
+    Raises:
+        UserError: If such a file cannot be read.
+    """
+    shared, rows = np.zeros(len(split), bool), np.arange(len(split))
+    if isinstance(split.images, FolderImages) and isinstance(other.images, FolderImages):
+        own, others = split.images.sizes(), other.images.sizes()
+        rows = np.flatnonzero((own > 0) & np.isin(own, others))
+    keys = set(other.image_keys)
+    shared[rows] = [key in keys for key in split.take(rows).image_keys]
+    return shared

@@ -73,13 +73,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "split; 0 = no probe, all = the whole split (default: 0)")
     add("--dataset", type=nonempty,
         help="cifar10, digits, or a folder with one subfolder per class (default: cifar10; with "
-        "--offline digits, unless --data-dir has CIFAR-10)")
+        "--offline digits, unless --data-dir is given or data has CIFAR-10)")
     add("--split", choices=["test", "train", "val"], default="test",
         help="part of the data set (default: %(default)s)")
     add("--skip-unreadable", action="store_true",
         help="leave unreadable images out and list them; otherwise they are an error")
-    add("--data-dir", type=flag_path, default=Path("data"),
-        help="where CIFAR-10 is or will be put (default: %(default)s)")
+    add("--data-dir", type=flag_path, help="where CIFAR-10 is or will be put (default: data)")
     add("--offline", action="store_true", help="open no socket")
     add("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
     add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto",
@@ -103,6 +102,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--hf-revision and --hf-pooling mean nothing with --hf-model none")
     if args.hf_model is None:
         args.hf_model = bundled("hf") if args.offline else HUB_MODEL
+    if args.dataset is None:
+        own = args.data_dir or any(Path("data").glob("cifar-10-*"))
+        args.dataset = "cifar10" if own or not args.offline else "digits"
+    args.data_dir = args.data_dir or Path("data")
     args.local_checkpoint = args.local_checkpoint or [bundled("checkpoint_latest.pt")]
     return args
 
@@ -142,7 +145,7 @@ class Stages:
 
 def say(text: str, file: TextIO | None = None) -> None:
     """Print a line on stderr or in another file; it is no error if nobody reads it any more."""
-    with suppress(BrokenPipeError):  # as with `| head`
+    with suppress(OSError):  # as with `| head`, or when the terminal is closed
         print(text, file=file or sys.stderr)
 
 
@@ -174,9 +177,7 @@ def load_images(args: argparse.Namespace) -> "Split":
     from ijepa.data import balanced_sample, find_unreadable, load_split
     from ijepa.images import doubtful_pixels
 
-    present = any(args.data_dir.glob("cifar-10-*"))
-    dataset = args.dataset or ("digits" if args.offline and not present else "cifar10")
-    split = load_split(dataset, args.data_dir, args.split, args.offline)
+    split = load_split(args.dataset, args.data_dir, args.split, args.offline)
     if args.split not in ("test", split.split):
         note = f"{split.name} has no splits: all of its images are used, not {args.split}"
         split = replace(split, notes=(*split.notes, note))
@@ -279,16 +280,16 @@ def load_bank(args: argparse.Namespace, inputs: Inputs) -> "Split | str":
 
     split = inputs.split
     try:
-        train = load_split(args.dataset or split.name, args.data_dir, "train", args.offline)
+        train = load_split(args.dataset, args.data_dir, "train", args.offline)
         if train.split != "train":
             raise UserError(f"{split.name} has no train split", hint="")
     except UserError as error:
         return error.problem
-    train = train.readable(find_unreadable(train), args.skip_unreadable)
     found, compared = ({s.classes[i] for i in s.labels} for s in (train, split))
     if found.isdisjoint(compared):
         return f"no compared class is in the train split ({listed(sorted(found))})"
     bank, excluded = select_bank(train, split, args.probe_samples or 0, args.seed)
+    bank = bank.readable(find_unreadable(bank), args.skip_unreadable)
     for file in (one for one in inputs.compared if "matched_by" in one.description):
         if file.description["matched_by"] == "index":
             source = file.description["source"]
@@ -512,9 +513,10 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115  closed by the caller
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
     code = main()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(BrokenPipeError):
+        with suppress(OSError):
             stream.flush()
     # Interpreter shutdown takes seconds to collect the objects of the libraries.
     os._exit(code)

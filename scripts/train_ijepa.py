@@ -129,7 +129,7 @@ def say(text: str) -> None:
     from tqdm import tqdm
 
     if is_first_process():
-        with suppress(BrokenPipeError):  # its reader has left, as `head` does
+        with suppress(OSError):  # its reader has left, as `head` does, or the terminal is closed
             tqdm.write(text, file=sys.stderr)
 
 

@@ -150,6 +150,14 @@ def test_images_that_fail_only_when_decoded_are_left_out_too(embed, make_image_f
         embed("--dataset", folder)
 
 
+def test_cifar10_is_what_a_folder_for_it_means(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for flags, expected in (([], "digits"), (["--data-dir", "."], "cifar10")):
+        assert script.parse_arguments(["--offline", *flags]).dataset == expected
+    (tmp_path / "data" / "cifar-10-batches-py").mkdir(parents=True)
+    assert script.parse_arguments(["--offline"]).dataset == "cifar10"
+
+
 def test_a_sample_says_how_many_of_the_classes_are_in_it(embed, make_image_folder):
     folder = make_image_folder(dict.fromkeys("abcde", 1))
     (note,) = embed("--dataset", folder, "--max-samples", 4).notes
@@ -171,6 +179,8 @@ def test_what_the_bank_leaves_out_is_said(embed, make_image_folder):
         assert inputs.bank is None
         assert "no training image is left" in inputs.notes[-1]
         cut.unlink(missing_ok=True)
+    (folder / "train" / "b" / "odd.png").write_bytes(b"x")  # which only a larger bank needs
+    assert len(embed("--dataset", folder, "--probe-samples", "2").bank) == 2
     for name in "ab":
         (folder / "train" / name).rename(folder / "train" / f"{name}_too")
     inputs = embed(*flags)
@@ -363,13 +373,16 @@ def test_what_cannot_work_is_said(tmp_path, before, env, words):
 
 
 def test_the_bundled_pair_is_compared_though_the_reader_leaves_early(tmp_path):
-    """As with `2>&1 | head`."""
+    """As with `| head`, and a terminal that is closed."""
     read_end, write_end = os.pipe()
+    terminal, end_of_terminal = os.openpty()
     os.close(read_end)
+    os.close(terminal)
     flags = ["--offline", "--dataset", "digits", "--max-samples", "20", "--no-cache", "--json"]
     command = [sys.executable, "-u", str(SCRIPT), *flags, "--output-dir", str(tmp_path)]
-    subprocess.run(command, stdout=write_end, stderr=write_end, check=True)
+    subprocess.run(command, stdout=write_end, stderr=end_of_terminal, check=True)
     os.close(write_end)
+    os.close(end_of_terminal)
     assert {path.name for path in tmp_path.iterdir()} >= FILES
     found = read(tmp_path)
     assert sum("no ViT-Huge" in caveat for caveat in found["caveats"]) == 1

@@ -107,7 +107,9 @@ def test_a_cifar_archive_is_unpacked_offline_unless_it_is_damaged(tmp_path, monk
     np.testing.assert_array_equal(split.images.reshape(3, 3072), files["test_batch"]["data"])
 
 
-def test_digits_are_scikit_learns_scans_in_their_order():
+def test_digits_are_scikit_learns_scans_in_their_order(tmp_path, monkeypatch):
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
     split = load_split("digits", NOWHERE, "test", offline=True)
     bunch = sklearn_digits()
     assert split.images.shape == (1797, 3, 32, 32)
@@ -116,6 +118,7 @@ def test_digits_are_scikit_learns_scans_in_their_order():
     np.testing.assert_array_equal(split.labels, bunch.target)
     np.testing.assert_array_equal(split.indices, np.arange(1797))
     assert (split.images == split.images[:, :1]).all()  # gray
+    assert split.notes == ("the folder digits here is not used: ./digits means the folder",)
     scans = torch.from_numpy(bunch.images * 255 / 16).round()[:, None]
     # With antialias PyTorch's bicubic kernel is Pillow's, which rounds to bytes after each axis.
     wide = F.interpolate(scans, (8, 32), mode="bicubic", antialias=True).round().clamp(0, 255)
@@ -175,8 +178,9 @@ def test_what_is_left_out_is_counted_with_its_reason(tmp_path):
             *("__MACOSX/a/1.png", "b/@eaDir/1.png", "lost+found/1.png"),
         ],
         "folder without images": ["empty class"],
-        "files of an earlier report": [
+        "files of an earlier run": [
             *("out/report.md", "out/per_image.csv", "out/pca_comparison.png"),
+            *("run/training_log.csv", "run/checkpoint_latest.pt", "run/training_curves.png"),
         ],
     }
     names = (name for files in unused.values() for name in files if name != "empty class")
@@ -230,6 +234,9 @@ def test_a_folder_of_nothing_but_splits_is_read_at_the_chosen_one(tmp_path, trai
     with pytest.raises(UserError, match=f"it has {train}, {val}|it has {val}, {train}") as caught:
         load(folder, "test")
     assert "--split" in caught.value.hint
+    folder_of(tmp_path, "report.md", "per_image.csv", "pca_comparison.png")  # a report beside them
+    again = load(folder, "train")
+    assert (again.split, again.paths) == ("train", split.paths)
     folder_of(tmp_path, "test/6.png")
     with pytest.raises(UserError, match="0 class folders") as caught:
         load(folder, "test")
@@ -262,7 +269,12 @@ def test_classes_and_images_that_may_be_something_else_are_noted(tmp_path):
     (note,) = load(folder_of(tmp_path / "mnist", *names)).notes
     assert note.startswith("every class has the folders a, b, and their images are mixed; if these")
     assert note.endswith("mnist/testing'")
-    assert load(folder_of(tmp_path / "mnist", "training/0.png")).notes == ()
+    (note,) = load(folder_of(tmp_path / "mnist", "training/0.png")).notes
+    assert note == "taken for classes, though named like splits: testing, training"
+    names = ("seg_train/seg_train/a/1.png", "seg_test/seg_test/a/2.png", "seg_pred/3.png")
+    (note,) = load(folder_of(tmp_path / "scenes", *names)).notes
+    assert note.endswith("like splits: seg_test, seg_train")
+    assert load(folder_of(tmp_path / "real", "latest/1.png", "trainer/2.png")).notes == ()
 
 
 @pytest.mark.parametrize(
@@ -272,6 +284,7 @@ def test_classes_and_images_that_may_be_something_else_are_noted(tmp_path):
         (["only/1.png", "only/2.png", "none/x.heic"], r"1 class folder with.*only", ".heic"),
         (["1.png", "labels.csv"], "0 class folders", "1 image outside of class folders"),
         (["wrap/a/1.png", "wrap/b/1.png"], "1 class folder ", "if 'a' and 'b' are classes, give"),
+        (["w/x/a/1.png", "w/x/b/1.png"], "1 class folder ", "w/x'"),
         (["images/1.png", "labels/1.txt"], "1 class folder ", "images and labels"),
         (["images/1.png", "masks/2.png"], "images.*masks", "images and labels"),
     ],
@@ -492,8 +505,11 @@ def test_profiles_and_texts_above_pillows_limit_and_a_cut_exif_hide_no_image(tmp
             opened.load()
         seen = read_image(tmp_path / name).permute(1, 2, 0).numpy()
         np.testing.assert_array_equal(seen, pixels[::-1, ::-1])
-    image.save(tmp_path / "cut.png", exif=exif.tobytes()[:14])
-    np.testing.assert_array_equal(read_image(tmp_path / "cut.png").permute(1, 2, 0), pixels)
+    for damaged in (exif.tobytes()[:14], *(b"Exif\0\0" + one for one in (bytes(20), b"II", b""))):
+        image.save(tmp_path / "cut.png", exif=damaged)
+        np.testing.assert_array_equal(read_image(tmp_path / "cut.png").permute(1, 2, 0), pixels)
+        image.save(tmp_path / "cut.jpg", exif=damaged, dpi=(72, 72))  # without dpi Pillow reads it
+        assert read_image(tmp_path / "cut.jpg").shape == (3, 9, 7)
 
 
 def test_an_enormous_photo_is_refused_by_its_header(tmp_path):

@@ -42,8 +42,13 @@ def test_only_other_seeds_of_the_same_training_are_seeds():
         replace(pixel_encoder(), description=facts | other)
         for other in ({}, {"revision": "34cd"}, {"revision": "56ef", "parameters": 2})
     )
+    wider = replace(second, embed_dim=5)
     encoders.check_seeds(first, [second])  # of one hub id
-    for others, words in (([second, second], "is given twice"), ([larger], "has parameters 2")):
+    for others, words in (
+        ([second, second], "is given twice"),
+        ([larger], "has parameters 2"),
+        ([wider], "has width 5"),
+    ):
         with pytest.raises(UserError, match=f"me/a {words}"):
             encoders.check_seeds(first, others)
 
@@ -229,6 +234,7 @@ def test_embeddings_without_keys_are_found_by_index_and_a_note_says_so(tmp_path)
         *(({"indices": np.arange(4)}, None), ({"indices": np.array(3)}, None)),
         *(({"indices": odd}, None) for odd in (np.array([0, 1, 1]), np.array([0.5, 1, 2]))),
         *(({"indices": odd}, None) for odd in (np.zeros((3, 1), int), np.array(["a", "b", "c"]))),
+        *(({"keys": odd}, None) for odd in (np.zeros((3, 32), np.uint8), np.array([*"abc"]))),
         ({"embeddings": np.array([{}] * 3), "indices": np.arange(3)}, None),
         *(({"indices": np.arange(3)}, kept) for kept in (0, 100, -1)),
     ],

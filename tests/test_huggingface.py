@@ -237,8 +237,17 @@ def test_hidden_files_of_macos_are_not_read_and_pointers_of_git_lfs_are_named(fo
     assert "cannot read model.safetensors of" in failure(folder).problem
 
 
+def test_a_model_of_gray_images_is_refused(folder):
+    change_json(folder / CONFIG, num_channels=1)
+    name = "embeddings.patch_embeddings.projection.weight"
+    weight = load_file(folder / "model.safetensors")[name][:, :1].contiguous()
+    change_tensors(folder, **{name: weight})
+    assert "takes images of 1 channel, not of 3" in failure(folder).problem
+
+
 @pytest.mark.parametrize("kind", ["bert", None, 3, ["ijepa"], "siglip2"])
 def test_an_unknown_family_is_named_with_those_there_are(folder, kind):
+    (folder / PREPROCESSOR).unlink()  # which many of them do not have
     change_json(folder / CONFIG, model_type=kind)
     error = failure(folder)
     assert ("NaFlex" if kind == "siglip2" else str(kind)) in error.problem
