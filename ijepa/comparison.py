@@ -6,6 +6,7 @@ is a function of an `Analysis` and a line, its interval an entry of `deviations`
 Differences are always hf - local. Without halves (`uncertainty.half_samples`) there is no interval.
 """
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -168,11 +169,11 @@ def compare(  # noqa: PLR0913
             classes from 0, or embeddings are no rows of real numbers, one for each label.
         UserError: If a row has NaN or infinity, or only zeros.
     """
-    labels = as_labels(labels)
+    labels, seed = as_labels(labels), operator.index(seed)
     if "local" not in embeddings or not embeddings.keys() <= MODEL_NAMES.keys():
         raise ValueError(f"embeddings must be of local, or local and hf, got {list(embeddings)}")
     seeds = {f"local_{row}": X for row, X in enumerate(other_seeds, start=2)}
-    if not references.keys().isdisjoint({*MODEL_NAMES, *seeds}):
+    if not references.keys().isdisjoint({*MODEL_NAMES, *seeds, "chance"}):
         raise ValueError(f"references must have other names than the models, got {[*references]}")
     given = {name: embeddings[name] for name in MODEL_NAMES if name in embeddings}
     given |= {**references, **seeds}
@@ -227,9 +228,13 @@ def as_rows(X: Any, name: str, n: int) -> Embeddings:
 
     Float16 has too small a range for the products of rows.
     """
-    X = np.asarray(X)
-    if X.ndim != 2 or X.dtype.kind not in "fiu":
-        got = f"{X.dtype} of shape {X.shape}"
+    masked = isinstance(X, np.ma.MaskedArray)
+    try:
+        X = np.asarray(X)
+    except (RuntimeError, TypeError) as error:  # as of tensors with gradients
+        raise ValueError(f"{name}: {error}") from error
+    if masked or X.ndim != 2 or X.dtype.kind not in "fiu":
+        got = f"{'masked ' * masked}{X.dtype} of shape {X.shape}"
         raise ValueError(f"{name} must be rows of real numbers, one for each label, got {got}")
     if len(X) != n:
         raise ValueError(f"{name} has {len(X)} rows for {n} labels")

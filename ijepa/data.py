@@ -28,13 +28,14 @@ SYSTEM_NAMES = {
     *("__macosx", "@eadir", "lost+found", "#recycle", "$recycle.bin"),
     *("system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"),
 }
-REPORT_FILES = {"report.md", "per_image.csv"}
-TRAINING_FILES = {"training_log.csv", "checkpoint_latest.pt"}
-"""A folder with all of either holds what the scripts wrote; its figures are none to compare."""
+OUTPUTS = (("report.md", "per_image.csv"), ("training_log.csv", "checkpoint_latest.pt"))
+"""A folder with both files of a pair is where a script wrote; its figures are no images."""
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
-SPLIT_WORD = re.compile(r"(?<![a-z])(train(ing)?|val(id(ation)?)?|test(ing)?)(?![a-z])")
-"""In the names of folders that are hardly classes, such as `seg_train` and `test1`."""
+SPLIT_WORD = re.compile(
+    r"(?<![A-Za-z])(?i:(train|val|test)(ing|val|id|idation)?(set|data)?)(?![a-z])"
+)
+"""In names that are more often those of splits than of classes, as `seg_train` and `testB`."""
 LAYOUT_NAMES = {"images", "imgs", "labels", "masks", "annotations"}
 """Folders of detection and segmentation data sets, which are no classes."""
 MASKS = ("_mask", "_seg", "_gt", "_label")
@@ -197,7 +198,7 @@ def load_folder(folder: Path, split: str, need_classes: bool = True) -> Split:
             layout, such as images and labels, or the split is missing.
     """
     left_out: LeftOut = defaultdict(Counter)
-    root = choose_split(folder, split, left_out)
+    root = choose_split(folder, split, left_out, need_classes)
     classes, found = {}, entries(root, left_out)
     for path in (*found["image"], *found["file"]):
         left_out["file outside the class folders"][path.suffix.lower()] += 1
@@ -207,7 +208,7 @@ def load_folder(folder: Path, split: str, need_classes: bool = True) -> Split:
         elif path.name not in left_out.get("link to a folder above", ()):
             left_out["folder without images"][path.name] += 1
     if len(classes) < 2 and not need_classes:
-        return load_unlabeled(folder)
+        return replace(load_unlabeled(root), split="all" if root == folder else split)
     if len(classes) < 2 or {path.name.lower() for path in classes} <= LAYOUT_NAMES:
         raise no_classes(folder, root, list(classes), left_out)
     result = folder_split(folder, "all" if root == folder else split, classes, left_out)
@@ -221,9 +222,10 @@ def doubtful_classes(classes: dict[Path, list[Path]]) -> tuple[str, ...]:
         {file.relative_to(path).parts[:-1][:1] for file in files} for path, files in classes.items()
     ]
     if len(inner[0]) < 2 or () in inner[0] or any(one != inner[0] for one in inner):
-        named = [path.name for path in classes if SPLIT_WORD.search(path.name.lower())]
+        words = {path.name: SPLIT_WORD.search(path.name) for path in classes}
+        named = {name: word[1].lower() for name, word in words.items() if word}
         note = printable(f"taken for classes, though named like splits: {', '.join(named)}")
-        return (note,) * (len(named) > 1)
+        return (note,) * (len({*named.values()}) > 1)
     names = ", ".join(name for (name,) in sorted(inner[0])[:3])
     one, *_ = classes
     problem = f"every class has the folders {names}, and their images are mixed"
@@ -241,10 +243,11 @@ def no_classes(folder: Path, root: Path, classes: Sequence[Path], left_out: Left
     hint = "sort the images into one folder per class, as FOLDER/CLASS/IMAGE"
     wrapper, inner = root, list(classes)
     while len(inner) == 1:
-        wrapper = inner[0]
-        inner = entries(wrapper)["folder"]
+        wrapper, inner = inner[0], entries(inner[0])["folder"]
+        inner = [f for f in inner if not f.is_symlink() and find_images(f, defaultdict(Counter))]
     if wrapper != root and len(inner) > 1:
-        hint = f"if {inner[0].name!r} and {inner[1].name!r} are classes, give {str(wrapper)!r}"
+        both = f"{inner[0].name!r} and {inner[1].name!r}"
+        hint = f"if {both} are classes or splits, give {str(wrapper)!r}"
     elif {name.lower() for name in names} & LAYOUT_NAMES:
         hint = f"folders of images and labels are not read; {hint}"
     elif loose_images:
@@ -290,26 +293,28 @@ def folder_split(
     return Split(str(folder), split, names, FolderImages(files), labels, indices, paths, notes)
 
 
-def choose_split(folder: Path, split: str, left_out: LeftOut) -> Path:
+def choose_split(folder: Path, split: str, left_out: LeftOut, need_classes: bool) -> Path:
     """The subfolder of a split, or the folder itself where it has no splits.
 
-    A folder has splits if all its subfolders have names of splits, no image lies next to them, and
-    at least one of them has subfolders and no images next to those.
+    A folder has splits if all its subfolders have names of splits, no image lies next to them but
+    those of a run, and, if classes are needed, one of them has subfolders and no such images.
 
     Raises:
         UserError: If it has splits, but not this one, or more than one of that name.
     """
-    folders = entries(folder)["folder"]
-    named = all(path.name.lower() in SPLIT_NAMES for path in folders)
-    if not (named and holds_classes(folder) and any(map(holds_classes, folders))):
+    seen: LeftOut = defaultdict(Counter)
+    folders = entries(folder, seen)["folder"]
+    named = all(path.name.lower() in SPLIT_NAMES for path in folders) and holds_classes(folder)
+    if not (named and (any(map(holds_classes, folders)) or not need_classes)):
         return folder
     chosen = [path for path in folders if path.name.lower() in SPLITS.get(split, (split,))]
     if len(chosen) != 1:
         names = ", ".join(path.name for path in folders)
+        hint = "choose one of its splits with --split; training reads train"
         raise UserError(
             f"{str(folder)!r} has {counted(len(chosen), 'folder')} for the split {split!r}; "
             f"it has {names}",
-            hint="choose one of its splits with --split; training reads train",
+            hint="; ".join([hint, *left_out_note(seen)]),
         )
     found = entries(folder, left_out)
     for path in (*found["image"], *found["file"]):
@@ -318,15 +323,14 @@ def choose_split(folder: Path, split: str, left_out: LeftOut) -> Path:
 
 
 def holds_classes(folder: Path) -> bool:
-    """Whether a folder has subfolders and no images next to them."""
+    """Whether a folder has subfolders, and no images next to them but those of a run."""
     found = entries(folder)
     return bool(found["folder"]) and (is_output(folder) or not found["image"])
 
 
 def is_output(folder: Path) -> bool:
     """Whether a run of the scripts has written its files there."""
-    sets = (REPORT_FILES, TRAINING_FILES)
-    return any(all(os.path.isfile(folder / name) for name in names) for names in sets)
+    return any(all(os.path.isfile(folder / name) for name in pair) for pair in OUTPUTS)
 
 
 def entries(folder: Path, left_out: LeftOut | None = None) -> dict[str, list[Path]]:
@@ -346,7 +350,7 @@ def entries(folder: Path, left_out: LeftOut | None = None) -> dict[str, list[Pat
         holds_files = os.path.isdir(path)
         if path.name == LOCK or (holds_files and os.path.isfile(path / LOCK)):
             continue
-        if holds_files and is_output(path):
+        if holds_files and (is_output(path) or (path.name == "hf" and is_output(folder))):
             left_out["file of an earlier run"][path.name] += len(list(path.iterdir()))
         elif path.name.startswith(".") or path.name.lower() in SYSTEM_NAMES:
             inside = sum(len(files) for _, _, files in os.walk(path)) if holds_files else 1
@@ -402,8 +406,10 @@ def load_split(
     """
     if dataset in DATASETS:
         found = DATASETS[dataset](home_path(data_dir), split, offline)
-        note = f"the folder {dataset} here is not used: ./{dataset} means the folder"
-        return replace(found, notes=(note,)) if os.path.isdir(dataset) else found
+        if os.path.isdir(dataset) and len(entries(Path(dataset))["folder"]) > 1:
+            note = f"the folder {dataset} is not used: --dataset ./{dataset} reads it"
+            found = replace(found, notes=(*found.notes, note))
+        return found
     folder = home_path(dataset)
     if os.path.isdir(folder):
         return load_folder(folder, split, need_classes)

@@ -46,7 +46,9 @@ def choose_dtype(name: str, device: torch.device, num_parameters: int | None = N
     if name == "auto":
         small = num_parameters is not None and num_parameters < SMALL
         return torch.bfloat16 if has_bfloat16(device) and not small else torch.float32
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+    if name not in ("bfloat16", "float32"):
+        raise ValueError(f"dtype must be auto, bfloat16 or float32, got {name!r}")
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
 def has_bfloat16(device: torch.device) -> bool:

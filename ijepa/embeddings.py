@@ -23,7 +23,7 @@ from ijepa.distributed import num_processes, process_rank, wait_for_all
 from ijepa.encoders import FrozenEncoder
 from ijepa.errors import UserError
 from ijepa.files import read_arrays, write_atomically
-from ijepa.metrics import Progress
+from ijepa.metrics import SILENT, Progress
 
 CHUNK = 128
 """Images per cache file: so many are lost by an interruption at most, on a GPU a batch more."""
@@ -124,9 +124,9 @@ def extract(
     encoders: Sequence[Any],
     split: Split,
     *,
-    cache: Path | None,
+    cache: Path | None = None,
     batch_size: int | None = None,
-    progress: Progress,
+    progress: Progress = SILENT,
 ) -> tuple[dict[str, Embeddings], list[tuple[int, str]]]:
     """Embed every image of the split with every encoder; each image is decoded once at most.
 
@@ -150,6 +150,7 @@ def extract(
     Raises:
         UserError: If the cache cannot be written, memory runs out, another process ended, or stored
             embeddings lack an image.
+        ValueError: If two encoders have the same name.
     """
     # This makes glibc keep up to 64 MB of freed memory (mallopt(3), M_MMAP_THRESHOLD); without it
     # each batch is zeroed again. Elsewhere nothing happens.
@@ -157,6 +158,8 @@ def extract(
     keys = split.image_keys
     rows = first_rows(keys)  # of equal images the first stands for all
     source = np.array([rows[key] for key in keys], np.int64)
+    if len({one.name for one in encoders}) < len(encoders):
+        raise ValueError(f"encoders must have names of their own: {[one.name for one in encoders]}")
     networks = [one for one in encoders if isinstance(one, FrozenEncoder)]
     tables = {one.name: Table(one, split, cache) for one in networks}
     if num_processes() > 1:

@@ -185,7 +185,9 @@ def load_encoder(  # noqa: PLR0913  one argument per flag
     Raises:
         UserError: If the source cannot be found, downloaded, read or used.
     """
-    text = str(source)
+    if pooling not in ("mean", "cls"):
+        raise ValueError(f"pooling must be mean or cls, got {pooling!r}")
+    text, device = str(source), torch.device(device)
     path = home_path(text)
     kind = kind_of(text, path)
     given = {"--local-weights": weights != "target", "--local-num-heads": num_heads is not None}

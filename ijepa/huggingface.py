@@ -220,8 +220,8 @@ def read_model(
     """Image processor and network of a directory, and what metrics.json says of them.
 
     Raises:
-        UserError: If they cannot be read, tensors are missing, misshapen or not finite, or the
-            processor does not fit the network.
+        UserError: If they cannot be read, tensors are missing, misshapen or not finite, the images
+            have other than 3 channels, or the processor does not fit the network.
     """
     import transformers
     from huggingface_hub.errors import StrictDataclassError

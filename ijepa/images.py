@@ -26,6 +26,18 @@ REFUSED_FORMATS = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FLI")
 # What Pillow's decoders raise on damaged files.
 BAD_IMAGES = (OSError, SyntaxError, ValueError, RuntimeError, AssertionError, LookupError)
 BAD_IMAGES += (struct.error, Image.DecompressionBombError)
+
+
+def has_damaged_exif(image: Image.Image) -> bool:
+    """Whether nothing can be known of the image's orientation."""
+    image.load()  # its errors are no matter of EXIF
+    try:
+        image.getexif()
+    except (SyntaxError, ValueError, LookupError, struct.error):
+        return True
+    return False
+
+
 DOUBTS: dict[str, Callable[[Image.Image], bool]] = {
     "several frames, of which one is used": lambda image: (
         image.format != "MPO" and getattr(image, "is_animated", False)
@@ -36,6 +48,7 @@ DOUBTS: dict[str, Callable[[Image.Image], bool]] = {
     "16-bit gray without a value above 4,095, like 12-bit data, is read as 16 of 256 levels": (
         lambda image: image.mode.startswith("I") and bool(np.asarray(image).max() < 4096)
     ),
+    "damaged EXIF, so perhaps not upright": has_damaged_exif,
 }
 """What a reader may not expect, and whether it holds for a file."""
 Result = TypeVar("Result")
@@ -61,8 +74,10 @@ class FolderImages:
         return found
 
     def sizes(self) -> Int[np.ndarray, " n"]:
-        """The bytes of each file; -1 of what is no file."""
-        return np.array([f.stat().st_size if os.path.isfile(f) else -1 for f in self.files], int)
+        """The bytes of each file; -1 of what cannot be read."""
+        readable = [os.path.isfile(file) and os.access(file, os.R_OK) for file in self.files]
+        found = zip(self.files, readable, strict=True)
+        return np.array([file.stat().st_size if ok else -1 for file, ok in found], int)
 
     def __getitem__(self, row: int) -> UInt8[Tensor, "3 h w"]:
         return read_image(self.files[row])
@@ -80,12 +95,11 @@ def to_rgb(image: Image.Image) -> UInt8[Tensor, "3 h w"]:
     Of 16-bit gray values the upper byte is kept, of several frames or pages the first.
     """
     check_mode(image)
-    with suppress(SyntaxError, ValueError, LookupError, struct.error):
-        image.getexif()  # of damaged entries Pillow raises once, then it has none
-    exif = image.getexif()
-    for tag in exif.keys() - {ExifTags.Base.Orientation}:  # odd ones could not be written again
-        del exif[tag]
-    ImageOps.exif_transpose(image, in_place=True)
+    if not has_damaged_exif(image):
+        exif = image.getexif()
+        for tag in exif.keys() - {ExifTags.Base.Orientation}:  # odd ones could not be written again
+            del exif[tag]
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # Pillow would clip 16-bit values at 255
         high = (np.asarray(image) >> 8).astype(np.uint8)
         # A TIFF file may count from white to black, as X-rays do; Pillow turns only 8 bits.

@@ -224,7 +224,8 @@ def model_caveats(comparison: Comparison, role: str, model: Mapping[str, Any]) -
     rules = {
         f"{capital(name)} had {epochs} of {planned} planned epochs.": planned not in (None, epochs),
         f"The effective rank of {name} is above n / 2, near its bound: no interval.": no_interval
-        and comparison.num_halves,
+        and comparison.num_halves
+        and rank.value > n / 2,
         f"To {name} the fifth and the sixth neighbor of {number('share', tied)} of the images are "
         "equally similar up to a millionth, and the order of the images decides: numbers and "
         "verdicts on neighbors depend on it. Where the embeddings have a large mean, subtract "

@@ -114,8 +114,11 @@ def explained_variance(eigenvalues: Eigenvalues, k: int) -> float:
     A shape and not a quality: few strong directions raise it, useful or not. NaN if k
     exceeds the number of components or nothing varies.
     """
-    total = eigenvalues.sum()
-    return float(eigenvalues[:k].sum() / total) if k <= len(eigenvalues) and total > 0 else NAN
+    if not (k <= len(eigenvalues) and eigenvalues.any()):
+        return NAN
+    # Two sums of the same numbers may differ in their last digit.
+    rest = eigenvalues[k:].any()
+    return float(eigenvalues[:k].sum() / eigenvalues.sum()) if rest else 1.0
 
 
 def num_components(eigenvalues: Eigenvalues, share: float) -> float:

@@ -422,10 +422,10 @@ def shared_images(split: Split, other: Split) -> Bool[np.ndarray, " n"]:
     Raises:
         UserError: If such a file cannot be read.
     """
-    shared, rows = np.zeros(len(split), bool), np.arange(len(split))
-    if isinstance(split.images, FolderImages) and isinstance(other.images, FolderImages):
-        own, others = split.images.sizes(), other.images.sizes()
-        rows = np.flatnonzero((own > 0) & np.isin(own, others))
-    keys = set(other.image_keys)
+    keys, shared = set(other.image_keys), np.zeros(len(split), bool)
+    if not (isinstance(split.images, FolderImages) and isinstance(other.images, FolderImages)):
+        return np.array([key in keys for key in split.image_keys], bool)
+    own, others = split.images.sizes(), other.images.sizes()
+    rows = np.flatnonzero((own > 0) & np.isin(own, others))
     shared[rows] = [key in keys for key in split.take(rows).image_keys]
     return shared

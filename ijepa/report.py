@@ -51,7 +51,16 @@ OPTIONAL = ("embeddings_local.npz", "embeddings_hf.npz", "nn_queries.png", "nn_d
 
 
 def complete(comparison: Comparison, split: Split, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts of a run, completed by those that the arrays hold."""
+    """The facts of a run, completed by those that the arrays hold.
+
+    Raises:
+        ValueError: If there are facts of something else.
+    """
+    odd = [*(facts.keys() - {"run", "dataset", "models", "settings"})]
+    known = facts.get("models", {})
+    odd += [role for role in known.keys() - comparison.names if not role.startswith("local_")]
+    if odd:
+        raise ValueError(f"facts are of run, dataset, settings and the models compared, not {odd}")
     halves = comparison.num_halves
     settings = {
         "similarity": "cosine",
@@ -71,7 +80,7 @@ def complete(comparison: Comparison, split: Split, facts: Mapping[str, Any]) -> 
         "unreadable": list(split.unreadable),
         **facts.get("dataset", {}),
     }
-    models = dict(facts.get("models", {}))  # perhaps with other seeds of the local model
+    models = dict(known)  # perhaps with other seeds of the local model
     for role, name in comparison.names.items():
         width = comparison.analyses[role].embeddings.shape[1]
         found = {"source": name, "embedding_dim": width, "short_name": name}
@@ -79,7 +88,8 @@ def complete(comparison: Comparison, split: Split, facts: Mapping[str, Any]) -> 
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     run = {"command": "", "seed": comparison.seed, "versions": versions}
     run |= {"git_commit": git_commit(), **facts.get("run", {})}
-    return {"settings": settings, **facts, "run": run, "dataset": data, "models": models}
+    settings |= facts.get("settings", {})
+    return {"settings": settings, "run": run, "dataset": data, "models": models}
 
 
 def draw(comparison: Comparison, maps: Maps, split: Split) -> Iterator[tuple[str, Figure]]:
@@ -204,16 +214,16 @@ def plain(value: Any, path: str, undefined: list[str]) -> Any:
     """Records and arrays as JSON values; NaN becomes null, and `undefined` gets its path."""
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
     if isinstance(value, Mapping):
         return {str(k): plain(v, f"{path}.{k}", undefined) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v, f"{path}[{i}]", undefined) for i, v in enumerate(value)]
-    if isinstance(value, float | np.floating):
-        if math.isfinite(value):
-            return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
         undefined.append(path)
         return None
-    return int(value) if isinstance(value, np.integer) else value
+    return value
 
 
 def metrics_content(
@@ -269,14 +279,14 @@ def summary_json(metrics: Path) -> str:
     found = {key: content[key] for key in (*keys, "probe", "caveats")}
     differences = content["comparison"]["differences"]
     found["differences"] = {name: differences[name] for name in HEADLINES if name in differences}
-    return json_text(found)
+    return json.dumps(found, indent=2, allow_nan=False) + "\n"  # ASCII, for any terminal
 
 
-def unnamed(comparison: Comparison) -> Split:
-    """A split without images, for a comparison of arrays; label 3 is named `class 3`."""
+def unnamed(comparison: Comparison, classes: Sequence[str] | None = None) -> Split:
+    """A split without images, for a comparison of arrays; label 3 is perhaps named `class 3`."""
     labels = comparison.analyses["local"].labels
-    classes = tuple(f"class {label}" for label in range(int(labels.max()) + 1))
-    return Split("arrays", "given", classes, None, labels, np.arange(len(labels)))
+    names = tuple(classes or (f"class {label}" for label in range(int(labels.max()) + 1)))
+    return Split("arrays", "given", names, None, labels, np.arange(len(labels)))
 
 
 def write_report(
@@ -296,10 +306,16 @@ def write_report(
 
     Raises:
         UserError: If a file cannot be written.
+        ValueError, TypeError: If split or facts are not those of the comparison, or no plain data.
     """
     began, folder = time.perf_counter(), Path(folder)
-    split = split or unnamed(comparison)
-    facts = complete(comparison, split, facts or {})
+    facts = facts or {}
+    split = split or unnamed(comparison, facts.get("dataset", {}).get("classes"))
+    labels = comparison.analyses["local"].labels
+    if not np.array_equal(split.labels, labels) or len(split.classes) <= labels.max():
+        raise ValueError("the split must have the labels of the comparison and a name for each")
+    facts = plain(complete(comparison, split, facts), "facts", [])
+    json_text(facts)  # raises TypeError for what is no plain data, before a file is replaced
     X = {role: analysis.embeddings for role, analysis in comparison.analyses.items()}
     maps = maps or make_maps(X, split.labels, comparison.seed)
     shown = [split.name, *comparison.names.values(), *split.classes]

@@ -93,7 +93,8 @@ class Run:
             raise UserError(f"{paths[0]} is no state of a training run", hint=hint)
         if changed := self.differences(saved):
             problem = f"the run in {self.folder} has other settings: {'; '.join(changed)}"
-            hint = "repeat the command that began it, or give another --output-dir"
+            hint = "repeat the command that began it, or give another --output-dir; there, "
+            hint += "--init-from with this folder goes on from a finished run"
             raise UserError(problem, hint=hint)
         state.load_state_dict(saved["state"])
         for name in ("rows", "epoch_seconds", "earlier_runs"):
@@ -238,7 +239,7 @@ def evaluate(
     labels: Int[np.ndarray, " n"] | None,
     dtype: torch.dtype,
 ) -> dict[str, float | None]:
-    """P@5 (None without labels), effective rank and mean variance of plain images' mean tokens.
+    """P@5, effective rank and mean variance of plain images' mean tokens; None if not defined.
 
     Raises:
         FloatingPointError: If they are not finite.
@@ -253,7 +254,8 @@ def evaluate(
         raise FloatingPointError("the embeddings are no longer numbers")
     precision = None
     if labels is not None:
-        precision = float(precision_at_k(all_pairs(embeddings, 5).neighbors, labels, 5).mean())
+        found = float(precision_at_k(all_pairs(embeddings, 5).neighbors, labels, 5).mean())
+        precision = found if math.isfinite(found) else None  # no class has two images
     return {
         "heldout_precision_at_5": precision,
         "effective_rank": effective_rank(covariance_spectrum(embeddings)),

@@ -60,7 +60,7 @@ def model_facts(model: Mapping[str, Any]) -> dict[str, str]:
         "Epochs": f"{epochs} of {planned} planned" if planned not in (None, epochs) else epochs,
         "Dimensions": f"{model['embedding_dim']:,}",
         "Parameters": model.get("parameters") and f"{model['parameters'] / 1e6:.1f} million",
-        "Input": model.get("input_size") and f"{model['input_size']} px, {model['dtype']}",
+        "Input": model.get("input_size") and f"{model['input_size']} px, {model.get('dtype')}",
         "Revision": model.get("revision"),
         "SHA-256": (model.get("sha256") or "")[:16],
     }

@@ -4,6 +4,7 @@ By default: a small I-JEPA trained on CIFAR-10 and the Hugging Face ViT-Huge I-J
 """
 
 import argparse
+import errno
 import math
 import os
 import shutil
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 BUNDLED = Path(__file__).resolve().parents[1] / "checkpoints_300ep"
 HUB_MODEL = "facebook/ijepa_vith14_1k"
+UNREAD = (errno.EPIPE, errno.EIO)
+"""Errors of a pipe whose reader has left, as `| head` does, and of a terminal that is gone."""
 SLOW_SECONDS = 2.0
 """A stage that takes longer than this says what it does."""
 
@@ -73,7 +76,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "split; 0 = no probe, all = the whole split (default: 0)")
     add("--dataset", type=nonempty,
         help="cifar10, digits, or a folder with one subfolder per class (default: cifar10; with "
-        "--offline digits, unless --data-dir is given or data has CIFAR-10)")
+        "--offline digits, unless --data-dir is given or ./data has CIFAR-10)")
     add("--split", choices=["test", "train", "val"], default="test",
         help="part of the data set (default: %(default)s)")
     add("--skip-unreadable", action="store_true",
@@ -103,8 +106,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.hf_model is None:
         args.hf_model = bundled("hf") if args.offline else HUB_MODEL
     if args.dataset is None:
-        own = args.data_dir or any(Path("data").glob("cifar-10-*"))
-        args.dataset = "cifar10" if own or not args.offline else "digits"
+        meant = args.data_dir or any(Path("data").glob("cifar-10-*"))
+        args.dataset = "cifar10" if meant or not args.offline else "digits"
     args.data_dir = args.data_dir or Path("data")
     args.local_checkpoint = args.local_checkpoint or [bundled("checkpoint_latest.pt")]
     return args
@@ -145,8 +148,12 @@ class Stages:
 
 def say(text: str, file: TextIO | None = None) -> None:
     """Print a line on stderr or in another file; it is no error if nobody reads it any more."""
-    with suppress(OSError):  # as with `| head`, or when the terminal is closed
-        print(text, file=file or sys.stderr)
+    try:
+        print(text, file=file or sys.stderr, flush=True)
+    except OSError as error:
+        if file and error.errno not in UNREAD:
+            hint = "free some space; the output folder has all files"
+            raise UserError(f"cannot print the summary: {error.strerror}", hint=hint) from error
 
 
 class Lines:
@@ -334,7 +341,8 @@ def embed(args: argparse.Namespace, stages: Stages, cache: Path | None) -> Input
                 images = counted(len(bank), "bank image")
                 say(f"embedding {images} with {name} takes about {minutes:.0f} min")
         bank, inputs.bank_results = extract_all(args, inputs.compared, bank, cache, stages.talks)
-        inputs.notes += [f"The probe's bank: {note}" for note in bank.notes]
+        told = (note for note in bank.notes if note not in split.notes)
+        inputs.notes += [f"The probe's bank: {note}" for note in told]
         inputs.split = replace(split, unreadable=(*split.unreadable, *bank.unreadable))
         if len(bank):
             inputs.bank = bank

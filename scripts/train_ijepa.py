@@ -105,6 +105,11 @@ def load_images(dataset: str, data_dir: Path, batch_size: int) -> tuple[Any, Any
         notes += ["only the split train is used"] * (split.split == "train")
         split = replace(split, images=torch.stack(pixels), notes=tuple(notes))
     held_out = balanced_sample(split, count, seed=0)
+    sizes = np.bincount(held_out.labels)
+    limit = float((sizes * np.minimum(sizes - 1, 5)).sum() / 5 / len(held_out))
+    if held_out.classes and limit < 1:
+        note = f"held-out P@5 can reach {limit:.0%}: few of these images are of the same class"
+        split = replace(split, notes=(*split.notes, note))
     return split.take(np.setdiff1d(np.arange(len(split)), held_out.indices)), held_out
 
 
@@ -129,7 +134,7 @@ def say(text: str) -> None:
     from tqdm import tqdm
 
     if is_first_process():
-        with suppress(OSError):  # its reader has left, as `head` does, or the terminal is closed
+        with suppress(OSError):  # its reader has left, as `head` does, or a terminal is gone
             tqdm.write(text, file=sys.stderr)
 
 

@@ -70,6 +70,7 @@ def test_the_package_help_and_usage_errors_load_nothing_heavy():
     subprocess.run([sys.executable, "-c", HEAVY], check=True, cwd=ROOT, capture_output=True)
 
 
-def test_the_package_exports_four_functions():
-    assert set(ijepa.__all__) == {"compare", "extract", "load_encoder", "write_report"}
-    assert all(callable(getattr(ijepa, name)) for name in ijepa.__all__)
+def test_the_package_exports_five_functions():
+    functions = {"load_split", "load_encoder", "extract", "compare", "write_report"}
+    assert set(ijepa.__all__) == functions
+    assert all(callable(getattr(ijepa, name)) for name in functions)

@@ -150,7 +150,7 @@ def test_images_that_fail_only_when_decoded_are_left_out_too(embed, make_image_f
         embed("--dataset", folder)
 
 
-def test_cifar10_is_what_a_folder_for_it_means(tmp_path, monkeypatch):
+def test_data_dir_alone_means_cifar10(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for flags, expected in (([], "digits"), (["--data-dir", "."], "cifar10")):
         assert script.parse_arguments(["--offline", *flags]).dataset == expected
@@ -180,7 +180,8 @@ def test_what_the_bank_leaves_out_is_said(embed, make_image_folder):
         assert "no training image is left" in inputs.notes[-1]
         cut.unlink(missing_ok=True)
     (folder / "train" / "b" / "odd.png").write_bytes(b"x")  # which only a larger bank needs
-    assert len(embed("--dataset", folder, "--probe-samples", "2").bank) == 2
+    few = embed("--dataset", folder, "--probe-samples", "2")
+    assert (len(few.bank), few.split.unreadable) == (2, ())
     for name in "ab":
         (folder / "train" / name).rename(folder / "train" / f"{name}_too")
     inputs = embed(*flags)
@@ -373,22 +374,36 @@ def test_what_cannot_work_is_said(tmp_path, before, env, words):
 
 
 def test_the_bundled_pair_is_compared_though_the_reader_leaves_early(tmp_path):
-    """As with `| head`, and a terminal that is closed."""
+    """As with `| head`, and a terminal that is gone."""
     read_end, write_end = os.pipe()
-    terminal, end_of_terminal = os.openpty()
+    screen, terminal = os.openpty()
     os.close(read_end)
-    os.close(terminal)
+    os.close(screen)
     flags = ["--offline", "--dataset", "digits", "--max-samples", "20", "--no-cache", "--json"]
     command = [sys.executable, "-u", str(SCRIPT), *flags, "--output-dir", str(tmp_path)]
-    subprocess.run(command, stdout=write_end, stderr=end_of_terminal, check=True)
+    subprocess.run(command, stdout=write_end, stderr=terminal, check=True)
     os.close(write_end)
-    os.close(end_of_terminal)
+    os.close(terminal)
     assert {path.name for path in tmp_path.iterdir()} >= FILES
     found = read(tmp_path)
     assert sum("no ViT-Huge" in caveat for caveat in found["caveats"]) == 1
     losses = {role: model["losses"] for role, model in found["models"].items()}
     matched = "I-JEPA prediction + view matching (InfoNCE) + variance/covariance"
     assert losses == {"local": matched, "hf": "I-JEPA prediction"}
+
+
+def test_a_summary_on_a_full_disk_is_an_error_and_one_for_no_unicode_is_json(tmp_path):
+    local = shutil.copy(script.bundled("checkpoint_latest.pt"), tmp_path / "größe.pt")
+    flags = ["--offline", "--no-cache", "--hf-model", "none", "--local-checkpoint", local, "--json"]
+    flags += ["--dataset", "digits", "--max-samples", "9", "--output-dir", tmp_path / "out"]
+    command = [sys.executable, str(SCRIPT), *map(str, flags)]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, env=env, capture_output=True, check=True)
+    assert json.loads(result.stdout)["names"] == {"local": "größe (target)"}
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert result.returncode == 1
+    assert b"error: cannot print the summary: No space left" in result.stderr
 
 
 @pytest.mark.slow

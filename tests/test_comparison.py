@@ -74,6 +74,8 @@ def test_a_model_that_has_collapsed_has_no_intervals_next_to_one_that_has_them()
         ({"local": X[:1]}, [0], "at least 2 images"),
         ({"local": X[:, 0]}, LABELS, r"rows of real numbers.*shape \(75,\)"),
         ({"local": X > 0}, LABELS, "rows of real numbers.*bool"),
+        ({"local": np.ma.masked_less(X, 0)}, LABELS, "rows of real numbers.*masked"),
+        ({"local": torch.tensor(X, requires_grad=True)}, LABELS, "local: .*requires grad"),
     ],
 )
 def test_other_models_images_and_labels_that_number_nothing_are_errors(models, labels, problem):
@@ -83,6 +85,8 @@ def test_other_models_images_and_labels_that_number_nothing_are_errors(models, l
         compare({"local": X}, {"hf": X}, LABELS, seed=0)
     with pytest.raises(ValueError, match="other names than the models"):
         compare({"local": X}, {"local_2": X}, LABELS, seed=0, other_seeds=[X])
+    with pytest.raises(ValueError, match="other names than the models"):
+        compare({"local": X}, {"chance": X}, LABELS, seed=0)
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.int8, np.int64, ">f4", list, torch.tensor])

@@ -1,6 +1,7 @@
 import hashlib
 import os
 import pickle
+import shutil
 import struct
 import tarfile
 import tempfile
@@ -108,8 +109,10 @@ def test_a_cifar_archive_is_unpacked_offline_unless_it_is_damaged(tmp_path, monk
 
 
 def test_digits_are_scikit_learns_scans_in_their_order(tmp_path, monkeypatch):
-    (tmp_path / "digits").mkdir()
     monkeypatch.chdir(tmp_path)
+    folder_of(tmp_path, "digits/report.md")
+    assert load("digits").notes == ()
+    folder_of(tmp_path, "digits/a/1.png", "digits/b/2.png")
     split = load_split("digits", NOWHERE, "test", offline=True)
     bunch = sklearn_digits()
     assert split.images.shape == (1797, 3, 32, 32)
@@ -118,7 +121,7 @@ def test_digits_are_scikit_learns_scans_in_their_order(tmp_path, monkeypatch):
     np.testing.assert_array_equal(split.labels, bunch.target)
     np.testing.assert_array_equal(split.indices, np.arange(1797))
     assert (split.images == split.images[:, :1]).all()  # gray
-    assert split.notes == ("the folder digits here is not used: ./digits means the folder",)
+    assert "./digits" in split.notes[0]
     scans = torch.from_numpy(bunch.images * 255 / 16).round()[:, None]
     # With antialias PyTorch's bicubic kernel is Pillow's, which rounds to bytes after each axis.
     wide = F.interpolate(scans, (8, 32), mode="bicubic", antialias=True).round().clamp(0, 255)
@@ -234,9 +237,15 @@ def test_a_folder_of_nothing_but_splits_is_read_at_the_chosen_one(tmp_path, trai
     with pytest.raises(UserError, match=f"it has {train}, {val}|it has {val}, {train}") as caught:
         load(folder, "test")
     assert "--split" in caught.value.hint
-    folder_of(tmp_path, "report.md", "per_image.csv", "pca_comparison.png")  # a report beside them
-    again = load(folder, "train")
-    assert (again.split, again.paths) == ("train", split.paths)
+    for run in (("report.md", "per_image.csv"), ("training_log.csv", "checkpoint_latest.pt")):
+        folder_of(tmp_path, *run, "figure.png", "hf/config.json")  # of a run beside them
+        again = load(folder, "train")
+        assert (again.split, again.paths) == ("train", split.paths)
+        for name in run:
+            (tmp_path / name).unlink()
+    assert load(folder).split == "all"  # a figure of nobody
+    (tmp_path / "figure.png").unlink()
+    shutil.rmtree(tmp_path / "hf")
     folder_of(tmp_path, "test/6.png")
     with pytest.raises(UserError, match="0 class folders") as caught:
         load(folder, "test")
@@ -269,12 +278,18 @@ def test_classes_and_images_that_may_be_something_else_are_noted(tmp_path):
     (note,) = load(folder_of(tmp_path / "mnist", *names)).notes
     assert note.startswith("every class has the folders a, b, and their images are mixed; if these")
     assert note.endswith("mnist/testing'")
-    (note,) = load(folder_of(tmp_path / "mnist", "training/0.png")).notes
-    assert note == "taken for classes, though named like splits: testing, training"
-    names = ("seg_train/seg_train/a/1.png", "seg_test/seg_test/a/2.png", "seg_pred/3.png")
-    (note,) = load(folder_of(tmp_path / "scenes", *names)).notes
-    assert note.endswith("like splits: seg_test, seg_train")
-    assert load(folder_of(tmp_path / "real", "latest/1.png", "trainer/2.png")).notes == ()
+    for number, (names, noted) in enumerate(
+        (
+            (("training/a/1.png", "testing/2.png"), True),
+            (("seg_train/seg_train/a/1.png", "seg_test/seg_test/a/2.png", "seg_pred/3.png"), True),
+            (("trainA/1.png", "testA/2.png", "trainB/3.png"), True),
+            (("TestData/1.png", "trainval/2.png"), True),
+            (("bullet_train/1.png", "freight train/2.png"), False),
+            (("latest/1.png", "trainer/2.png"), False),
+        )
+    ):
+        notes = load(folder_of(tmp_path / str(number), *names)).notes
+        assert any("named like splits" in note for note in notes) == noted
 
 
 @pytest.mark.parametrize(
@@ -283,7 +298,11 @@ def test_classes_and_images_that_may_be_something_else_are_noted(tmp_path):
         ([], "0 class folders", "FOLDER/CLASS"),
         (["only/1.png", "only/2.png", "none/x.heic"], r"1 class folder with.*only", ".heic"),
         (["1.png", "labels.csv"], "0 class folders", "1 image outside of class folders"),
-        (["wrap/a/1.png", "wrap/b/1.png"], "1 class folder ", "if 'a' and 'b' are classes, give"),
+        (
+            ["wrap/a/1.png", "wrap/b/1.png"],
+            "1 class folder ",
+            "if 'a' and 'b' are classes or splits, give",
+        ),
         (["w/x/a/1.png", "w/x/b/1.png"], "1 class folder ", "w/x'"),
         (["images/1.png", "labels/1.txt"], "1 class folder ", "images and labels"),
         (["images/1.png", "masks/2.png"], "images.*masks", "images and labels"),
@@ -510,6 +529,17 @@ def test_profiles_and_texts_above_pillows_limit_and_a_cut_exif_hide_no_image(tmp
         np.testing.assert_array_equal(read_image(tmp_path / "cut.png").permute(1, 2, 0), pixels)
         image.save(tmp_path / "cut.jpg", exif=damaged, dpi=(72, 72))  # without dpi Pillow reads it
         assert read_image(tmp_path / "cut.jpg").shape == (3, 9, 7)
+    image.save(tmp_path / "cut.png", exif=b"Exif\0\0II")
+    assert doubtful_pixels([tmp_path / "cut.png"])[0].startswith("damaged EXIF, so perhaps not")
+    # An orientation after the pixels and after what is left out.
+    parts, at = (tmp_path / "text.png").read_bytes(), []
+    for name in (b"IHDR", b"zTXt", b"eXIf", b"IDAT", b"IEND"):
+        start = parts.index(name) - 4
+        at.append(parts[start : start + 12 + int.from_bytes(parts[start : start + 4])])
+    header, text, turn, data, end = at
+    (tmp_path / "late.png").write_bytes(b"".join([parts[:8], header, data, text, turn, end]))
+    late = read_image(tmp_path / "late.png").permute(1, 2, 0)
+    np.testing.assert_array_equal(late, pixels[::-1, ::-1])
 
 
 def test_an_enormous_photo_is_refused_by_its_header(tmp_path):

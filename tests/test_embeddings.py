@@ -76,6 +76,11 @@ def test_every_encoder_gives_the_embedding_of_each_image_in_order(batch_size):
         assert found[encoder.name].images_per_second > 0
 
 
+def test_encoders_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="names of their own"):
+        embed(make_split(), None, [ENCODER, ENCODER])
+
+
 def test_no_batch_is_larger_than_asked_for_and_large_images_make_smaller_ones():
     sizes = []
 

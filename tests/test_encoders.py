@@ -245,3 +245,10 @@ def test_an_npz_that_is_cut_or_without_embeddings_of_images_is_a_user_error(tmp_
     with pytest.raises(UserError, match="cannot read embeddings from") as caught:
         load_encoder(path, "hf", device=CPU)
     assert "keys" in caught.value.hint
+
+
+def test_names_that_mean_nothing_are_value_errors(checkpoint):
+    for options, words in (({"pooling": "max"}, "mean or cls"), ({"dtype": "float16"}, "bfloat16")):
+        with pytest.raises(ValueError, match=words):
+            load(checkpoint, **options)
+    assert load_encoder(checkpoint, "local", device="cpu").device == CPU

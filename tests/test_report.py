@@ -64,6 +64,38 @@ def test_two_labeled_arrays_from_anywhere_make_a_report(tmp_path):
     assert not (tmp_path / "nn_queries.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "facts", "problem"),
+    [
+        ({"labels": np.arange(250)[::-1] % 2}, {}, "labels of the comparison"),
+        ({"classes": ("one",)}, {}, "a name for each"),
+        ({}, {"summary": "good"}, "summary"),
+        ({}, {"models": {"dinov2": {}}}, "dinov2"),
+        ({}, {"run": {"where": {1}}}, "not JSON serializable"),
+    ],
+)
+def test_what_is_not_of_the_comparison_is_refused_before_a_file_changes(
+    run, tmp_path, changes, facts, problem
+):
+    comparison, split, maps = run
+    (tmp_path / "metrics.json").touch()
+    with pytest.raises((ValueError, TypeError), match=problem):
+        report.write_report(tmp_path, comparison, replace(split, **changes), facts, maps)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_facts_may_be_of_numpy_and_name_the_classes_of_arrays(run, tmp_path):
+    X, labels = run[0].analyses["local"].embeddings[:40], np.arange(40) % 2
+    facts = {"run": {"lr": np.float64(0.1)}, "dataset": {"classes": ["cat", "dog"]}}
+    facts |= {"models": {"local": {"parameters": np.int64(7), "input_size": 32}}}
+    facts |= {"settings": {"mine": np.arange(2)}}
+    report.write_report(tmp_path, compare({"local": X}, {}, labels, np.int64(1)), None, facts)
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert (found["run"]["lr"], found["run"]["seed"]) == (0.1, 1)
+    assert found["settings"].keys() > {"mine", "knn", "tsne"}
+    assert ",cat," in (tmp_path / "per_image.csv").read_text().replace('"', "")
+
+
 def test_per_image_rows_read_back_as_the_numbers(run):
     comparison, split, maps = run
     split = replace(split, paths=tuple(f'a/"{i}",\r.png' for i in range(250)))

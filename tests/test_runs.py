@@ -25,7 +25,9 @@ def test_a_run_is_monitored_by_the_mean_tokens_of_plain_images(tiny_vit):
     assert result["effective_rank"] == pytest.approx(rank, rel=1e-3)
     shuffled = evaluate(encoder, images, np.arange(258) // 2 % 2, FLOAT)
     assert shuffled["heldout_precision_at_5"] < 0.8
-    assert evaluate(encoder, images, None, FLOAT) == {**result, "heldout_precision_at_5": None}
+    for labels in (None, np.arange(258)):
+        expected = {**result, "heldout_precision_at_5": None}
+        assert evaluate(encoder, images, labels, FLOAT) == expected
     encoder.norm.bias.data[0] = np.inf
     with pytest.raises(FloatingPointError, match="no longer numbers"):
         evaluate(encoder, images, None, FLOAT)

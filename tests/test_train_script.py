@@ -172,6 +172,15 @@ def test_images_without_classes_need_none(train, tmp_path, make_image_folder, ca
     assert (tmp_path / "training_curves.png").exists()
 
 
+@pytest.mark.parametrize("other", ["test/all", "test/a", "val"])
+@pytest.mark.parametrize("own", ["train/all", "train"])
+def test_only_the_split_train_is_used_without_classes_too(make_image_folder, tmp_path, own, other):
+    folder = make_image_folder({own: 30, other: 12})
+    training, held_out = script.load_images(str(folder), tmp_path, 2)
+    assert (len(training) + len(held_out), training.classes) == (30, ())
+    assert "only the split train is used" in training.notes
+
+
 def test_a_finished_run_is_found_and_left_alone(train, finished, capsys):
     before = contents(finished)
     assert train(finished) == 0
@@ -211,7 +220,8 @@ def test_a_terminated_run_goes_on_to_the_same_end(train, tmp_path, finished, sig
     said = capfd.readouterr().err
     assert said.endswith("stopped and saved after 6 updates\n")
     assert "press Ctrl-C again" in said
-    assert "%" not in said  # no progress bar where no terminal shows it
+    assert "img/s" not in said  # no progress bar where no terminal shows it
+    assert "held-out P@5 can reach 80%" in said
     assert load_checkpoint(tmp_path / "checkpoint_latest.pt").epochs == 2
     assert (tmp_path / "training_curves.png").exists()
 
