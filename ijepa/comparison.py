@@ -174,7 +174,9 @@ def compare(  # noqa: PLR0913
         raise ValueError(f"embeddings must be of local, or local and hf, got {list(embeddings)}")
     seeds = {f"local_{row}": X for row, X in enumerate(other_seeds, start=2)}
     if not references.keys().isdisjoint({*MODEL_NAMES, *seeds, "chance"}):
-        raise ValueError(f"references must have other names than the models, got {[*references]}")
+        raise ValueError(
+            f"references must not be named like a model or chance, got {[*references]}"
+        )
     given = {name: embeddings[name] for name in MODEL_NAMES if name in embeddings}
     given |= {**references, **seeds}
     arrays = {name: as_rows(X, name, len(labels)) for name, X in given.items()}

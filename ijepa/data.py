@@ -33,7 +33,7 @@ OUTPUTS = (("report.md", "per_image.csv"), ("training_log.csv", "checkpoint_late
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 SPLIT_NAMES = {name for names in SPLITS.values() for name in names}
 SPLIT_WORD = re.compile(
-    r"(?<![A-Za-z])(?i:(train|val|test)(ing|val|id|idation)?(set|data)?)(?![a-z])"
+    r"(?<![A-Za-z])(?i:(train|val|test)(ing|val|id|idation)?(set|data)?)(?![a-z]|[A-Z][A-Za-z])"
 )
 """In names that are more often those of splits than of classes, as `seg_train` and `testB`."""
 LAYOUT_NAMES = {"images", "imgs", "labels", "masks", "annotations"}
@@ -208,7 +208,9 @@ def load_folder(folder: Path, split: str, need_classes: bool = True) -> Split:
         elif path.name not in left_out.get("link to a folder above", ()):
             left_out["folder without images"][path.name] += 1
     if len(classes) < 2 and not need_classes:
-        return replace(load_unlabeled(root), split="all" if root == folder else split)
+        outside: LeftOut = defaultdict(Counter)
+        choose_split(folder, split, outside, need_classes)  # counts what lies beside the split
+        return replace(load_unlabeled(root, outside), split="all" if root == folder else split)
     if len(classes) < 2 or {path.name.lower() for path in classes} <= LAYOUT_NAMES:
         raise no_classes(folder, root, list(classes), left_out)
     result = folder_split(folder, "all" if root == folder else split, classes, left_out)
@@ -256,13 +258,13 @@ def no_classes(folder: Path, root: Path, classes: Sequence[Path], left_out: Left
     return UserError(problem, hint="; ".join([hint, *other, *left_out_note(left_out)]))
 
 
-def load_unlabeled(folder: Path) -> Split:
+def load_unlabeled(folder: Path, left_out: LeftOut | None = None) -> Split:
     """All images at any depth below a folder, without classes: every label is 0.
 
     Raises:
         UserError: If there are none.
     """
-    left_out: LeftOut = defaultdict(Counter)
+    left_out = defaultdict(Counter) if left_out is None else left_out
     files = find_images(folder, left_out)
     if not files:
         hint = "".join(left_out_note(left_out)) or "the folder is empty"
@@ -297,7 +299,7 @@ def choose_split(folder: Path, split: str, left_out: LeftOut, need_classes: bool
     """The subfolder of a split, or the folder itself where it has no splits.
 
     A folder has splits if all its subfolders have names of splits, no image lies next to them but
-    those of a run, and, if classes are needed, one of them has subfolders and no such images.
+    those of a run, and the same holds inside of one of them, if classes are needed.
 
     Raises:
         UserError: If it has splits, but not this one, or more than one of that name.
@@ -305,9 +307,9 @@ def choose_split(folder: Path, split: str, left_out: LeftOut, need_classes: bool
     seen: LeftOut = defaultdict(Counter)
     folders = entries(folder, seen)["folder"]
     named = all(path.name.lower() in SPLIT_NAMES for path in folders) and holds_classes(folder)
-    if not (named and (any(map(holds_classes, folders)) or not need_classes)):
-        return folder
     chosen = [path for path in folders if path.name.lower() in SPLITS.get(split, (split,))]
+    if not (named and (any(map(holds_classes, folders)) if need_classes else chosen)):
+        return folder
     if len(chosen) != 1:
         names = ", ".join(path.name for path in folders)
         hint = "choose one of its splits with --split; training reads train"
@@ -406,7 +408,7 @@ def load_split(
     """
     if dataset in DATASETS:
         found = DATASETS[dataset](home_path(data_dir), split, offline)
-        if os.path.isdir(dataset) and len(entries(Path(dataset))["folder"]) > 1:
+        if len([*Path(dataset).glob("*/")]) > 1:
             note = f"the folder {dataset} is not used: --dataset ./{dataset} reads it"
             found = replace(found, notes=(*found.notes, note))
         return found

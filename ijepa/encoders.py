@@ -184,6 +184,7 @@ def load_encoder(  # noqa: PLR0913  one argument per flag
 
     Raises:
         UserError: If the source cannot be found, downloaded, read or used.
+        ValueError: If pooling or dtype are none of these.
     """
     if pooling not in ("mean", "cls"):
         raise ValueError(f"pooling must be mean or cls, got {pooling!r}")

@@ -30,9 +30,11 @@ BAD_IMAGES += (struct.error, Image.DecompressionBombError)
 
 def has_damaged_exif(image: Image.Image) -> bool:
     """Whether nothing can be known of the image's orientation."""
-    image.load()  # its errors are no matter of EXIF
-    try:
-        image.getexif()
+    if image.format == "PNG":
+        image.load()  # the block may follow the pixels, whose errors are others
+    raw = image.info.get("exif")
+    try:  # anew: on opening a JPEG Pillow may have hidden an error
+        Image.Exif().load(raw) if raw else image.getexif()
     except (SyntaxError, ValueError, LookupError, struct.error):
         return True
     return False

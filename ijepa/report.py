@@ -54,11 +54,15 @@ def complete(comparison: Comparison, split: Split, facts: Mapping[str, Any]) -> 
     """The facts of a run, completed by those that the arrays hold.
 
     Raises:
-        ValueError: If there are facts of something else.
+        ValueError: If split or facts are not those of the comparison.
     """
+    labels = comparison.analyses["local"].labels
+    if not np.array_equal(split.labels, labels) or len(split.classes) <= labels.max():
+        raise ValueError("the split must have the labels of the comparison and a name for each")
     odd = [*(facts.keys() - {"run", "dataset", "models", "settings"})]
     known = facts.get("models", {})
-    odd += [role for role in known.keys() - comparison.names if not role.startswith("local_")]
+    needed = {"source", "embedding_dim"}  # of other seeds of the local model
+    odd += [role for role in known.keys() - comparison.names if not needed <= known[role].keys()]
     if odd:
         raise ValueError(f"facts are of run, dataset, settings and the models compared, not {odd}")
     halves = comparison.num_halves
@@ -80,6 +84,8 @@ def complete(comparison: Comparison, split: Split, facts: Mapping[str, Any]) -> 
         "unreadable": list(split.unreadable),
         **facts.get("dataset", {}),
     }
+    if [*map(str, data["classes"])] != [*split.classes]:
+        raise ValueError(f"facts name other classes than the split: {data['classes']}")
     models = dict(known)  # perhaps with other seeds of the local model
     for role, name in comparison.names.items():
         width = comparison.analyses[role].embeddings.shape[1]
@@ -283,9 +289,11 @@ def summary_json(metrics: Path) -> str:
 
 
 def unnamed(comparison: Comparison, classes: Sequence[str] | None = None) -> Split:
-    """A split without images, for a comparison of arrays; label 3 is perhaps named `class 3`."""
+    """A split of arrays, without images; without names of classes, label 3 is `class 3`."""
     labels = comparison.analyses["local"].labels
-    names = tuple(classes or (f"class {label}" for label in range(int(labels.max()) + 1)))
+    if classes is None:
+        classes = [f"class {label}" for label in range(int(labels.max()) + 1)]
+    names = tuple(map(str, classes))
     return Split("arrays", "given", names, None, labels, np.arange(len(labels)))
 
 
@@ -309,12 +317,10 @@ def write_report(
         ValueError, TypeError: If split or facts are not those of the comparison, or no plain data.
     """
     began, folder = time.perf_counter(), Path(folder)
-    facts = facts or {}
-    split = split or unnamed(comparison, facts.get("dataset", {}).get("classes"))
-    labels = comparison.analyses["local"].labels
-    if not np.array_equal(split.labels, labels) or len(split.classes) <= labels.max():
-        raise ValueError("the split must have the labels of the comparison and a name for each")
-    facts = plain(complete(comparison, split, facts), "facts", [])
+    given = facts or {}
+    split = split or unnamed(comparison, given.get("dataset", {}).get("classes"))
+    given = complete(comparison, split, given)
+    facts = plain(given, "", [])
     json_text(facts)  # raises TypeError for what is no plain data, before a file is replaced
     X = {role: analysis.embeddings for role, analysis in comparison.analyses.items()}
     maps = maps or make_maps(X, split.labels, comparison.seed)
@@ -339,7 +345,7 @@ def write_report(
     files = [*(one["path"] for one in artifacts), "report.html", "metrics.json"]
     write("report.md", write_text, markdown.markdown(comparison, facts, caveats, files, probe))
 
-    content = metrics_content(comparison, facts, caveats, probe) | {"artifacts": artifacts}
+    content = metrics_content(comparison, given, caveats, probe) | {"artifacts": artifacts}
     figures = {name: figures[name] for name in ON_PAGE}
     html = page(comparison, maps, split, facts, caveats, json_text(content), figures, probe)
     write("report.html", write_text, html)

@@ -93,8 +93,8 @@ class Run:
             raise UserError(f"{paths[0]} is no state of a training run", hint=hint)
         if changed := self.differences(saved):
             problem = f"the run in {self.folder} has other settings: {'; '.join(changed)}"
-            hint = "repeat the command that began it, or give another --output-dir; there, "
-            hint += "--init-from with this folder goes on from a finished run"
+            hint = "repeat the command that began it, or give another --output-dir"
+            hint += ", and --init-from with this folder to go on from it"
             raise UserError(problem, hint=hint)
         state.load_state_dict(saved["state"])
         for name in ("rows", "epoch_seconds", "earlier_runs"):

@@ -53,6 +53,7 @@ def class_means(comparison: Comparison) -> dict[str, float]:
 def model_facts(model: Mapping[str, Any]) -> dict[str, str]:
     """What is known of a model: what it is, and what it was trained with."""
     epochs, planned = model.get("epochs"), model.get("planned_epochs")
+    size = model.get("input_size")
     facts = {
         "Source": model["source"],
         "Encoder": model.get("weights"),
@@ -60,7 +61,7 @@ def model_facts(model: Mapping[str, Any]) -> dict[str, str]:
         "Epochs": f"{epochs} of {planned} planned" if planned not in (None, epochs) else epochs,
         "Dimensions": f"{model['embedding_dim']:,}",
         "Parameters": model.get("parameters") and f"{model['parameters'] / 1e6:.1f} million",
-        "Input": model.get("input_size") and f"{model['input_size']} px, {model.get('dtype')}",
+        "Input": size and ", ".join(filter(None, [f"{size} px", model.get("dtype")])),
         "Revision": model.get("revision"),
         "SHA-256": (model.get("sha256") or "")[:16],
     }

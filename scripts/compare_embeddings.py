@@ -147,12 +147,16 @@ class Stages:
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print a line on stderr or in another file; it is no error if nobody reads it any more."""
+    """Print a line on stderr or in another file; it is no error if nobody reads it any more.
+
+    Raises:
+        UserError: If the other file cannot be written, as on a full disk.
+    """
     try:
         print(text, file=file or sys.stderr, flush=True)
     except OSError as error:
         if file and error.errno not in UNREAD:
-            hint = "free some space; the output folder has all files"
+            hint = "give it another place; the report in the output folder is complete"
             raise UserError(f"cannot print the summary: {error.strerror}", hint=hint) from error
 
 
@@ -341,8 +345,7 @@ def embed(args: argparse.Namespace, stages: Stages, cache: Path | None) -> Input
                 images = counted(len(bank), "bank image")
                 say(f"embedding {images} with {name} takes about {minutes:.0f} min")
         bank, inputs.bank_results = extract_all(args, inputs.compared, bank, cache, stages.talks)
-        told = (note for note in bank.notes if note not in split.notes)
-        inputs.notes += [f"The probe's bank: {note}" for note in told]
+        inputs.notes += [f"The probe's bank: {note}" for note in bank.notes]
         inputs.split = replace(split, unreadable=(*split.unreadable, *bank.unreadable))
         if len(bank):
             inputs.bank = bank

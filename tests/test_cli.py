@@ -392,6 +392,7 @@ def test_the_bundled_pair_is_compared_though_the_reader_leaves_early(tmp_path):
     assert losses == {"local": matched, "hf": "I-JEPA prediction"}
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a full disk to write to")
 def test_a_summary_on_a_full_disk_is_an_error_and_one_for_no_unicode_is_json(tmp_path):
     local = shutil.copy(script.bundled("checkpoint_latest.pt"), tmp_path / "größe.pt")
     flags = ["--offline", "--no-cache", "--hf-model", "none", "--local-checkpoint", local, "--json"]

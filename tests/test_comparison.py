@@ -81,11 +81,11 @@ def test_a_model_that_has_collapsed_has_no_intervals_next_to_one_that_has_them()
 def test_other_models_images_and_labels_that_number_nothing_are_errors(models, labels, problem):
     with pytest.raises(ValueError, match=problem):
         compare(models, {}, labels, seed=0)
-    with pytest.raises(ValueError, match="other names than the models"):
+    with pytest.raises(ValueError, match="must not be named"):
         compare({"local": X}, {"hf": X}, LABELS, seed=0)
-    with pytest.raises(ValueError, match="other names than the models"):
+    with pytest.raises(ValueError, match="must not be named"):
         compare({"local": X}, {"local_2": X}, LABELS, seed=0, other_seeds=[X])
-    with pytest.raises(ValueError, match="other names than the models"):
+    with pytest.raises(ValueError, match="must not be named"):
         compare({"local": X}, {"chance": X}, LABELS, seed=0)
 
 

@@ -286,6 +286,7 @@ def test_classes_and_images_that_may_be_something_else_are_noted(tmp_path):
             (("TestData/1.png", "trainval/2.png"), True),
             (("bullet_train/1.png", "freight train/2.png"), False),
             (("latest/1.png", "trainer/2.png"), False),
+            (("TRAIN/1.png", "VALVE/2.png"), False),
         )
     ):
         notes = load(folder_of(tmp_path / str(number), *names)).notes
@@ -529,8 +530,9 @@ def test_profiles_and_texts_above_pillows_limit_and_a_cut_exif_hide_no_image(tmp
         np.testing.assert_array_equal(read_image(tmp_path / "cut.png").permute(1, 2, 0), pixels)
         image.save(tmp_path / "cut.jpg", exif=damaged, dpi=(72, 72))  # without dpi Pillow reads it
         assert read_image(tmp_path / "cut.jpg").shape == (3, 9, 7)
-    image.save(tmp_path / "cut.png", exif=b"Exif\0\0II")
-    assert doubtful_pixels([tmp_path / "cut.png"])[0].startswith("damaged EXIF, so perhaps not")
+    for name in ("cut.png", "cut.jpg"):
+        image.save(tmp_path / name, exif=b"Exif\0\0II")
+        assert doubtful_pixels([tmp_path / name])[0].startswith("damaged EXIF, so perhaps not")
     # An orientation after the pixels and after what is left out.
     parts, at = (tmp_path / "text.png").read_bytes(), []
     for name in (b"IHDR", b"zTXt", b"eXIf", b"IDAT", b"IEND"):

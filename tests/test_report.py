@@ -70,6 +70,8 @@ def test_two_labeled_arrays_from_anywhere_make_a_report(tmp_path):
         ({"labels": np.arange(250)[::-1] % 2}, {}, "labels of the comparison"),
         ({"classes": ("one",)}, {}, "a name for each"),
         ({}, {"summary": "good"}, "summary"),
+        ({}, {"dataset": {"classes": ["one"]}}, "other classes"),
+        ({}, {"models": {"local_2": {}}}, "local_2"),
         ({}, {"models": {"dinov2": {}}}, "dinov2"),
         ({}, {"run": {"where": {1}}}, "not JSON serializable"),
     ],
@@ -86,13 +88,15 @@ def test_what_is_not_of_the_comparison_is_refused_before_a_file_changes(
 
 def test_facts_may_be_of_numpy_and_name_the_classes_of_arrays(run, tmp_path):
     X, labels = run[0].analyses["local"].embeddings[:40], np.arange(40) % 2
-    facts = {"run": {"lr": np.float64(0.1)}, "dataset": {"classes": ["cat", "dog"]}}
+    names = np.array(["cat", "dog"])
+    facts = {"run": {"lr": np.float64(0.1), "x": np.nan}, "dataset": {"classes": names}}
     facts |= {"models": {"local": {"parameters": np.int64(7), "input_size": 32}}}
     facts |= {"settings": {"mine": np.arange(2)}}
     report.write_report(tmp_path, compare({"local": X}, {}, labels, np.int64(1)), None, facts)
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert (found["run"]["lr"], found["run"]["seed"]) == (0.1, 1)
     assert found["settings"].keys() > {"mine", "knn", "tsne"}
+    assert "run.x is undefined for this sample" in found["caveats"]
     assert ",cat," in (tmp_path / "per_image.csv").read_text().replace('"', "")
 
 

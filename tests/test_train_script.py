@@ -179,6 +179,11 @@ def test_only_the_split_train_is_used_without_classes_too(make_image_folder, tmp
     training, held_out = script.load_images(str(folder), tmp_path, 2)
     assert (len(training) + len(held_out), training.classes) == (30, ())
     assert "only the split train is used" in training.notes
+    (folder / "labels.csv").touch()
+    training, _ = script.load_images(str(folder), tmp_path, 2)
+    assert "1 file outside the splits (1 .csv)" in training.notes[0]
+    (folder / "train").rename(folder / "valid")  # without train all of them are used
+    assert sum(map(len, script.load_images(str(folder), tmp_path, 2))) == 42
 
 
 def test_a_finished_run_is_found_and_left_alone(train, finished, capsys):
