@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from jaxtyping import Float
@@ -145,7 +145,7 @@ def compare(  # noqa: PLR0913
     embeddings: Mapping[str, Any],
     references: Mapping[str, Any],
     labels: Any,
-    seed: int,
+    seed: SupportsIndex,
     other_seeds: Sequence[Any] = (),
     device: str = "cpu",
     names: Mapping[str, str] = MODEL_NAMES,

@@ -161,7 +161,7 @@ def load_encoder(  # noqa: PLR0913  one argument per flag
     num_heads: int | None = None,
     revision: str | None = None,
     pooling: str = "mean",
-    device: torch.device,
+    device: torch.device | str,
     dtype: str = "auto",
     offline: bool = False,
     cache: Path | None = None,

@@ -10,7 +10,7 @@ import math
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass, replace
 from importlib.metadata import version
@@ -288,7 +288,7 @@ def summary_json(metrics: Path) -> str:
     return json.dumps(found, indent=2, allow_nan=False) + "\n"  # ASCII, for any terminal
 
 
-def unnamed(comparison: Comparison, classes: Sequence[str] | None = None) -> Split:
+def unnamed(comparison: Comparison, classes: Iterable[str] | None = None) -> Split:
     """A split of arrays, without images; without names of classes, label 3 is `class 3`."""
     labels = comparison.analyses["local"].labels
     if classes is None:
