@@ -392,8 +392,9 @@ def test_the_bundled_pair_is_compared_though_the_reader_leaves_early(tmp_path):
     assert losses == {"local": matched, "hf": "I-JEPA prediction"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a full disk to write to")
-def test_a_summary_on_a_full_disk_is_an_error_and_one_for_no_unicode_is_json(tmp_path):
+def test_a_summary_is_json_for_any_terminal_even_a_closed_one_and_a_full_disk_is_an_error(tmp_path):
     local = shutil.copy(script.bundled("checkpoint_latest.pt"), tmp_path / "größe.pt")
     flags = ["--offline", "--no-cache", "--hf-model", "none", "--local-checkpoint", local, "--json"]
     flags += ["--dataset", "digits", "--max-samples", "9", "--output-dir", tmp_path / "out"]
@@ -405,6 +406,10 @@ def test_a_summary_on_a_full_disk_is_an_error_and_one_for_no_unicode_is_json(tmp
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
     assert result.returncode == 1
     assert b"error: cannot print the summary: No space left" in result.stderr
+    screen, terminal = os.openpty()
+    os.close(screen)
+    subprocess.run(command, stdout=terminal, stderr=terminal, check=True)
+    os.close(terminal)
 
 
 @pytest.mark.slow

@@ -459,6 +459,15 @@ def test_what_limits_the_numbers_is_a_caveat_and_only_then(pair, word, arguments
     assert said_of(pair, word) == []
 
 
+def test_a_rank_without_interval_is_near_its_bound_only_above_half_of_it():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(50, 60)), rng.normal(size=(50, 1)) @ rng.normal(size=(1, 16))
+    for embeddings, said in zip(X, (True, False), strict=True):
+        found = compare({"local": embeddings}, {}, np.arange(50) % 2, 0)
+        assert np.isnan(found.metrics["local"]["effective_rank"].se)
+        assert bool(said_of(found, "near its bound")) == said
+
+
 def test_same_weights_few_images_small_classes_and_single_images_are_caveats(pair):
     assert not said_of(pair, "same weights", local=FILE, hf=FILE | {"weights": "context"})
     few = make(sizes=(8, 8))

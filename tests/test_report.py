@@ -97,6 +97,8 @@ def test_facts_may_be_of_numpy_and_name_the_classes_of_arrays(run, tmp_path):
     assert (found["run"]["lr"], found["run"]["seed"]) == (0.1, 1)
     assert found["settings"].keys() > {"mine", "knn", "tsne"}
     assert "run.x is undefined for this sample" in found["caveats"]
+    assert "input 32 px" in (text := (tmp_path / "report.md").read_text())
+    assert "px, None" not in text
     assert ",cat," in (tmp_path / "per_image.csv").read_text().replace('"', "")
 
 
