@@ -9,6 +9,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -197,8 +198,9 @@ def load_folder(folder: Path, split: str, need_classes: bool = True) -> Split:
         UserError: If there are no images or too few classes, all names of classes are those of a
             layout, such as images and labels, or the split is missing.
     """
-    left_out: LeftOut = defaultdict(Counter)
-    root = choose_split(folder, split, left_out, need_classes)
+    beside: LeftOut = defaultdict(Counter)
+    root = choose_split(folder, split, beside, need_classes)
+    left_out = deepcopy(beside)
     classes, found = {}, entries(root, left_out)
     for path in (*found["image"], *found["file"]):
         left_out["file outside the class folders"][path.suffix.lower()] += 1
@@ -208,9 +210,7 @@ def load_folder(folder: Path, split: str, need_classes: bool = True) -> Split:
         elif path.name not in left_out.get("link to a folder above", ()):
             left_out["folder without images"][path.name] += 1
     if len(classes) < 2 and not need_classes:
-        outside: LeftOut = defaultdict(Counter)
-        choose_split(folder, split, outside, need_classes)  # counts what lies beside the split
-        return replace(load_unlabeled(root, outside), split="all" if root == folder else split)
+        return replace(load_unlabeled(root, beside), split="all" if root == folder else split)
     if len(classes) < 2 or {path.name.lower() for path in classes} <= LAYOUT_NAMES:
         raise no_classes(folder, root, list(classes), left_out)
     result = folder_split(folder, "all" if root == folder else split, classes, left_out)
@@ -305,20 +305,19 @@ def choose_split(folder: Path, split: str, left_out: LeftOut, need_classes: bool
         UserError: If it has splits, but not this one, or more than one of that name.
     """
     seen: LeftOut = defaultdict(Counter)
-    folders = entries(folder, seen)["folder"]
+    found = entries(folder, seen)
+    folders = found["folder"]
     named = all(path.name.lower() in SPLIT_NAMES for path in folders) and holds_classes(folder)
     chosen = [path for path in folders if path.name.lower() in SPLITS.get(split, (split,))]
     if not (named and (any(map(holds_classes, folders)) if need_classes else chosen)):
         return folder
     if len(chosen) != 1:
         names = ", ".join(path.name for path in folders)
+        problem = f"{str(folder)!r} has {counted(len(chosen), 'folder')} for the split {split!r}"
         hint = "choose one of its splits with --split; training reads train"
-        raise UserError(
-            f"{str(folder)!r} has {counted(len(chosen), 'folder')} for the split {split!r}; "
-            f"it has {names}",
-            hint="; ".join([hint, *left_out_note(seen)]),
-        )
-    found = entries(folder, left_out)
+        hint = "; ".join([hint, *left_out_note(seen)])
+        raise UserError(f"{problem}; it has {names}", hint=hint)
+    left_out.update(seen)
     for path in (*found["image"], *found["file"]):
         left_out["file outside the splits"][path.suffix.lower()] += 1
     return chosen[0]

@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -158,6 +158,12 @@ def say(text: str, file: TextIO | None = None) -> None:
         if file and error.errno not in UNREAD:
             hint = "give it another place; the report in the output folder is complete"
             raise UserError(f"cannot print the summary: {error.strerror}", hint=hint) from error
+
+
+def tell(notes: Iterable[str]) -> None:
+    """Print what was left out or assumed."""
+    for note in notes:
+        say(f"note: {note}")
 
 
 class Lines:
@@ -390,8 +396,7 @@ def run(args: argparse.Namespace, talks: bool) -> None:
         note = "The second model is bundled, trained with the paper's loss; it is no ViT-Huge."
         inputs.notes.append(note)
     assumed = [text for one in inputs.loaded for text in one.description.get("notes", ())]
-    for note in (*assumed, *inputs.notes):
-        say(f"note: {note}")
+    tell([*assumed, *inputs.notes])
     with memory_errors(*exhausted):
         report(args, stages, inputs, cache)
 
@@ -426,16 +431,14 @@ def report(args: argparse.Namespace, stages: Stages, inputs: Inputs, cache: Path
             queries = {name: X[name] for name in banks}
             labels = inputs.bank.labels, split.labels
             probe = measure_probe(banks, queries, *labels, seed, progress)
-            for note in probe.notes:
-                say(f"note: {note}")
+            tell(probe.notes)
             inputs.notes += probe.notes
     with stages("project", "making the maps"):
         maps = make_maps(models, split.labels, seed, cache and cache / "maps")
     with stages("write", "drawing and writing the report"):
         split, facts = replace(split, notes=tuple(inputs.notes)), describe_run(args, stages, inputs)
         for role in models:
-            for note in model_caveats(found, role, facts["models"][role]):
-                say(f"note: {note}")
+            tell(model_caveats(found, role, facts["models"][role]))
         written = write_report(args.output_dir, found, split, facts, maps, probe)
     if args.json:
         say(summary_json(args.output_dir / "metrics.json").rstrip(), sys.stdout)

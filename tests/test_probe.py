@@ -1,6 +1,7 @@
 import json
 from dataclasses import asdict, replace
 from itertools import product
+from pathlib import Path
 from unittest.mock import MagicMock, call
 
 import numpy as np
@@ -18,7 +19,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from ijepa import probe as probes
-from ijepa.data import Split
+from ijepa.data import Split, load_split
 from ijepa.errors import UserError
 from ijepa.probe import KS, L2_GRID, probe, select_bank
 
@@ -304,6 +305,18 @@ def test_a_bank_is_balanced_nested_matched_by_name_and_free_of_compared_images()
     # a and b have the numbers of the compared ones; c has one of its own.
     assert everything.labels.tolist() == [[2, 1, 0][labels[row]] for row in everything.indices]
     assert np.bincount(small.labels).tolist() == [10, 10, 10]
+
+
+def test_of_files_only_those_as_large_as_a_compared_one_are_read(make_image_folder, monkeypatch):
+    folder = make_image_folder({"train/a": 3, "train/b": 4, "test/a": 2, "test/b": 2})
+    (folder / "train" / "b" / "copy.png").write_bytes((folder / "test/a/000.png").read_bytes())
+    train, test = (load_split(str(folder), folder, name, True) for name in ("train", "test"))
+    test, read, read_bytes = test.take(np.array([0, 1])), [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or read_bytes(path))
+    bank, excluded = select_bank(train, test, 0, 0)
+    assert (len(bank), excluded) == (7, 1)
+    assert read
+    assert not {*folder.rglob("b/00*.png")} & {*read}  # images of b have one row more
 
 
 def test_intervals_of_accuracies_with_few_images_end_at_0_and_100_percent():
