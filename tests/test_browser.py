@@ -63,6 +63,8 @@ def opened(chromium, address, tmp_path):
             (tmp_path / "report.html").write_text(of.html, encoding="utf-8")
             at = (tmp_path / "report.html").as_uri()
         options |= {"viewport": {"width": width, "height": height}}
+        # The page scrolls smoothly to what a link names, and a pointer would miss what still moves.
+        options |= {"reduced_motion": "reduce"}
         context = chromium.new_context(offline=True, java_script_enabled=scripts, **options)
         contexts.append(context)
         page = context.new_page()
@@ -477,7 +479,7 @@ def test_one_model_alone_and_four_images_are_enough(opened, make_page):
 def test_neighbors_without_a_picture_and_all_paths_are_named(opened, make_page):
     example = make_page(90, shown=30, classes=("<b>", "c"))
     page = opened(f"image={example.split.indices[3]}", of=example)
-    page.locator("#chosen .absent").first.hover(force=True)
+    page.locator("#chosen .absent").first.hover()
     assert page.evaluate("pointed") == -1
     assert page.locator("#chosen .image .path").inner_text() == "x/0003.png"
     nearest = example.comparison.analyses["local"].neighbors[3, :5]
