@@ -5,6 +5,7 @@ By default: a small I-JEPA trained on CIFAR-10 and the Hugging Face ViT-Huge I-J
 
 import argparse
 import errno
+import gc
 import math
 import os
 import shutil
@@ -528,6 +529,9 @@ if __name__ == "__main__":
     sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115  closed by the caller
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")  # names that a terminal cannot show
+    # The libraries make a million objects that stay, and by default Python looks for garbage at
+    # every 700th: half a second of each run.
+    gc.set_threshold(50_000)
     code = main()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
