@@ -72,10 +72,12 @@ def torchrun():
     """Run a script in two processes that meet over a socket on loopback."""
 
     def run(script, *arguments):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [*launcher, "--nproc-per-node", "2", str(script), *arguments]
+        # By default they meet at the machine's name, which not every machine can look up.
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+        command = [sys.executable, *launcher, "--nproc-per-node", "2", str(script), *arguments]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        options = {"capture_output": True, "text": True, "check": False, "timeout": 600}
+        return subprocess.run(command, env=env, **options)
 
     return run
 

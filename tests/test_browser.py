@@ -34,7 +34,8 @@ def chromium():
         pytest.skip("Chromium is not installed (on Debian: apt-get install chromium)")
     with sync_api.sync_playwright() as playwright:
         # Containers run as root, where Chromium's own sandbox refuses to start.
-        browser = playwright.chromium.launch(executable_path=binary, args=["--no-sandbox"])
+        options = {"args": ["--no-sandbox"], "timeout": 120_000}
+        browser = playwright.chromium.launch(executable_path=binary, **options)
         yield browser
         browser.close()
 
@@ -67,6 +68,7 @@ def opened(chromium, address, tmp_path):
         options |= {"reduced_motion": "reduce"}
         context = chromium.new_context(offline=True, java_script_enabled=scripts, **options)
         contexts.append(context)
+        context.set_default_timeout(120_000)  # of milliseconds, for busy machines
         page = context.new_page()
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
@@ -85,8 +87,8 @@ def opened(chromium, address, tmp_path):
 
 
 def state(page):
-    # The address follows a change after a moment.
-    page.wait_for_timeout(400)
+    # The address follows a change after 250 ms: before a longer timer that begins later.
+    page.evaluate("new Promise((done) => setTimeout(done, 300))")
     return page.evaluate("Object.fromEntries(new URLSearchParams(location.hash.slice(1)))")
 
 
@@ -253,7 +255,7 @@ def test_an_address_brings_back_what_was_seen(opened, index):
     assert page.locator("#page").inner_text() == "2 of 100"
     assert {k: v for k, v in state(page).items() if k != "view-local"} == expected
     page.evaluate("location.hash = 'projection=tsne&color=mutual'")
-    page.wait_for_function("state.color === 'mutual'")
+    page.wait_for_function("() => state.color === 'mutual'")
     assert page.locator("#chosen .empty").count() == 1
 
 
@@ -268,7 +270,7 @@ def test_back_from_a_definition_keeps_the_selection(opened, fragment):
 
 
 def test_a_link_to_an_image_opens_at_the_map(opened, index):
-    page = opened(f"image={index}", reduced_motion="reduce")
+    page = opened(f"image={index}")
 
     def in_view(selector):
         return 0 <= page.locator(selector).bounding_box()["y"] < page.viewport_size["height"]
@@ -313,7 +315,9 @@ def test_zoom_and_pan_move_one_map_and_reset_brings_both_back(opened):
     page = opened()
     box = page.locator('[data-model="local"] .map')
     box.hover()
+    top = page.evaluate("scrollY")
     page.mouse.wheel(0, 120)
+    page.wait_for_function("(place) => scrollY === place", arg=top + 120)
     assert "view-local" not in state(page)
     box.hover()
     frame = box.bounding_box()
@@ -381,15 +385,12 @@ def test_what_is_wider_than_a_phone_scrolls_by_keyboard(opened):
     assert set(boxes.evaluate_all("boxes => boxes.map((box) => box.tabIndex)")) == {0}
     boxes.first.focus()
     page.keyboard.press("ArrowRight")
-    page.wait_for_timeout(300)
-    assert page.evaluate("document.activeElement.scrollLeft") > 0
+    page.wait_for_function("() => document.activeElement.scrollLeft > 0")
 
 
 @pytest.mark.parametrize(("width", "height"), [(1440, 780), (1920, 1080), (3840, 2160)])
 def test_controls_maps_and_neighbors_fit_on_one_screen(opened, index, width, height):
-    page = opened(
-        f"image={index}&color=mutual", width=width, height=height, reduced_motion="reduce"
-    )
+    page = opened(f"image={index}&color=mutual", width=width, height=height)
     page.locator(".stage").first.evaluate("stage => stage.scrollIntoView()")
     places = (".map", "#chosen .query", "#tools")
     maps, query, tools = (page.locator(name).first.bounding_box() for name in places)

@@ -235,6 +235,7 @@ def test_another_run_repairs_the_cache_and_agrees(run, tiny_models, finished, tm
         content[len(content) // 2] ^= 4
         chunk.write_bytes(content)
     other_seed, config = tmp_path / "seed_1.pt", load_checkpoint(tiny_models[0]).config
+    torch.manual_seed(1)
     encoders, facts = {"target": VisionTransformer(config)}, {"epochs": 3, "planned_epochs": 9}
     save_checkpoint(other_seed, config, encoders, (0.5, 0.5), facts)
     flags = ["--skip-unreadable", "--json", "--probe-samples", "all"]

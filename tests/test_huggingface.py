@@ -452,7 +452,8 @@ def hub(tmp_path, monkeypatch):
     for name, value in {**constants, "HF_HUB_DISABLE_PROGRESS_BARS": True}.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setattr("time.sleep", lambda _: None)  # between the client's attempts
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
     huggingface_hub.close_session()
     yield server
     huggingface_hub.close_session()

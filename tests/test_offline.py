@@ -56,6 +56,7 @@ def guarded(*command, python=True, before=(), **environment):
     code = GUARD.format(kernel=HERE, python=python)
     # Neither the suite's own settings, nor a name that spares the interpreter a look-up.
     hidden = {"HF_HUB_OFFLINE", "XDG_CACHE_HOME", "LOGNAME", "USER", "LNAME", "USERNAME"}
+    hidden |= {"TORCHINDUCTOR_CACHE_DIR"}
     kept = {name: value for name, value in os.environ.items() if name not in hidden}
     return subprocess.run(
         [*before, sys.executable, "-c", code, *map(str, command)],
@@ -90,7 +91,7 @@ def test_an_offline_run_opens_no_socket_and_needs_nothing_of_its_surroundings(tm
     environment = {"MPLBACKEND": "that of a notebook", "DISPLAY": ""}
     environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "HOME": str(tmp_path)}
     environment |= {"HF_HOME": str(tmp_path / ".cache" / "below a file")}
-    environment |= {"MPLCONFIGDIR": matplotlib.get_configdir()}  # which has the list of fonts
+    environment |= {"MPLCONFIGDIR": matplotlib.get_cachedir()}  # which has the list of fonts
     script = ROOT / "scripts" / "compare_embeddings.py"
     flags = ["--offline", "--dataset", tmp_path / "in", "--output-dir", "~/out"]
     result = guarded(script, *flags, before=["sh", "-c", 'exec "$@" >&-', "sh"], **environment)

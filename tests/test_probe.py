@@ -77,9 +77,10 @@ def test_knn_accuracy_is_that_of_scikit_learn(digits, digits_probe, k):
 @pytest.mark.parametrize("l2", L2_GRID[:4])
 def test_linear_accuracy_is_that_of_scikit_learn_at_the_same_penalty(digits, l2):
     X, Q, y, q = digits
-    scaler = StandardScaler().fit(X)
+    scaler = StandardScaler().fit(X.astype(np.float64))
+    bank, queries = (scaler.transform(Z.astype(np.float64)) for Z in (X, Q))
     regression = LogisticRegression(C=1 / (l2 * len(X)), max_iter=5000, tol=1e-6)
-    expected = regression.fit(scaler.transform(X), y).score(scaler.transform(Q), q)
+    expected = regression.fit(bank, y).score(queries, q)
     answers = probes.linear_answers(X, y, Q, l2=l2)[0]
     # 0.2 points, or one of the 719 queries.
     assert (answers == q).mean() == pytest.approx(expected, abs=0.002)

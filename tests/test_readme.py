@@ -1,6 +1,7 @@
 import functools
 import html
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -24,7 +25,8 @@ def fenced(language):
 @functools.cache
 def usage(script):
     command = [sys.executable, str(ROOT / "scripts" / script), "--help"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    env = {**os.environ, "COLUMNS": "80"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
 
 
 def test_the_table_of_flags_is_the_usage():

@@ -240,12 +240,12 @@ def test_a_signal_that_the_reader_of_messages_got_too_saves_the_state(tmp_path, 
     read_end, write_end = os.pipe()
     words = [sys.executable, str(SCRIPT), *flags, "--epochs", "999", "--output-dir", str(tmp_path)]
     with subprocess.Popen(words, stderr=write_end, stdout=write_end) as run:
+        os.close(write_end)
         os.read(read_end, 1)  # the first message follows the loading of the images
         while not (tmp_path / "state.pt").exists() and run.poll() is None:
             time.sleep(0.05)
         os.close(read_end)
         run.send_signal(signal.SIGINT)
-    os.close(write_end)
     assert run.returncode == 130
 
 
