@@ -6,6 +6,7 @@ that a file lacks, which transformers would fill with random numbers, are an err
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -100,7 +101,7 @@ def find_model(source: str, revision: str | None, offline: bool) -> tuple[Path, 
     Raises:
         UserError: If the hub id cannot be found, reached or downloaded.
     """
-    if Path(source).is_dir():
+    if os.path.isdir(source):  # false for names that are too long for a file
         return Path(source), None
     from huggingface_hub import errors, snapshot_download
 

@@ -312,6 +312,7 @@ def test_models_of_any_kind_take_either_side_and_are_named_apart(tiny_models, tm
         ([], "cannot read 2 of 65 images"),
         (["--local-checkpoint", "absent.pt", "--skip-unreadable"], "absent.pt"),
         (["--hf-model", "nobody/nothing", "--split", "train"], "nobody/nothing"),
+        (["--hf-model", 300 * "x", "--split", "train"], "is not a file, a directory or a hub id"),
         (["--hf-model", "{finished}/embeddings_hf.npz", "--split", "train"], "lacks 53 of 54"),
         (["--local-checkpoint", "{finished}/embeddings_hf.npz", "--split", "train"], "the first"),
         (["--dataset", "cifar10", "--data-dir", "absent"], "CIFAR-10 is not in absent"),
